@@ -1,0 +1,1 @@
+"""Originals in, dataset directories out."""

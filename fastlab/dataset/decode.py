@@ -1,0 +1,64 @@
+"""Encoded bytes to uint8 pixels, [S, S, 3]; greyscale, palettes and CMYK become RGB."""
+
+import io
+import warnings
+
+import numpy as np
+import simplejpeg
+from PIL import Image, ImageOps
+
+# Start-of-frame markers (baseline, extended, progressive) of a frame with one component.
+_GREY_FRAMES = (b"\xff\xc0\x00\x0b", b"\xff\xc1\x00\x0b", b"\xff\xc2\x00\x0b")
+MAX_PIXELS = 64_000_000
+
+
+class CorruptImage(ValueError):
+    """Bytes that are no whole, readable image."""
+
+
+def decode_into(data: bytes, out: np.ndarray) -> bool:
+    """Decode `data` into `out` (uint8, [S, S, 3]); return whether the original is greyscale.
+
+    JPEGs of that very size go straight through libjpeg-turbo, bit for bit as Pillow decodes them.
+    Anything else is resized by Pillow: bicubic, the shorter side to S, the centre kept.
+    Raises `CorruptImage`.
+    """
+    if data[:2] != b"\xff\xd8":
+        return _decode_with_pillow(data, out)
+    try:
+        pixels = simplejpeg.decode_jpeg(data, "RGB", buffer=out)
+    except ValueError:
+        # Another size, CMYK, or truly corrupt: Pillow tells them apart.
+        return _decode_with_pillow(data, out)
+    if pixels.shape != out.shape:
+        return _decode_with_pillow(data, out)
+    maybe_grey = any(frame in data for frame in _GREY_FRAMES)
+    return maybe_grey and simplejpeg.decode_jpeg_header(data)[2] == "Gray"
+
+
+def _decode_with_pillow(data: bytes, out: np.ndarray) -> bool:
+    try:
+        with warnings.catch_warnings():
+            # A bomb is refused below; other complaints (EXIF, ICC) do not touch the pixels.
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data)) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise CorruptImage(f"{image.width}x{image.height} is over {MAX_PIXELS} pixels")
+                grey = image.mode in ("1", "L", "LA", "I", "I;16", "F")
+                out[:] = _fit(image, out.shape[0])
+                return grey
+    except CorruptImage:
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly anything on bad bytes
+        raise CorruptImage(str(error).splitlines()[0] if str(error) else repr(error)) from None
+
+
+def _fit(image: Image.Image, side: int) -> np.ndarray:
+    if image.mode.startswith("I"):
+        # 16-bit greyscale: Pillow's own conversion clips at 255 instead of scaling.
+        scaled = np.asarray(image, dtype=np.float64) / 65535 * 255
+        image = Image.fromarray(scaled.round().astype(np.uint8))
+    image = ImageOps.exif_transpose(image).convert("RGB")
+    if image.size != (side, side):
+        image = ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
+    return np.asarray(image)

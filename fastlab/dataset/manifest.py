@@ -1,0 +1,116 @@
+"""`manifest.json`: what a dataset directory holds, and the checks of it."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastlab.dataset.originals import ImageClass
+from fastlab.errors import UserError
+
+FORMAT_VERSION = 1
+NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    images: int
+    per_class_min: int
+    per_class_max: int
+    greyscale: int
+    """Originals with a single channel."""
+    original_bytes: int
+    largest_original: int
+    """Bytes."""
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    name: str
+    classes: list[ImageClass]
+    image_size: int
+    """Side, pixels."""
+    splits: dict[str, SplitInfo]
+    mean: list[float]
+    """Of each channel over the training split, on a scale of 0 to 1."""
+    std: list[float]
+    """Population deviation, likewise."""
+    formats: dict[str, dict[str, FileInfo]]
+    """Format -> path in the dataset directory -> its size and hash."""
+    request: dict[str, Any]
+    """What was converted and how; equal requests give equal files."""
+    versions: dict[str, str] = field(default_factory=dict)
+    created: str = ""
+    fastlab_format: int = FORMAT_VERSION
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a dataset directory. Raises `UserError` where it is missing or damaged."""
+    path = directory / NAME
+    try:
+        return _from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{directory}: not a dataset directory (no {NAME}); make one with: "
+            f"fastlab convert SOURCE {directory}"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: damaged ({error}); convert again with --force") from None
+
+
+def _from_json(raw: dict[str, Any]) -> Manifest:
+    if raw["fastlab_format"] != FORMAT_VERSION:
+        raise ValueError(f"format {raw['fastlab_format']}, this fastlab reads {FORMAT_VERSION}")
+    formats = {
+        name: {path: FileInfo(**info) for path, info in files.items()}
+        for name, files in raw["formats"].items()
+    }
+    return Manifest(
+        **{
+            **raw,
+            "classes": [ImageClass(**c) for c in raw["classes"]],
+            "splits": {name: SplitInfo(**info) for name, info in raw["splits"].items()},
+            "formats": formats,
+        }
+    )
+
+
+def check_sizes(directory: Path, manifest: Manifest) -> None:
+    """Cheap check at every opening. Raises `UserError` for a missing file or one of another size."""
+    for path, info in _files(manifest):
+        file = directory / path
+        size = file.stat().st_size if file.is_file() else None
+        if size != info.bytes:
+            found = "missing" if size is None else f"{size} bytes instead of {info.bytes}"
+            raise UserError(f"{file}: {found}; convert again with --force")
+
+
+def check_hashes(directory: Path, manifest: Manifest) -> int:
+    """Read every file; return how many agree. Raises `UserError` at the first that does not."""
+    check_sizes(directory, manifest)
+    files = _files(manifest)
+    for path, info in files:
+        with (directory / path).open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != info.sha256:
+            raise UserError(
+                f"{directory / path}: damaged (SHA-256 {found[:12]}…, manifest says "
+                f"{info.sha256[:12]}…); convert again with --force"
+            )
+    return len(files)
+
+
+def _files(manifest: Manifest) -> list[tuple[str, FileInfo]]:
+    return [item for files in manifest.formats.values() for item in files.items()]

@@ -1,0 +1,207 @@
+"""What a source holds: classes, and for each split the paths and labels of its images.
+
+Two layouts are known: Tiny ImageNet's own, and any image folder with ``train/<class>/`` and
+``val/<class>/`` (and, if it has one, ``test/<class>/``).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fastlab.dataset.trees import Tree
+from fastlab.errors import UserError
+
+SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
+
+
+@dataclass(frozen=True)
+class ImageClass:
+    id: str
+    words: str
+
+
+@dataclass(frozen=True)
+class Split:
+    paths: list[str]
+    labels: np.ndarray
+    """int64, [images]; an index into the classes."""
+
+    def take(self, rows: np.ndarray) -> "Split":
+        return Split([self.paths[row] for row in rows], self.labels[rows])
+
+
+@dataclass(frozen=True)
+class Originals:
+    layout: str
+    """"tiny-imagenet" or "image-folder"."""
+    classes: list[ImageClass]
+    splits: dict[str, Split]
+
+    def only(self, classes: Sequence[int]) -> "Originals":
+        """The same with these classes alone, renumbered in the order given."""
+        number = np.full(len(self.classes), -1)
+        number[classes] = np.arange(len(classes))
+        splits = {}
+        for name, split in self.splits.items():
+            kept = split.take(np.flatnonzero(number[split.labels] >= 0))
+            splits[name] = Split(kept.paths, number[kept.labels])
+        return replace(self, classes=[self.classes[i] for i in classes], splits=splits)
+
+    def limit(self, per_class: int) -> "Originals":
+        """The first `per_class` images of each class in each split."""
+        splits = {
+            name: split.take(np.flatnonzero(_rank_in_class(split.labels) < per_class))
+            for name, split in self.splits.items()
+        }
+        return replace(self, splits=splits)
+
+    def hold_out(self, per_class: int, seed: int) -> "Originals":
+        """Move `per_class` random training images a class to "val"; the old "val" becomes "test".
+
+        Raises `UserError` where a class would have no training image left.
+        """
+        train = self.splits["train"]
+        smallest = int(np.bincount(train.labels, minlength=len(self.classes)).min())
+        if per_class >= smallest:
+            raise UserError(
+                f"--holdout {per_class}: the smallest class has {smallest} training images; "
+                f"hold out fewer"
+            )
+        if "test" in self.splits:
+            raise UserError("--holdout: the source has a test split of its own; leave it out")
+        shuffled = np.random.Generator(np.random.PCG64(seed)).permutation(len(train.labels))
+        held = np.zeros(len(train.labels), dtype=bool)
+        held[shuffled] = _rank_in_class(train.labels[shuffled]) < per_class
+        return replace(
+            self,
+            splits={
+                "train": train.take(np.flatnonzero(~held)),
+                "val": train.take(np.flatnonzero(held)),
+                "test": self.splits["val"],
+            },
+        )
+
+
+def read_originals(tree: Tree, where: str) -> Originals:
+    """Find out the layout of `tree` and list its images. `where` names the source in errors.
+
+    Raises `UserError` where the layout is unknown, or a split or a class has no images.
+    """
+    root = _root(tree)
+    top = tree.names(root)
+    if "wnids.txt" in top:
+        originals = _read_tiny_imagenet(tree, _folder(root), where)
+    elif "train" in top and "val" in top:
+        originals = _read_image_folder(tree, _folder(root), where)
+    else:
+        raise UserError(
+            f"{where}: neither Tiny ImageNet (no wnids.txt) nor an image folder "
+            f"(no train/<class>/ and val/<class>/)"
+        )
+    for name, split in originals.splits.items():
+        counts = np.bincount(split.labels, minlength=len(originals.classes))
+        if not split.paths or (name == "train" and counts.min() == 0):
+            empty = originals.classes[int(counts.argmin())].id
+            raise UserError(f"{where}: split {name} has no image of class {empty}")
+    return originals
+
+
+def select_classes(originals: Originals, choice: str) -> Originals:
+    """Keep the first N classes (`choice` is a number), or those named, separated by commas."""
+    ids = [c.id for c in originals.classes]
+    if choice.isdigit():
+        count = int(choice)
+        if not 1 <= count <= len(ids):
+            raise UserError(f"--classes {choice}: expected 1 to {len(ids)}")
+        return originals.only(range(count))
+    wanted = [name.strip() for name in choice.split(",")]
+    missing = [name for name in wanted if name not in ids]
+    if missing:
+        raise UserError(f"--classes: no class {missing[0]!r} in the source")
+    if len(set(wanted)) < len(wanted):
+        raise UserError("--classes: a class is named twice")
+    return originals.only([ids.index(name) for name in wanted])
+
+
+def _root(tree: Tree) -> str:
+    """The folder that holds the splits: the top, or the only folder there."""
+    top = [name for name in tree.names("") if not name.startswith((".", "__"))]
+    return top[0] if len(top) == 1 else ""
+
+
+def _folder(path: str) -> str:
+    return f"{path}/" if path else ""
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES)
+
+
+def _read_tiny_imagenet(tree: Tree, root: str, where: str) -> Originals:
+    ids = tree.text(f"{root}wnids.txt").split()
+    known = {}
+    if "words.txt" in tree.names(root):
+        lines = tree.text(f"{root}words.txt").splitlines()
+        known = dict(line.split("\t", 1) for line in lines if "\t" in line)
+    folders = [f"{root}train/{name}/images/" for name in ids]
+    train = _from_folders(tree, folders)
+    val = _read_annotations(tree, root, ids, where)
+    classes = [ImageClass(name, known.get(name, name)) for name in ids]
+    return Originals("tiny-imagenet", classes, {"train": train, "val": val})
+
+
+def _read_annotations(tree: Tree, root: str, ids: list[str], where: str) -> Split:
+    number = {name: index for index, name in enumerate(ids)}
+    present = set(tree.names(f"{root}val/images"))
+    if "val_annotations.txt" not in tree.names(f"{root}val"):
+        raise UserError(f"{where}: val/val_annotations.txt is missing; unpack the archive again")
+    label = {}
+    for line, text in enumerate(tree.text(f"{root}val/val_annotations.txt").splitlines(), 1):
+        name, _, rest = text.partition("\t")
+        wnid = rest.split("\t", 1)[0]
+        if name not in present or wnid not in number:
+            raise UserError(
+                f"{where}: val/val_annotations.txt line {line}: no image {name!r} or no class "
+                f"{wnid!r}; unpack the archive again"
+            )
+        label[name] = number[wnid]
+    unlabelled = present - label.keys()
+    if unlabelled:
+        raise UserError(f"{where}: val/images/{min(unlabelled)} has no label in val_annotations.txt")
+    names = sorted(label)
+    labels = np.array([label[name] for name in names], dtype=np.int64)
+    return Split([f"{root}val/images/{name}" for name in names], labels)
+
+
+def _read_image_folder(tree: Tree, root: str, where: str) -> Originals:
+    ids = [name for name in tree.names(f"{root}train") if tree.names(f"{root}train/{name}")]
+    splits = {}
+    for split in ("train", "val", "test"):
+        folders = [name for name in tree.names(root + split) if tree.names(f"{root}{split}/{name}")]
+        unknown = set(folders) - set(ids)
+        if unknown:
+            raise UserError(f"{where}: {split}/{min(unknown)}: no such class in train/")
+        if folders or split != "test":
+            splits[split] = _from_folders(tree, [f"{root}{split}/{name}/" for name in ids])
+    return Originals("image-folder", [ImageClass(name, name) for name in ids], splits)
+
+
+def _from_folders(tree: Tree, folders: list[str]) -> Split:
+    paths: list[str] = []
+    counts = []
+    for folder in folders:
+        names = [name for name in tree.names(folder) if _is_image(name)]
+        paths += [folder + name for name in names]
+        counts.append(len(names))
+    return Split(paths, np.repeat(np.arange(len(folders), dtype=np.int64), counts))
+
+
+def _rank_in_class(labels: np.ndarray) -> np.ndarray:
+    """For each image, how many of its class come before it."""
+    order = np.argsort(labels, kind="stable")
+    counts = np.bincount(labels)
+    starts = np.cumsum(counts) - counts
+    rank = np.empty(len(labels), dtype=np.int64)
+    rank[order] = np.arange(len(labels)) - starts[labels[order]]
+    return rank

@@ -1,0 +1,5 @@
+"""The one exception for mistakes that a user can mend."""
+
+
+class UserError(Exception):
+    """Bad input, told in one line: what, where, what to do. The command prints it and exits with 2."""

@@ -1,0 +1,574 @@
+"""Turn run directories into one HTML page: results, curves, sample predictions, configuration."""
+
+import base64
+import contextlib
+import json
+import math
+import os
+import statistics
+import tomllib
+from collections import Counter
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from fastlab import __version__
+from fastlab.errors import UserError
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+MISSING = "—"
+
+# Eight hues after Okabe and Ito, each shade chosen for contrast on the page's own background.
+# Five marker shapes beside eight colours tell 40 runs apart, also where colours are not seen.
+PALETTE = (  # (light page, dark page)
+    ("#0072b2", "#4aa8e8"),
+    ("#d55e00", "#ff8f4a"),
+    ("#00805c", "#2fcf9f"),
+    ("#b8478c", "#f09ccd"),
+    ("#7a6200", "#ecd94f"),
+    ("#4b3a9b", "#a99cf5"),
+    ("#555555", "#d2d2d2"),
+    ("#2f93c4", "#8fdcf8"),
+)
+MARKERS = (  # SVG paths around the origin
+    "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0Z",
+    "M-3.6-3.6h7.2v7.2h-7.2Z",
+    "M0-4.8L4.6 3.4H-4.6Z",
+    "M0-5L5 0L0 5L-5 0Z",
+    "M0 4.8L4.6-3.4H-4.6Z",
+)
+MARKS_PER_CURVE = 16
+
+# The plotting area in the SVG's own units, 480 x 300 with room for the axes' labels.
+PLOT_WIDTH, PLOT_HEIGHT = 480, 300
+LEFT, RIGHT, TOP, BOTTOM = 54, 468, 12, 254
+
+METRICS = (  # (suffix in metrics.jsonl, title, unit, scale from file to page, decimals)
+    ("loss", "Loss", "mean cross-entropy", 1, 4),
+    ("top1", "Top-1 accuracy", "%", 100, 2),
+    ("top5", "Top-5 accuracy", "%", 100, 2),
+)
+SPLITS = (("train", "training"), ("val", "validation"))
+EPOCH_KEYS = (
+    *(f"{split}_{metric[0]}" for split, _ in SPLITS for metric in METRICS),
+    "images_per_second",
+    "seconds",
+)
+
+Epoch = dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One validation image, its true class and the most probable classes, best first."""
+
+    png: str
+    """The picture, base64."""
+    width: int
+    height: int
+    label: str
+    predicted: list[tuple[str, float | None]]
+    """Class and probability, 0 to 1."""
+
+    @property
+    def rank(self) -> int | None:
+        """The true class's place among `predicted`, from 1; None where it is not among them."""
+        names = [name for name, _ in self.predicted]
+        return names.index(self.label) + 1 if self.label in names else None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run directory holds; not-a-number values of a metric are None."""
+
+    name: str
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    summary: dict[str, Any]
+    epochs: list[Epoch]
+    predictions: list[Prediction]
+
+
+def write_report(run_dirs: list[Path], out: Path) -> None:
+    """Write one self-contained HTML page about the runs, in the order given, to `out`.
+
+    A directory given twice counts once. `out` is replaced whole or left as it was. Raises
+    UserError where a run directory or one of its files is missing or malformed, or where `out`
+    cannot be written.
+    """
+    if not run_dirs:
+        raise UserError("no run directory given: name at least one")
+    distinct = {os.path.realpath(directory): directory for directory in run_dirs}
+    names = _names(list(distinct))
+    runs = [read_run(path, name) for path, name in zip(distinct.values(), names, strict=True)]
+    _write_whole(out, _render(runs))
+
+
+def read_run(directory: Path, name: str) -> Run:
+    """Read a run directory. Raises UserError where it is none, or a file in it is malformed."""
+    if not os.path.isdir(directory):
+        raise UserError(f"{directory}: no such directory: give a run directory")
+    if not os.path.exists(directory / "config.toml"):
+        raise UserError(
+            f"{directory}: not a run directory, it has no config.toml: "
+            "give a directory that training wrote"
+        )
+    return Run(
+        name=name,
+        config=_read_config(directory / "config.toml"),
+        environment=_read_json(directory / "environment.json", dict),
+        summary=_read_summary(directory / "summary.json"),
+        epochs=_read_metrics(directory / "metrics.jsonl"),
+        predictions=_read_predictions(directory / "predictions.json"),
+    )
+
+
+def _names(paths: list[str]) -> list[str]:
+    """The last part of each distinct path, with as many parents as it takes to differ."""
+    parts = [Path(path).parts for path in paths]
+    depths = [1] * len(parts)
+    while True:
+        names = ["/".join(p[-depth:]) for p, depth in zip(parts, depths, strict=True)]
+        counts = Counter(names)
+        if len(counts) == len(names):
+            return names
+        depths = [d + (counts[name] > 1) for d, name in zip(depths, names, strict=True)]
+
+
+# Reading
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: missing: give a directory that training wrote") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): check the file") from error
+
+
+def _malformed(path: Path, what: str) -> UserError:
+    return UserError(f"{path}: {what}: mend the file or leave this run out")
+
+
+def _read_json(path: Path, kind: type) -> Any:
+    try:
+        value = json.loads(_read_bytes(path))
+    except ValueError as error:
+        raise _malformed(path, f"not valid JSON ({error})") from error
+    if not isinstance(value, kind):
+        raise _malformed(path, f"holds a JSON {type(value).__name__}, not a {kind.__name__}")
+    return value
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(_read_bytes(path).decode())
+    except ValueError as error:
+        raise _malformed(path, f"not valid TOML ({error})") from error
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    """The summary with its numbers checked; empty where the run has none yet."""
+    if not path.exists():
+        return {}
+    summary = _read_json(path, dict)
+    dataset = summary.get("dataset", {})
+    if not isinstance(dataset, dict) or not isinstance(dataset.get("counts", {}), dict):
+        raise _malformed(path, "'dataset' or its 'counts' is not an object")
+    try:
+        counts = {split: _finite(n) for split, n in dataset.get("counts", {}).items()}
+        return {
+            "parameters": _finite(summary.get("parameters")),
+            "classes": _finite(dataset.get("classes")),
+            "dataset": dataset.get("path"),
+            "counts": counts,
+            "status": summary.get("status"),
+            "train_seconds": _finite(summary.get("train_seconds")),
+        }
+    except TypeError as error:
+        raise _malformed(path, str(error)) from error
+
+
+def _finite(value: Any) -> float | None:
+    """The number, or None for null, NaN and infinities. Raises TypeError for anything else."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{value!r} is not a number")
+    return value if math.isfinite(value) else None
+
+
+def _read_metrics(path: Path) -> list[Epoch]:
+    *lines, last = _read_bytes(path).split(b"\n")
+    if last and _is_json(last):
+        lines.append(last)  # whole but for its newline; anything less was torn by a kill
+    epochs: list[Epoch] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            epoch = _parse_epoch(line)
+            if epochs and epoch["epoch"] <= epochs[-1]["epoch"]:
+                raise ValueError(f"epoch {epoch['epoch']} follows epoch {epochs[-1]['epoch']}")
+        except (ValueError, TypeError) as error:
+            raise _malformed(path, f"line {number} is malformed ({error})") from error
+        epochs.append(epoch)
+    if not epochs:
+        raise UserError(f"{path}: no epoch is recorded yet: wait for one or leave this run out")
+    return epochs
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _parse_epoch(line: bytes) -> Epoch:
+    """One line of metrics.jsonl. Raises ValueError or TypeError where it is malformed."""
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise TypeError("not a JSON object")
+    epoch = record.get("epoch")
+    if not isinstance(epoch, int) or isinstance(epoch, bool) or epoch < 1:
+        raise ValueError("'epoch' is not a whole number from 1")
+    absent = [key for key in EPOCH_KEYS if key not in record]
+    if absent:
+        raise ValueError(f"{absent[0]!r} is absent")
+    return {"epoch": epoch, **{key: _finite(record[key]) for key in EPOCH_KEYS}}
+
+
+def _read_predictions(path: Path) -> list[Prediction]:
+    if not path.exists():
+        return []
+    predictions = []
+    for number, record in enumerate(_read_json(path, list), 1):
+        try:
+            predictions.append(_parse_prediction(record))
+        except (KeyError, TypeError, ValueError) as error:
+            raise _malformed(path, f"prediction {number} is malformed ({error!r})") from error
+    return predictions
+
+
+def _parse_prediction(record: Any) -> Prediction:
+    """One entry of predictions.json. Raises KeyError, TypeError or ValueError if malformed."""
+    png = base64.b64decode(record["png"], validate=True)
+    if png[:8] != b"\x89PNG\r\n\x1a\n" or len(png) < 24:
+        raise ValueError("'png' is not a PNG image")
+    return Prediction(
+        png=record["png"],
+        width=int.from_bytes(png[16:20]),
+        height=int.from_bytes(png[20:24]),
+        label=str(record["label"]),
+        predicted=[(str(p["name"]), _finite(p["probability"])) for p in record["predicted"]],
+    )
+
+
+# The results table
+
+
+def _best_epoch(run: Run) -> Epoch | None:
+    """The first epoch with the highest validation top-1; None where none was measured."""
+    measured = [epoch for epoch in run.epochs if epoch["val_top1"] is not None]
+    return max(measured, key=lambda epoch: epoch["val_top1"], default=None)
+
+
+def _images_per_second(run: Run) -> float | None:
+    """Median training rate over the epochs, without the first, which compiles and warms up."""
+    epochs = run.epochs[1:] or run.epochs
+    rates = [e["images_per_second"] for e in epochs if e["images_per_second"] is not None]
+    return statistics.median(rates) if rates else None
+
+
+def _seconds(run: Run) -> float | None:
+    """The run's training time; while it is not summed up yet, the sum over its epochs."""
+    if run.summary.get("train_seconds") is not None:
+        return run.summary["train_seconds"]
+    measured = [epoch["seconds"] for epoch in run.epochs if epoch["seconds"] is not None]
+    return sum(measured) if measured else None
+
+
+def _setting(run: Run, key: str) -> Any:
+    """The first setting of that name in any section of the configuration, or None."""
+    sections = [section for section in run.config.values() if isinstance(section, dict)]
+    return next((section[key] for section in sections if key in section), None)
+
+
+def _model_name(run: Run) -> str:
+    model = run.config.get("model")
+    return str(model.get("name", MISSING)) if isinstance(model, dict) else str(model or MISSING)
+
+
+def _result(run: Run) -> dict[str, str]:
+    """The run's row in the results table, each value as text."""
+    best = _best_epoch(run) or dict.fromkeys(("epoch", *EPOCH_KEYS))
+    classes = run.summary.get("classes")
+    planned = _setting(run, "epochs")
+    return {
+        "model": _model_name(run),
+        "parameters": _number(run.summary.get("parameters")),
+        "epochs": f"{run.epochs[-1]['epoch']} of {MISSING if planned is None else planned}",
+        "best_top1": _percent(best["val_top1"]),
+        "best_epoch": _number(best["epoch"]),
+        "best_top5": _percent(best["val_top5"]),
+        "best_loss": _number(best["val_loss"], 4),
+        "final_top1": _percent(run.epochs[-1]["val_top1"]),
+        "chance": _percent(1 / classes if classes else None),
+        "images_per_second": _number(_images_per_second(run)),
+        "time": _duration(_seconds(run)),
+        "status": str(run.summary.get("status") or "unknown"),
+    }
+
+
+def _number(value: float | None, decimals: int = 0) -> str:
+    return MISSING if value is None else f"{value:,.{decimals}f}"
+
+
+def _percent(fraction: float | None) -> str:
+    return _number(None if fraction is None else 100 * fraction, 2)
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return MISSING
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60:,} h {minutes % 60:02d} min"
+
+
+# The curves
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One metric of one run on one split, in the SVG's units."""
+
+    run: int
+    split: str
+    segments: list[str]
+    """Points for a polyline each; a value that is no number ends a segment."""
+    marks: list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One metric of all runs over the epochs, in the SVG's units."""
+
+    metric: str
+    title: str
+    unit: str
+    description: str
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
+    curves: list[Curve]
+    columns: list[tuple[float, float, str]]
+    """Left edge, width and tooltip of each epoch's strip."""
+    rows: list[tuple[int, list[str]]]
+    """Epoch, then training and validation of each run in turn, as text."""
+
+
+def _nice_step(span: float, count: int) -> float:
+    """The smallest of 1, 2, 5 times a power of ten that spans `span` in `count` steps or fewer."""
+    power = 10 ** math.floor(math.log10(span / count))
+    return next(m * power for m in (1, 2, 5, 10) if m * power * count >= span * (1 - 1e-9))
+
+
+def _value_ticks(values: list[float], ceiling: float) -> list[float]:
+    """Round numbers whose first and last enclose the values and stay between 0 and `ceiling`."""
+    low, high = min(values), max(values)
+    floor, ceiling = min(low, 0), max(high, ceiling)
+    if high - low < 1e-6 * max(abs(low), abs(high), 1e-6):
+        margin = 0.1 * abs(high) or 1.0
+        low, high = low - margin, high + margin
+    step = _nice_step(high - low, 5)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    ticks = [n * step for n in range(first, last + 1)]
+    return [tick for tick in ticks if floor - step / 2 < tick < ceiling + step / 2]
+
+
+def _epoch_ticks(last: int) -> tuple[float, float, list[int]]:
+    """The axis's first and last value, and its ticks, for epochs from 1 to `last`."""
+    if last == 1:
+        return 0.5, 1.5, [1]
+    step = max(1, round(_nice_step(last, 8)))
+    start = 1 if step == 1 else 0
+    return start, last, list(range(start, last + 1, step))
+
+
+def _tick_label(tick: float, step: float) -> str:
+    if abs(tick) >= 1e5 or step < 1e-4:
+        return f"{tick:.3g}"
+    return f"{tick:.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
+
+
+def _scale(value: float, domain: tuple[float, float], pixels: tuple[float, float]) -> float:
+    share = (value - domain[0]) / (domain[1] - domain[0])
+    return round(pixels[0] + share * (pixels[1] - pixels[0]), 2)
+
+
+def _curve(run: int, split: str, points: list[tuple[float, float | None]]) -> Curve:
+    """The curve through points (x, y), y None where there is no value."""
+    segments: list[list[tuple[float, float]]] = [[]]
+    for x, y in points:
+        if y is None:
+            segments.append([])
+        else:
+            segments[-1].append((x, y))
+    segments = [segment for segment in segments if segment]
+    stride = math.ceil(len(points) / MARKS_PER_CURVE)
+    marks = [p for segment in segments for p in (*segment[:-1:stride], segment[-1])]
+    lines = [" ".join(f"{x:g},{y:g}" for x, y in segment) for segment in segments]
+    return Curve(run, split, lines, marks)
+
+
+def _plot(runs: list[Run], metric: str, title: str, unit: str, scale: int, digits: int) -> Plot:
+    series = {
+        (index, split): {
+            epoch["epoch"]: None if (v := epoch[f"{split}_{metric}"]) is None else scale * v
+            for epoch in run.epochs
+        }
+        for index, run in enumerate(runs)
+        for split, _ in SPLITS
+    }
+    numbers = sorted({number for values in series.values() for number in values})
+    start, end, epoch_ticks = _epoch_ticks(numbers[-1])
+    finite = [v for values in series.values() for v in values.values() if v is not None]
+    value_ticks = _value_ticks(finite or [0.0], 100 if unit == "%" else math.inf)
+
+    def x(number: float) -> float:
+        return _scale(number, (start, end), (LEFT, RIGHT))
+
+    def y(value: float | None) -> float | None:
+        domain = (value_ticks[0], value_ticks[-1])
+        return None if value is None else _scale(value, domain, (BOTTOM, TOP))
+
+    def text(index: int, split: str, number: int) -> str:
+        return _number(series[index, split].get(number), digits)
+
+    def tooltip(number: int) -> str:
+        lines = [
+            f"{run.name}: train {text(index, 'train', number)}, val {text(index, 'val', number)}"
+            for index, run in enumerate(runs)
+            if number in series[index, "val"]
+        ]
+        return "\n".join([f"Epoch {number}", *lines])
+
+    def column(number: int) -> tuple[float, float, str]:
+        left, right = max(x(number - 0.5), LEFT), min(x(number + 0.5), RIGHT)
+        return left, round(right - left, 2), tooltip(number)
+
+    last = ", ".join(f"{r.name} {text(i, 'val', r.epochs[-1]['epoch'])}" for i, r in enumerate(runs))
+    step = value_ticks[1] - value_ticks[0]
+    return Plot(
+        metric=metric,
+        title=title,
+        unit=unit,
+        description=f"{title} ({unit}) over epochs 1 to {numbers[-1]}, training and validation. "
+        f"Validation at the last epoch: {last}. The table below holds all values.",
+        x_ticks=[(x(tick), str(tick)) for tick in epoch_ticks],
+        y_ticks=[(y(tick), _tick_label(tick, step)) for tick in value_ticks],
+        curves=[
+            _curve(index, split, [(x(number), y(value)) for number, value in values.items()])
+            for (index, split), values in series.items()
+        ],
+        columns=[column(number) for number in numbers],
+        rows=[(number, [text(*key, number) for key in series]) for number in numbers],
+    )
+
+
+# The page
+
+
+def _setting_text(value: Any) -> str:
+    if value is None:
+        return MISSING
+    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+
+
+def _config_tables(config: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Section and its settings, as text; settings above the first section come first."""
+    sections = {key: value for key, value in config.items() if isinstance(value, dict)}
+    loose = {key: value for key, value in config.items() if key not in sections}
+    titled = ([("general", loose)] if loose else []) + list(sections.items())
+    return [(name, [(k, _setting_text(v)) for k, v in s.items()]) for name, s in titled if s]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Rows of dotted key and text, one a leaf."""
+    rows = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            rows += _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            rows.append((prefix + key, ", ".join(map(_setting_text, value)) or "none"))
+        else:
+            rows.append((prefix + key, _setting_text(value)))
+    return rows
+
+
+def _dataset_text(run: Run) -> str:
+    """The dataset in one phrase; empty where the run has no summary."""
+    if not run.summary.get("dataset"):
+        return ""
+    counts = [f"{_number(n)} {split} images" for split, n in run.summary["counts"].items()]
+    return ", ".join(
+        [str(run.summary["dataset"]), f"{_number(run.summary['classes'])} classes", *counts]
+    )
+
+
+def _render(runs: list[Run]) -> str:
+    loader = jinja2.FileSystemLoader(TEMPLATES)
+    environment = jinja2.Environment(
+        loader=loader,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    pages = [
+        {
+            "name": run.name,
+            "result": _result(run),
+            "dataset": _dataset_text(run),
+            "config": _config_tables(run.config),
+            "environment": _flat(run.environment),
+            "predictions": run.predictions,
+        }
+        for run in runs
+    ]
+    return environment.get_template("report.html.j2").render(
+        runs=pages,
+        plots=[_plot(runs, *metric) for metric in METRICS],
+        splits=SPLITS,
+        palette=PALETTE,
+        markers=MARKERS,
+        area={"left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM},
+        size=(PLOT_WIDTH, PLOT_HEIGHT),
+        percent=_percent,
+        now=datetime.now(UTC),
+        version=__version__,
+    )
+
+
+def _write_whole(out: Path, page: str) -> None:
+    # Not tempfile: its files are readable to their owner alone, and a report is to be passed on.
+    temporary = out.parent / f".fastlab-report-{os.getpid()}.tmp"
+    try:
+        # A lone surrogate is valid JSON but not valid UTF-8.
+        temporary.write_bytes(page.encode(errors="replace"))
+        os.replace(temporary, out)
+    except OSError as error:
+        raise UserError(
+            f"{out}: cannot be written ({error.strerror}): choose a file in a writable folder"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
