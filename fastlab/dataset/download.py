@@ -219,18 +219,34 @@ class _Patience:
         time.sleep(wait)
 
 
-class _RangeRefusal(urllib.request.BaseHandler):
-    """Hands a 416 answer back as a response: its Content-Range tells the size."""
+class _Answers(urllib.request.HTTPRedirectHandler):
+    """Follows redirects, and hands back a 416 as a response: its Content-Range tells the size."""
+
+    def http_error_302(
+        self,
+        req: urllib.request.Request,
+        fp: http.client.HTTPResponse,
+        code: int,
+        msg: str,
+        headers: http.client.HTTPMessage,
+    ) -> http.client.HTTPResponse | None:
+        try:
+            return super().http_error_302(req, fp, code, msg, headers)
+        except ValueError:  # an address it can't parse: urllib then leaves the socket open
+            fp.close()
+            raise
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
     def http_error_416(
         self,
-        request: urllib.request.Request,
-        response: http.client.HTTPResponse,
+        req: urllib.request.Request,
+        fp: http.client.HTTPResponse,
         code: int,
-        message: str,
+        msg: str,
         headers: http.client.HTTPMessage,
     ) -> http.client.HTTPResponse:
-        return response
+        return fp
 
 
 def _opener() -> urllib.request.OpenerDirector:
@@ -241,10 +257,9 @@ def _opener() -> urllib.request.OpenerDirector:
         urllib.request.UnknownHandler,
         urllib.request.HTTPHandler,
         urllib.request.HTTPSHandler,
-        urllib.request.HTTPRedirectHandler,
+        _Answers,
         urllib.request.HTTPErrorProcessor,
         urllib.request.HTTPDefaultErrorHandler,
-        _RangeRefusal,
     )
     for handler in handlers:
         opener.add_handler(handler())

@@ -1,0 +1,1 @@
+"""How images reach the device: one file an engine, one contract, one augmentation module."""
