@@ -1,0 +1,97 @@
+"""Checkpoints: whole or absent, and enough of them to go on bit for bit.
+
+``checkpoints/step-00001234/`` holds `model.safetensors`, `state.pt` (optimizer, schedule, sums,
+position) and a `rank-N.pt` for each process (random state, running statistics). A directory is
+written under another name and renamed; the newest whole one is the last. ``best.safetensors`` holds
+the weights with the best validation top-1.
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fastlab.errors import UserError
+
+
+def save(
+    folder: Path, step: int, model: nn.Module, state: dict[str, Any], accelerator: Any
+) -> None:
+    """Write the checkpoint of `step` and drop older ones. Every process calls this."""
+    partial, target = folder / "partial", folder / f"step-{step:08d}"
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    torch.save(_rank_state(model), partial / f"rank-{accelerator.process_index}.pt")
+    if accelerator.is_main_process:
+        save_weights(model, partial / "model.safetensors")
+        torch.save(state, partial / "state.pt")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+        for other in folder.glob("step-*"):
+            if other != target:
+                shutil.rmtree(other)
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """safetensors, in place of `path` at once."""
+    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial)
+    os.replace(partial, path)
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Raises `UserError` where the file is missing, damaged or of another model."""
+    try:
+        model.load_state_dict(load_file(path))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint; the run ended before it was written") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: damaged checkpoint ({error})") from None
+    except RuntimeError:
+        raise UserError(f"{path}: holds weights of another model") from None
+
+
+def last(folder: Path) -> Path | None:
+    """The newest whole checkpoint, or None."""
+    return max(folder.glob("step-*"), default=None)
+
+
+def load(path: Path, model: nn.Module, rank: int) -> dict[str, Any]:
+    """Restore weights, running statistics and random state; return the rest.
+
+    On another number of processes than wrote it, a process without a state of its own keeps the
+    main one's statistics and its fresh random state. Raises `UserError` for a damaged checkpoint.
+    """
+    load_weights(model, path / "model.safetensors")
+    try:
+        own = path / f"rank-{rank}.pt"
+        if own.exists():
+            _restore_rank(model, torch.load(own, weights_only=True))
+        return torch.load(path / "state.pt", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds on damaged bytes
+        raise UserError(f"{path}: damaged checkpoint ({error})") from None
+
+
+def _rank_state(model: nn.Module) -> dict[str, Any]:
+    state = {"cpu": torch.get_rng_state(), "buffers": dict(model.named_buffers())}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _restore_rank(model: nn.Module, state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    for name, buffer in model.named_buffers():
+        buffer.copy_(state["buffers"][name])

@@ -1,0 +1,60 @@
+"""Sums of loss and hits: kept on the device, reduced once over all processes."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of a whole split, over all processes."""
+
+    loss: float
+    """Mean cross-entropy, nats an image, without label smoothing."""
+    correct1: int
+    correct5: int
+    images: int
+
+    @property
+    def top1(self) -> float:
+        return self.correct1 / self.images
+
+    @property
+    def top5(self) -> float:
+        return self.correct5 / self.images
+
+
+class Sums:
+    """Running [loss, top-1 hits, top-5 hits, images], float64, on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.values = torch.zeros(4, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def add(self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> None:
+        """`logits` [b, classes], `labels` [b], `mask` [b]: False is not counted. No host sync."""
+        self.values += batch_sums(logits, labels, mask)
+
+    def reduce(self, accelerator: Accelerator) -> Figures:
+        """The figures over all processes, the same on each."""
+        loss, top1, top5, images = accelerator.reduce(self.values.clone(), "sum").tolist()
+        return Figures(loss / max(images, 1), int(top1), int(top5), int(images))
+
+
+def batch_sums(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """[4] float64: cross-entropy, top-1 hits, top-5 hits and images of one batch.
+
+    A label is hit at k where fewer than k other classes score higher, or as high with a lower
+    index; so ties cannot count twice.
+    """
+    logits = logits.float()
+    loss = F.cross_entropy(logits, labels, reduction="none")
+    own = logits.gather(1, labels[:, None])
+    index = torch.arange(logits.shape[1], device=logits.device)
+    ahead = (logits > own) | ((logits == own) & (index < labels[:, None]))
+    # A logit that is not a number is no hit.
+    rank = torch.where(own[:, 0].isnan(), logits.shape[1], ahead.sum(dim=1))
+    columns = torch.stack([loss, rank < 1, rank < 5, torch.ones_like(loss)]).double()
+    return torch.where(mask, columns, 0).sum(dim=1)

@@ -1,0 +1,48 @@
+"""The reference report's CNNs."""
+
+import torch
+from torch import nn
+
+from fastlab.config import ModelConfig
+from fastlab.models.resnet import norm
+
+
+def _convolution(config: ModelConfig, inputs: int, outputs: int, size: int) -> list[nn.Module]:
+    return [
+        nn.Conv2d(inputs, outputs, size, padding=size // 2),
+        nn.Dropout(config.dropout_conv),
+        norm(config, outputs),
+        nn.ReLU(),
+    ]
+
+
+class CNN(nn.Module):
+    """CNN-8, 10 and 12 of the report, with 3, 4 and 5 stages.
+
+    A 5x5 convolution to w channels and a max pool; stages of two 3x3 convolutions, the first of
+    which doubles the width, and a max pool; average pool; a hidden layer (256 for three stages,
+    twice that with each further one, scaled with w); the classifier. Takes [b, 3, H, W], returns
+    logits [b, classes].
+    """
+
+    def __init__(self, config: ModelConfig, classes: int, *, stages: int) -> None:
+        super().__init__()
+        width = config.width
+        layers = [*_convolution(config, 3, width, 5), nn.MaxPool2d(2)]
+        for stage in range(stages):
+            inputs, outputs = width << stage, width << (stage + 1)
+            layers += _convolution(config, inputs, outputs, 3)
+            layers += _convolution(config, outputs, outputs, 3)
+            layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers)
+        hidden = 4 * width << (stages - 3)
+        self.head = nn.Sequential(
+            nn.Dropout(config.dropout_fc),
+            nn.Linear(width << stages, hidden),
+            nn.ReLU(),
+            nn.Dropout(config.dropout_fc),
+            nn.Linear(hidden, classes),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.features(x).mean(dim=(2, 3)))

@@ -1,0 +1,90 @@
+"""Batch normalisation over all processes, on any device."""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+def synchronise(model: nn.Module) -> nn.Module:
+    """Replace each `BatchNorm2d` by one that takes its statistics over all processes."""
+    for name, child in model.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(model, name, _synchronised(child))
+        else:
+            synchronise(child)
+    return model
+
+
+def _synchronised(norm: nn.BatchNorm2d) -> nn.Module:
+    other = SyncBatchNorm(norm.num_features, norm.eps, norm.momentum, norm.affine)
+    other.load_state_dict(norm.state_dict())
+    return other
+
+
+class SyncBatchNorm(nn.SyncBatchNorm):
+    """torch's own on accelerators; on a CPU, where torch has none, the same arithmetic by gloo.
+
+    Every process must hold equally many values, as fastlab's batches do.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.device.type != "cpu" or not self.training or not dist.is_initialized():
+            if x.device.type == "cpu":
+                return nn.functional.batch_norm(
+                    x,
+                    self.running_mean,
+                    self.running_var,
+                    self.weight,
+                    self.bias,
+                    self.training,
+                    self.momentum,
+                    self.eps,
+                )
+            return super().forward(x)
+        out, mean, var, count = _SyncNorm.apply(x, self.weight, self.bias, self.eps)
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
+        return out
+
+
+def _channel_sum(x: torch.Tensor) -> torch.Tensor:
+    return x.float().sum(dim=(0, 2, 3))
+
+
+def _reduced_mean(total: torch.Tensor, count: int) -> torch.Tensor:
+    dist.all_reduce(total)
+    return total / count
+
+
+class _SyncNorm(torch.autograd.Function):
+    """Two passes, mean first, so that no cancellation makes the statistics differ from one
+    process's. The gradient is that of batch normalisation (Ioffe and Szegedy, 2015)."""
+
+    @staticmethod
+    @torch.compiler.disable
+    def forward(ctx, x, weight, bias, eps):
+        count = x.numel() // x.shape[1] * dist.get_world_size()
+        mean = _reduced_mean(_channel_sum(x), count)
+        centred = x.float() - mean[:, None, None]
+        var = _reduced_mean(_channel_sum(centred * centred), count)
+        scale = torch.rsqrt(var + eps)
+        normal = centred * scale[:, None, None]
+        ctx.save_for_backward(normal, weight, scale)
+        ctx.count = count
+        ctx.mark_non_differentiable(mean, var)
+        out = normal * weight[:, None, None] + bias[:, None, None]
+        return out.to(x.dtype), mean, var, count
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        normal, weight, scale = ctx.saved_tensors
+        grad = grad.float()
+        # The local sums are this process's share; the gradient reduction adds the others'.
+        grad_bias, grad_weight = _channel_sum(grad), _channel_sum(grad * normal)
+        shared = torch.stack([grad_bias, grad_weight])
+        mean_grad, mean_product = _reduced_mean(shared.clone(), ctx.count)[:, :, None, None]
+        factor = (weight * scale)[:, None, None]
+        grad_x = factor * (grad - mean_grad - normal * mean_product)
+        return grad_x, grad_weight, grad_bias, None

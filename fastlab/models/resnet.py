@@ -1,0 +1,120 @@
+"""The reference report's ResNets, and the usual ResNet-18 for 64x64 images."""
+
+import torch
+from torch import nn
+
+from fastlab.config import ModelConfig
+
+
+def norm(config: ModelConfig, channels: int) -> nn.Module:
+    return nn.BatchNorm2d(channels) if config.batch_norm else nn.Identity()
+
+
+class Block(nn.Module):
+    """Residual block of the report: its shortcut is always a 1x1 convolution."""
+
+    def __init__(self, config: ModelConfig, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1)
+        self.dropout1 = nn.Dropout(config.dropout_conv)
+        self.norm1 = norm(config, outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.norm2 = norm(config, outputs)
+        self.shortcut = None
+        if config.shortcuts:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride), norm(config, outputs)
+            )
+        self.dropout2 = nn.Dropout(config.dropout_conv)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = torch.relu(self.norm1(self.dropout1(self.conv1(x))))
+        out = self.norm2(self.conv2(out))
+        if self.shortcut is not None:
+            out = out + self.shortcut(x)
+        return torch.relu(self.dropout2(out))
+
+
+class ResNet(nn.Module):
+    """ResNet-11, 15 and 19 of the report, with 5, 7 and 9 blocks of two convolutions each.
+
+    The report lists the blocks of ResNet-11 alone: widths w, 2w, 2w, 4w, 4w, stride 2 where the
+    width doubles. Deeper ones extend the pattern: a doubling block, then one that keeps its width.
+    Takes [b, 3, H, W], returns logits [b, classes].
+    """
+
+    def __init__(self, config: ModelConfig, classes: int, *, blocks: int) -> None:
+        super().__init__()
+        width = config.width
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, width, 5, padding=2),
+            nn.Dropout(config.dropout_stem),
+            norm(config, width),
+            nn.ReLU(),
+            nn.MaxPool2d(3, stride=2, padding=1),
+        )
+        widths = [width * 2 ** ((i + 1) // 2) for i in range(blocks)]
+        self.blocks = nn.Sequential(
+            *(
+                Block(config, inputs, outputs, 1 if inputs == outputs else 2)
+                for inputs, outputs in zip([width, *widths[:-1]], widths, strict=True)
+            )
+        )
+        self.dropout = nn.Dropout(config.dropout_fc)
+        self.fc = nn.Linear(widths[-1], classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.blocks(self.stem(x))
+        return self.fc(self.dropout(x.mean(dim=(2, 3))))
+
+
+class BasicBlock(nn.Module):
+    """Basic block of He et al., 2015: the shortcut is the identity where shapes agree."""
+
+    def __init__(self, config: ModelConfig, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=not config.batch_norm)
+        self.norm1 = norm(config, outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=not config.batch_norm)
+        self.norm2 = norm(config, outputs)
+        self.dropout = nn.Dropout(config.dropout_conv)
+        self.shortcut = nn.Identity() if config.shortcuts else None
+        if config.shortcuts and (stride != 1 or inputs != outputs):
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=not config.batch_norm),
+                norm(config, outputs),
+            )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.dropout(torch.relu(self.norm1(self.conv1(x))))
+        out = self.norm2(self.conv2(out))
+        if self.shortcut is not None:
+            out = out + self.shortcut(x)
+        return torch.relu(out)
+
+
+class ResNet18(nn.Module):
+    """ResNet-18 (He et al., 2015) with a 3x3 stem of stride 1 and no max pool, as is usual at
+    64x64. Takes [b, 3, H, W], returns logits [b, classes]."""
+
+    def __init__(self, config: ModelConfig, classes: int) -> None:
+        super().__init__()
+        width = config.width
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, width, 3, padding=1, bias=not config.batch_norm),
+            norm(config, width),
+            nn.ReLU(),
+            nn.Dropout(config.dropout_stem),
+        )
+        widths = [width, width, *(width * 2 ** (i // 2) for i in range(2, 8))]
+        strides = [1, 1, 2, 1, 2, 1, 2, 1]
+        inputs = [width, *widths[:-1]]
+        self.blocks = nn.Sequential(
+            *(BasicBlock(config, *sizes) for sizes in zip(inputs, widths, strides, strict=True))
+        )
+        self.dropout = nn.Dropout(config.dropout_fc)
+        self.fc = nn.Linear(widths[-1], classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.blocks(self.stem(x))
+        return self.fc(self.dropout(x.mean(dim=(2, 3))))

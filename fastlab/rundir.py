@@ -1,0 +1,137 @@
+"""The run directory: what a training leaves behind, and all that reports read."""
+
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastlab import config as configs
+from fastlab.config import Config
+from fastlab.errors import UserError
+
+_PACKAGES = ("torch", "torchvision", "accelerate", "numpy", "numba", "triton", "safetensors")
+
+
+class RunDir:
+    """Paths and records of one run. Only the main process writes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.toml"
+        self.environment = path / "environment.json"
+        self.summary = path / "summary.json"
+        self.metrics = path / "metrics.jsonl"
+        self.predictions = path / "predictions.json"
+        self.checkpoints = path / "checkpoints"
+        self.best = self.checkpoints / "best.safetensors"
+        self.tensorboard = path / "tensorboard"
+
+    def create(self, config: Config, processes: int) -> None:
+        """Raises `UserError` where the directory holds something already or cannot be written."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if any(self.path.iterdir()):
+                raise UserError(
+                    f"{self.path}: is not empty; go on with --resume {self.path}, or choose "
+                    f"another --out"
+                )
+            self.checkpoints.mkdir()
+            _write_json(self.environment, environment(processes))
+            # Last: a directory with a configuration is a run.
+            write_atomically(self.config, configs.dump(config))
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from None
+
+    def load_config(self) -> Config:
+        if not self.config.is_file():
+            raise UserError(f"{self.path}: not a run directory (no config.toml)")
+        return configs.load(self.config)
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        line = json.dumps({key: _finite(value) for key, value in record.items()})
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def keep_metrics(self, epochs: int) -> None:
+        """Drop what was written after the checkpoint of `epochs` whole epochs."""
+        lines = self.metrics.read_text(encoding="utf-8").splitlines() if epochs else []
+        write_atomically(self.metrics, "".join(line + "\n" for line in lines[:epochs]))
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        _write_json(self.summary, summary)
+
+    def write_predictions(self, predictions: list[dict[str, Any]]) -> None:
+        _write_json(self.predictions, predictions)
+
+
+def environment(processes: int) -> dict[str, Any]:
+    """Date, command, machine and versions: what a figure must carry to be believed."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv),
+        "machine": {
+            "cpu": _cpu_name(),
+            "cores": len(os.sched_getaffinity(0)),
+            "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+            "gpus": gpus,
+        },
+        "versions": {"python": platform.python_version(), **_versions()},
+        "processes": processes,
+        "git": _git_revision(),
+    }
+
+
+def write_atomically(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _git_revision() -> str | None:
+    """Of the checkout that holds this package; None where it is installed."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip() or None

@@ -1,0 +1,204 @@
+"""The default pipeline: the decoded array, on the device where it fits, gathered and augmented there.
+
+Where it does not fit (or on a CPU, where host memory is the device) the array stays mapped into
+memory: threads gather and augment ahead of use, and an accelerator gets pinned copies.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastlab.config import AugmentConfig, DataConfig
+from fastlab.dataset.manifest import Manifest
+from fastlab.errors import UserError
+from pipelines.augment import (
+    Augmenter,
+    augment_on_cpu,
+    augment_on_device,
+    epoch_key,
+    make_augmenter,
+)
+from pipelines.base import (
+    Batch,
+    Shard,
+    epoch_order,
+    eval_rows,
+    eval_steps,
+    train_rows,
+)
+
+# Of the device's free memory, what the images of one split may take.
+_SHARE = 0.5
+
+
+class ResidentPipeline:
+    """One split of a dataset directory's ``array`` format, for one process.
+
+    Training epochs are permutations of whole batches (the rest of the split, less than a batch,
+    is left out and differs from epoch to epoch); evaluation takes each image once, in order.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        augment: AugmentConfig | None,
+        manifest: Manifest,
+        split: str,
+        *,
+        batch_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        shard: Shard = Shard(),  # noqa: B008  (frozen)
+        seed: int = 0,
+        train: bool = False,
+        compile: bool = False,
+    ) -> None:
+        """`batch_size` is over all processes. Raises `UserError` where the split has no full
+        training batch, or the dataset no ``array`` format or no such split."""
+        self._images, self._labels = open_array(Path(config.path), manifest, split)
+        self._count, self._batch_size, self._shard = len(self._labels), batch_size, shard
+        self._seed, self._train, self._device = seed, train, device
+        if train and self._count < batch_size:
+            raise UserError(
+                f"train.batch_size = {batch_size}: split {split} of {config.path} has only "
+                f"{self._count} images; take a smaller batch"
+            )
+        self._augmenter = make_augmenter(
+            augment, manifest.image_size, manifest.mean, manifest.std, dtype
+        )
+        if device.type != "cpu":
+            self._augmenter = _move(self._augmenter, device)
+        self._on_device = self._place(config.placement)
+        self._apply = torch.compile(augment_on_device) if compile else augment_on_device
+
+    def steps(self) -> int:
+        if self._train:
+            return self._count // self._batch_size
+        return eval_steps(self._count, self._batch_size, self._shard)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        key = epoch_key(self._seed, epoch)
+        order = epoch_order(self._count, self._seed, epoch) if self._train else None
+        if self._on_device is not None:
+            return self._device_batches(order, key, start)
+        return self._host_batches(order, key, start)
+
+    def _rows(self, order: np.ndarray | None, step: int) -> tuple[np.ndarray, np.ndarray]:
+        if order is None:
+            return eval_rows(self._count, step, self._batch_size, self._shard)
+        rows = train_rows(order, step, self._batch_size, self._shard)
+        return rows, np.ones(len(rows), dtype=bool)
+
+    def _place(self, placement: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(images, labels) on the accelerator, or None where batches come from the host."""
+        if self._device.type == "cpu" or placement == "stream":
+            return None
+        if placement == "auto" and self._images.nbytes > _SHARE * _free_memory(self._device):
+            return None
+        images = torch.empty(self._images.shape, dtype=torch.uint8, device=self._device)
+        for first in range(0, self._count, 8192):  # the map is read once, not copied whole first
+            block = np.array(self._images[first : first + 8192])
+            images[first : first + len(block)] = torch.from_numpy(block).to(self._device)
+        return images, torch.from_numpy(self._labels).to(self._device)
+
+    def _device_batches(self, order: np.ndarray | None, key: int, start: int) -> Iterator[Batch]:
+        images, labels = self._on_device
+        steps = range(start, self.steps())
+        if not steps:
+            return
+        # One transfer an epoch: nothing in a step waits for the host.
+        rows, masks = (
+            torch.from_numpy(np.stack(parts)).to(self._device)
+            for parts in zip(*(self._rows(order, step) for step in steps), strict=True)
+        )
+        key_tensor = torch.tensor(key, device=self._device)
+        for row, mask in zip(rows, masks, strict=True):
+            pixels = self._apply(self._augmenter, images, row, row, key_tensor)
+            yield Batch(pixels, labels[row], mask)
+
+    def _host_batches(self, order: np.ndarray | None, key: int, start: int) -> Iterator[Batch]:
+        make = self._cpu_batch if self._device.type == "cpu" else self._pinned_batch
+        jobs = (
+            lambda step=step: make(*self._rows(order, step), key)
+            for step in range(start, self.steps())
+        )
+        for batch in _ahead(jobs, _threads()):
+            yield batch if self._device.type == "cpu" else self._finish(*batch, key)
+
+    def _cpu_batch(self, rows: np.ndarray, mask: np.ndarray, key: int) -> Batch:
+        pixels = augment_on_cpu(self._augmenter, self._images, rows, rows, key)
+        return Batch(pixels, torch.from_numpy(self._labels[rows]), torch.from_numpy(mask))
+
+    def _pinned_batch(self, rows: np.ndarray, mask: np.ndarray, key: int) -> tuple:
+        pixels = torch.from_numpy(self._images[rows]).pin_memory()
+        parts = (rows, self._labels[rows], mask)
+        return pixels, *(torch.from_numpy(part).pin_memory() for part in parts)
+
+    def _finish(self, pixels, ids, labels, mask, key: int) -> Batch:
+        pixels, ids, labels, mask = (
+            part.to(self._device, non_blocking=True) for part in (pixels, ids, labels, mask)
+        )
+        rows = torch.arange(len(ids), device=self._device)
+        key_tensor = torch.tensor(key, device=self._device)
+        return Batch(
+            self._apply(self._augmenter, pixels, rows, ids, key_tensor), labels, mask
+        )
+
+
+def open_array(directory: Path, manifest: Manifest, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """(images, labels) of a split: uint8 [N, H, W, 3], mapped into memory, and int64 [N].
+
+    Raises `UserError` where the format or the split is missing, or a file does not fit it.
+    """
+    if "array" not in manifest.formats:
+        raise UserError(f"{directory}: has no array format; convert with --formats array")
+    if split not in manifest.splits:
+        known = ", ".join(manifest.splits)
+        raise UserError(f"{directory}: has no split {split!r}; it has: {known}")
+    folder = directory / "array"
+    try:
+        images = np.load(folder / f"{split}-images.npy", mmap_mode="r", allow_pickle=False)
+        labels = np.load(folder / f"{split}-labels.npy", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: damaged ({error}); convert again with --force") from None
+    count, side = manifest.splits[split].images, manifest.image_size
+    if images.shape != (count, side, side, 3) or images.dtype != np.uint8:
+        raise UserError(f"{folder}: {split}-images.npy does not fit manifest.json; convert again")
+    in_range = len(labels) == count and labels.min() >= 0 and labels.max() < len(manifest.classes)
+    if not in_range or labels.dtype != np.int64:
+        raise UserError(f"{folder}: {split}-labels.npy does not fit manifest.json; convert again")
+    return images, labels
+
+
+def _ahead(jobs: Iterator[Callable], threads: int) -> Iterator:
+    """Results of `jobs` in order, computed by `threads` ahead of use."""
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="resident")
+    waiting: deque[Future] = deque()
+    try:
+        for job in jobs:
+            waiting.append(pool.submit(job))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:  # also where the epoch is left early
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _threads() -> int:
+    return min(4, len(os.sched_getaffinity(0)))
+
+
+def _free_memory(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def _move(augmenter: Augmenter, device: torch.device) -> Augmenter:
+    from dataclasses import replace
+
+    return replace(augmenter, table=augmenter.table.to(device))
