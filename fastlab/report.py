@@ -22,17 +22,18 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 MISSING = "—"
 
-# Eight hues after Okabe and Ito, each shade chosen for contrast on the page's own background.
-# Five marker shapes beside eight colours tell 40 runs apart, also where colours are not seen.
+# Any two differ by 23 or more in CIELAB, for normal sight and simulated deuteranopia, protanopia
+# and tritanopia; contrast on the page is at least 3.2 (light) and 4.5 (dark). Five marker shapes
+# beside eight colours tell 40 runs apart.
 PALETTE = (  # (light page, dark page)
-    ("#0072b2", "#4aa8e8"),
-    ("#d55e00", "#ff8f4a"),
-    ("#00805c", "#2fcf9f"),
-    ("#b8478c", "#f09ccd"),
-    ("#7a6200", "#ecd94f"),
-    ("#4b3a9b", "#a99cf5"),
-    ("#555555", "#d2d2d2"),
-    ("#2f93c4", "#8fdcf8"),
+    ("#00528f", "#71a8f5"),
+    ("#dc6600", "#e87030"),
+    ("#459e5f", "#12e198"),
+    ("#ca6d9c", "#c7699d"),
+    ("#65400c", "#ffdc44"),
+    ("#251384", "#776eef"),
+    ("#2e2e27", "#f7edec"),
+    ("#0798dd", "#b7d4fb"),
 )
 MARKERS = (  # SVG paths around the origin
     "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0Z",
@@ -41,11 +42,11 @@ MARKERS = (  # SVG paths around the origin
     "M0-5L5 0L0 5L-5 0Z",
     "M0 4.8L4.6-3.4H-4.6Z",
 )
-MARKS_PER_CURVE = 16
+MARKS_PER_CURVE = 10
 
 # The plotting area in the SVG's own units, 480 x 300 with room for the axes' labels.
 PLOT_WIDTH, PLOT_HEIGHT = 480, 300
-LEFT, RIGHT, TOP, BOTTOM = 54, 468, 12, 254
+LEFT, RIGHT, TOP, BOTTOM = 54, 462, 12, 254
 
 METRICS = (  # (suffix in metrics.jsonl, title, unit, scale from file to page, decimals)
     ("loss", "Loss", "mean cross-entropy", 1, 4),
@@ -293,26 +294,19 @@ def _seconds(run: Run) -> float | None:
     return sum(measured) if measured else None
 
 
-def _setting(run: Run, key: str) -> Any:
-    """The first setting of that name in any section of the configuration, or None."""
-    sections = [section for section in run.config.values() if isinstance(section, dict)]
-    return next((section[key] for section in sections if key in section), None)
-
-
-def _model_name(run: Run) -> str:
-    model = run.config.get("model")
-    return str(model.get("name", MISSING)) if isinstance(model, dict) else str(model or MISSING)
+def _setting(run: Run, section: str, key: str) -> str:
+    values = run.config.get(section)
+    return _setting_text(values.get(key)) if isinstance(values, dict) else MISSING
 
 
 def _result(run: Run) -> dict[str, str]:
     """The run's row in the results table, each value as text."""
     best = _best_epoch(run) or dict.fromkeys(("epoch", *EPOCH_KEYS))
     classes = run.summary.get("classes")
-    planned = _setting(run, "epochs")
     return {
-        "model": _model_name(run),
+        "model": _setting(run, "model", "name"),
         "parameters": _number(run.summary.get("parameters")),
-        "epochs": f"{run.epochs[-1]['epoch']} of {MISSING if planned is None else planned}",
+        "epochs": f"{run.epochs[-1]['epoch']} of {_setting(run, 'train', 'epochs')}",
         "best_top1": _percent(best["val_top1"]),
         "best_epoch": _number(best["epoch"]),
         "best_top5": _percent(best["val_top5"]),
@@ -329,8 +323,8 @@ def _number(value: float | None, decimals: int = 0) -> str:
     return MISSING if value is None else f"{value:,.{decimals}f}"
 
 
-def _percent(fraction: float | None) -> str:
-    return _number(None if fraction is None else 100 * fraction, 2)
+def _percent(fraction: float | None, decimals: int = 2) -> str:
+    return _number(None if fraction is None else 100 * fraction, decimals)
 
 
 def _duration(seconds: float | None) -> str:
@@ -424,7 +418,8 @@ def _curve(run: int, split: str, points: list[tuple[float, float | None]]) -> Cu
             segments[-1].append((x, y))
     segments = [segment for segment in segments if segment]
     stride = math.ceil(len(points) / MARKS_PER_CURVE)
-    marks = [p for segment in segments for p in (*segment[:-1:stride], segment[-1])]
+    # Each run starts at another epoch, so that the marks of curves close together stay apart.
+    marks = [p for s in segments for p in (*s[run % stride : -1 : stride], s[-1])]
     lines = [" ".join(f"{x:g},{y:g}" for x, y in segment) for segment in segments]
     return Curve(run, split, lines, marks)
 
@@ -465,7 +460,9 @@ def _plot(runs: list[Run], metric: str, title: str, unit: str, scale: int, digit
         left, right = max(x(number - 0.5), LEFT), min(x(number + 0.5), RIGHT)
         return left, round(right - left, 2), tooltip(number)
 
-    last = ", ".join(f"{r.name} {text(i, 'val', r.epochs[-1]['epoch'])}" for i, r in enumerate(runs))
+    last = ", ".join(
+        f"{r.name} {text(i, 'val', r.epochs[-1]['epoch'])}" for i, r in enumerate(runs)
+    )
     step = value_ticks[1] - value_ticks[0]
     return Plot(
         metric=metric,

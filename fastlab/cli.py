@@ -1,0 +1,216 @@
+"""The `fastlab` command: arguments in, calls out. What a command needs is imported when it runs,
+so that ``--help`` is instant."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import fastlab
+from fastlab.errors import UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="fastlab", description=fastlab.__doc__)
+    parser.add_argument("--version", action="version", version=f"fastlab {fastlab.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (
+        _add_download,
+        _add_synth,
+        _add_convert,
+        _add_inspect,
+        _add_train,
+        _add_evaluate,
+        _add_predict,
+        _add_report,
+    ):
+        add(commands)
+    args = parser.parse_args(argv)
+    return run_command(args.call, args)
+
+
+def run_command(call: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int:
+    """Run `call`; a user's mistake becomes one line on standard error and exit status 2."""
+    try:
+        return call(args) or 0
+    except UserError as error:
+        print(f"fastlab: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fastlab: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader left; nothing more may be written, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _add_download(commands) -> None:
+    parser = commands.add_parser("download", help="fetch the official Tiny ImageNet archive")
+    parser.add_argument("out", help="a directory, or the file to write")
+    parser.add_argument("--url", help="another address")
+    parser.add_argument("--sha256", help="checksum of what is at --url")
+    parser.add_argument("--force", action="store_true", help="replace an existing file")
+    parser.set_defaults(call=_download)
+
+
+def _download(args: argparse.Namespace) -> None:
+    from fastlab.dataset.download import TINY_IMAGENET, download
+
+    download(args.out, args.url or TINY_IMAGENET.url, args.sha256, force=args.force)
+
+
+def _add_synth(commands) -> None:
+    parser = commands.add_parser("synth", help="write a generated, learnable dataset")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--classes", type=int, default=10)
+    parser.add_argument("--per-class", type=int, default=100, help="training images a class")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--force", action="store_true", help="replace an existing directory")
+    parser.set_defaults(call=_synth)
+
+
+def _synth(args: argparse.Namespace) -> None:
+    from fastlab.dataset.synth import synthesise
+
+    synthesise(args.out, args.classes, args.per_class, args.seed, args.force)
+    print(f"{args.out}: {args.classes} classes of {args.per_class} training images")
+
+
+def _add_convert(commands) -> None:
+    parser = commands.add_parser("convert", help="originals to a dataset directory, decoded once")
+    parser.add_argument(
+        "source",
+        type=Path,
+        help="Tiny ImageNet (directory, .zip, .tar, .tar.xz) or an image folder",
+    )
+    parser.add_argument("out", type=Path, help="dataset directory to write")
+    parser.add_argument("--formats", default="array", help="separated by commas (default: array)")
+    parser.add_argument("--workers", type=int, default=0, help="default: one for each core")
+    parser.add_argument("--classes", default="", help="the first N classes, or ids with commas")
+    parser.add_argument("--limit-per-class", type=int, default=0, metavar="N")
+    parser.add_argument("--image-size", type=int, default=64, metavar="S", help="side, pixels")
+    parser.add_argument(
+        "--holdout",
+        type=int,
+        default=0,
+        metavar="N",
+        help="take N images a class out of train as val; the official val becomes test",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the held-out choice")
+    parser.add_argument("--force", action="store_true", help="replace another dataset")
+    parser.set_defaults(call=_convert)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from fastlab.dataset.convert import Options, convert
+    from fastlab.dataset.view import table
+
+    options = Options(
+        formats=tuple(args.formats.split(",")),
+        workers=args.workers,
+        classes=args.classes,
+        limit_per_class=args.limit_per_class,
+        image_size=args.image_size,
+        holdout=args.holdout,
+        seed=args.seed,
+        force=args.force,
+    )
+    manifest, written = convert(args.source, args.out, options)
+    if not written:
+        print(f"{args.out}: holds this already, nothing to do")
+    print(table(manifest))
+
+
+def _add_inspect(commands) -> None:
+    parser = commands.add_parser("inspect", help="say what a dataset directory holds")
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--json", action="store_true", help="print the manifest")
+    parser.add_argument("--verify", action="store_true", help="read every file, check its hash")
+    parser.add_argument("--show", type=Path, metavar="FILE.png", help="draw a grid of samples")
+    parser.set_defaults(call=_inspect)
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from fastlab.dataset.manifest import check_hashes, check_sizes, read_manifest
+    from fastlab.dataset.view import draw_samples, table
+
+    manifest = read_manifest(args.directory)
+    check_sizes(args.directory, manifest)
+    verified = check_hashes(args.directory, manifest) if args.verify else 0
+    print(manifest.to_json() if args.json else table(manifest))
+    if args.verify:
+        print(f"verified: {verified} files agree with their hashes", file=sys.stderr)
+    if args.show:
+        draw_samples(args.directory, manifest, args.show)
+        print(f"samples: {args.show}", file=sys.stderr)
+
+
+def _add_train(commands) -> None:
+    parser = commands.add_parser("train", help="train a model, or go on with a run")
+    # fastlab.train's own arguments, without its imports.
+    parser.add_argument("--config", type=Path, help="a configuration, such as configs/demo.toml")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides"
+    )
+    parser.add_argument("--out", type=Path, help="run directory (default: runs/<config name>)")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with an unfinished run")
+    parser.set_defaults(call=_train)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from fastlab.train import run
+
+    return run(args)
+
+
+def _add_evaluate(commands) -> None:
+    parser = commands.add_parser("evaluate", help="loss, top-1 and top-5 of a run on a split")
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--split", default="val")
+    parser.add_argument("--checkpoint", choices=("best", "last"), default="best")
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(call=_evaluate)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from fastlab.predict import evaluate_run
+
+    print(evaluate_run(args.run, args.split, args.checkpoint, args.json))
+
+
+def _add_predict(commands) -> None:
+    parser = commands.add_parser("predict", help="the five best classes of each image")
+    parser.add_argument("run", type=Path)
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
+    parser.add_argument("--checkpoint", choices=("best", "last"), default="best")
+    parser.set_defaults(call=_predict)
+
+
+def _predict(args: argparse.Namespace) -> None:
+    from fastlab.predict import predict_images
+
+    found = predict_images(args.run, args.images, args.checkpoint)
+    for path, best in zip(args.images, found, strict=True):
+        print(path)
+        for name, probability in best:
+            print(f"  {probability:7.2%}  {name}")
+
+
+def _add_report(commands) -> None:
+    parser = commands.add_parser("report", help="curves and tables of runs as one page")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    parser.add_argument("--out", type=Path, default=Path("report.html"))
+    parser.set_defaults(call=_report)
+
+
+def _report(args: argparse.Namespace) -> None:
+    from fastlab.report import write_report
+
+    write_report(args.runs, args.out)
+    print(f"report: {args.out}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,107 @@
+"""A trained run at work: figures on a split, classes of images, samples for the report."""
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from fastlab import checkpoint, models
+from fastlab.config import Config
+from fastlab.dataset.decode import CorruptImage, decode_into
+from fastlab.dataset.manifest import Manifest, check_sizes, read_manifest
+from fastlab.errors import UserError
+from fastlab.rundir import RunDir
+from pipelines.augment import augment_on_cpu, make_augmenter
+from pipelines.resident import open_array
+
+SAMPLES = 12
+
+
+def load_run(directory: Path, which: str) -> tuple[nn.Module, Config, Manifest, torch.device]:
+    """The model of a run with its "best" or "last" weights, in evaluation mode, on the device.
+
+    Raises `UserError` where the run, its checkpoint or its dataset cannot be read.
+    """
+    run = RunDir(directory)
+    cfg = run.load_config()
+    manifest = read_manifest(Path(cfg.data.path))
+    check_sizes(Path(cfg.data.path), manifest)
+    model = models.build(cfg.model, len(manifest.classes))
+    path = run.best
+    if which == "last":
+        path = (checkpoint.last(run.checkpoints) or run.checkpoints) / "model.safetensors"
+    checkpoint.load_weights(model, path)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device).eval(), cfg, manifest, device
+
+
+def predict_images(run: Path, images: list[Path], which: str) -> list[list[tuple[str, float]]]:
+    """For each image file, its five most probable classes as (words, probability).
+
+    Raises `UserError` for a file that is missing or no image.
+    """
+    model, _, manifest, device = load_run(run, which)
+    side = manifest.image_size
+    pixels = np.empty((len(images), side, side, 3), dtype=np.uint8)
+    for path, out in zip(images, pixels, strict=True):
+        try:
+            decode_into(path.read_bytes(), out)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        except CorruptImage as error:
+            raise UserError(f"{path}: not an image ({error})") from None
+    return [
+        [(p["name"], p["probability"]) for p in best]
+        for best in _top5(model, pixels, manifest, device)
+    ]
+
+
+def sample_predictions(
+    model: nn.Module, cfg: Config, manifest: Manifest, device: torch.device
+) -> list[dict[str, Any]]:
+    """Some validation images, evenly spaced, as PNG, with their classes and the predicted ones."""
+    images, labels = open_array(Path(cfg.data.path), manifest, "val")
+    rows = np.unique(np.linspace(0, len(images) - 1, SAMPLES).astype(np.int64))
+    pixels = np.array(images[rows])
+    return [
+        {
+            "png": _png(image),
+            "label": manifest.classes[label].words,
+            "predicted": best,
+        }
+        for image, label, best in zip(
+            pixels, labels[rows], _top5(model, pixels, manifest, device), strict=True
+        )
+    ]
+
+
+@torch.no_grad()
+def _top5(
+    model: nn.Module, pixels: np.ndarray, manifest: Manifest, device: torch.device
+) -> list[list[dict[str, Any]]]:
+    augmenter = make_augmenter(
+        None, manifest.image_size, manifest.mean, manifest.std, torch.float32
+    )
+    rows = np.arange(len(pixels))
+    batch = augment_on_cpu(augmenter, pixels, rows, rows, key=0).to(device)
+    model.eval()
+    probabilities = model(batch).float().softmax(dim=1).cpu()
+    values, indices = probabilities.topk(min(5, probabilities.shape[1]), dim=1)
+    return [
+        [
+            {"name": manifest.classes[index].words, "probability": value}
+            for index, value in zip(row, best, strict=True)
+        ]
+        for row, best in zip(indices.tolist(), values.tolist(), strict=True)
+    ]
+
+
+def _png(image: np.ndarray) -> str:
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, format="PNG", optimize=True)
+    return base64.b64encode(stream.getvalue()).decode("ascii")

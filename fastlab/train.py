@@ -1,0 +1,504 @@
+"""Train one classifier.
+
+    accelerate launch fastlab/train.py --config configs/resnet11.toml    # one or many devices
+    fastlab train --config configs/demo.toml --set train.epochs=3        # one process
+    fastlab train --resume runs/resnet11                                 # go on where it stopped
+
+    # two processes on a CPU (accelerate launch --cpu starts one, whatever --num_processes says)
+    ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 fastlab/train.py --config configs/demo.toml
+"""
+
+import argparse
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import set_seed
+from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from tqdm import tqdm
+
+from fastlab import checkpoint, config, models
+from fastlab.config import Config
+from fastlab.dataset.manifest import Manifest, check_sizes, read_manifest
+from fastlab.errors import UserError
+from fastlab.metrics import Figures, Sums
+from fastlab.optim import WeightAverage, make_optimizer, make_schedule
+from fastlab.predict import sample_predictions
+from fastlab.rundir import RunDir
+from pipelines import make_pipeline
+from pipelines.base import Batch, Pipeline, Shard
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Steps of a process that compile, tune and fill caches: not counted in images/s.
+_WARMUP_STEPS = 5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, help="a configuration, such as configs/demo.toml")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        dest="overrides",
+        help="override one value; may be repeated",
+    )
+    parser.add_argument("--out", type=Path, help="run directory (default: runs/<config name>)")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with an unfinished run")
+
+
+@dataclass
+class Progress:
+    """Where a training stands: with the tensors, all that resuming needs."""
+
+    epoch: int = 0
+    """Whole epochs done."""
+    step: int = 0
+    """Steps done in the epoch under way."""
+    best_top1: float = -1.0
+    best_epoch: int = 0
+    seconds: float = 0.0
+    """Of training and evaluation, over all resumptions."""
+    rates: list[float] = field(default_factory=list)
+    """images/s of each epoch."""
+
+
+class Stop(Exception):
+    """A signal asked for a clean end; `number` says which."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+class Trainer:
+    """One run: everything that lives from its first step to its last."""
+
+    def __init__(self, cfg: Config, run: RunDir, accelerator: Accelerator) -> None:
+        self.cfg, self.run, self.accelerator = cfg, run, accelerator
+        self.device = accelerator.device
+        manifest = open_dataset(cfg)
+        self.manifest = manifest
+        self.train_data = self._pipeline("train", train=True)
+        self.val_data = self._pipeline("val", train=False)
+        self.model = models.build(cfg.model, len(manifest.classes))
+        self.parameters = models.count_parameters(self.model)
+        self.net, self.optimizer = self._prepare()
+        steps = cfg.train.epochs * self.train_data.steps()
+        self.schedule = make_schedule(cfg.schedule, self.optimizer.optimizer, steps)
+        self.average = WeightAverage(self.model, cfg.train.ema) if cfg.train.ema else None
+        self.sums = Sums(self.device)
+        self.progress = Progress()
+        self.wanted_stop = 0
+
+    def _pipeline(self, split: str, train: bool) -> Pipeline:
+        cfg, accelerator = self.cfg, self.accelerator
+        return make_pipeline(
+            cfg.data,
+            cfg.augment if train else None,
+            self.manifest,
+            split,
+            batch_size=cfg.train.batch_size if train else cfg.train.eval_batch_size,
+            device=self.device,
+            dtype=DTYPES[cfg.train.precision],
+            shard=Shard(accelerator.process_index, accelerator.num_processes),
+            seed=cfg.train.seed,
+            train=train,
+            compile=cfg.train.compile,
+        )
+
+    def _prepare(self) -> tuple[nn.Module, Any]:
+        """Memory format and compilation are fastlab's; placement and DDP are Accelerate's."""
+        settings, model = self.cfg.train, self.model
+        model.to(self.device)
+        if settings.channels_last:
+            model.to(memory_format=torch.channels_last)
+        optimizer = make_optimizer(self.cfg.optim, model)
+        if settings.compile:
+            # In place and inside DDP and autocast: names of weights stay as they are.
+            model.forward = torch.compile(model.forward, mode=settings.compile_mode, dynamic=False)
+        return self.accelerator.prepare(model, optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "progress": asdict(self.progress),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "average": self.average.state_dict() if self.average else None,
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+            # Of all processes: a resumed run puts it on the main one.
+            "sums": self.accelerator.reduce(self.sums.values.clone(), "sum").cpu(),
+        }
+
+    def save(self) -> None:
+        done = self.progress.epoch * self.train_data.steps() + self.progress.step
+        state = self.state_dict()
+        checkpoint.save(self.run.checkpoints, done, self.model, state, self.accelerator)
+
+    def restore(self) -> None:
+        path = checkpoint.last(self.run.checkpoints)
+        if path is not None:
+            state = checkpoint.load(path, self.model, self.accelerator.process_index)
+            self.progress = Progress(**state["progress"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            if self.average:
+                self.average.load_state_dict(state["average"])
+            if self.accelerator.scaler:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+            if self.accelerator.is_main_process:
+                self.sums.values.copy_(state["sums"])
+        if self.accelerator.is_main_process:
+            self.run.keep_metrics(self.progress.epoch)
+        self.accelerator.wait_for_everyone()
+
+    def agree_to_stop(self, step: int) -> None:
+        """Raise `Stop` where a signal reached any process. With several, all look at the same
+        steps, since none may leave the others waiting in a reduction."""
+        wanted = self.wanted_stop
+        if self.accelerator.num_processes > 1:
+            if step % self.cfg.train.log_every:
+                return
+            flag = torch.tensor([wanted], device=self.device)
+            wanted = int(self.accelerator.gather(flag).max())
+        if wanted:
+            raise Stop(wanted)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser)
+    from fastlab.cli import run_command
+
+    return run_command(run, parser.parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> int:
+    cfg, directory = resolve(args)
+    accelerator = make_accelerator(cfg)
+    with torch_settings(cfg):
+        trainer = Trainer(cfg, directory, accelerator)
+        if args.resume:
+            trainer.restore()
+        elif accelerator.is_main_process:
+            directory.create(cfg, accelerator.num_processes)
+        accelerator.wait_for_everyone()
+        try:
+            return train(trainer)
+        finally:
+            accelerator.end_training()
+
+
+def resolve(args: argparse.Namespace) -> tuple[Config, RunDir]:
+    if args.resume:
+        if args.config or args.overrides or args.out:
+            raise UserError("--resume takes the run's own configuration: drop --config, --set, --out")
+        directory = RunDir(args.resume)
+        return directory.load_config(), directory
+    if not args.config:
+        raise UserError("--config FILE is missing; such as --config configs/demo.toml")
+    out = args.out or Path("runs") / args.config.stem
+    return config.load(args.config, args.overrides), RunDir(out)
+
+
+def make_accelerator(cfg: Config) -> Accelerator:
+    precision = cfg.train.precision
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise UserError('train.precision = "fp16" needs a GPU; use "bf16" or "fp32" here')
+    # Statistics differ a little between processes in an epoch and are averaged at its end; to
+    # broadcast them at every step costs a reduction each.
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    accelerator = Accelerator(
+        mixed_precision="no" if precision == "fp32" else precision,
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=[ddp],
+    )
+    world = accelerator.num_processes
+    if cfg.train.batch_size % world:
+        raise UserError(
+            f"train.batch_size = {cfg.train.batch_size}: expected a multiple of the {world} processes"
+        )
+    return accelerator
+
+
+def open_dataset(cfg: Config) -> Manifest:
+    manifest = read_manifest(Path(cfg.data.path))
+    check_sizes(Path(cfg.data.path), manifest)
+    return manifest
+
+
+@contextmanager
+def torch_settings(cfg: Config) -> Iterator[None]:
+    """The same initial weights on every process, and TF32 where precision is mixed anyway."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest" if cfg.train.precision == "fp32" else "high")
+    set_seed(cfg.train.seed)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def signals_to(trainer: Trainer) -> Iterator[None]:
+    """The first SIGINT or SIGTERM asks for a clean stop; a second one acts at once."""
+
+    def ask(number: int, frame: Any) -> None:
+        trainer.wanted_stop = number
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    for name in before:
+        signal.signal(name, ask)
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
+def train(trainer: Trainer) -> int:
+    """All epochs that are left. Returns the exit status: 0, or 128 and the signal's number."""
+    progress, accelerator = trainer.progress, trainer.accelerator
+    if progress.epoch == 0 and progress.step == 0:
+        # The weights are alike by now; dropout is not to be alike on every process.
+        torch.manual_seed(trainer.cfg.train.seed + 7919 * (accelerator.process_index + 1))
+    write_summary(trainer, "running")
+    status = 0
+    with signals_to(trainer), tensorboard(trainer) as board:
+        try:
+            while progress.epoch < trainer.cfg.train.epochs:
+                epoch(trainer, board)
+        except Stop as stop:
+            trainer.save()
+            status = 128 + stop.number
+    write_summary(trainer, "interrupted" if status else "finished")
+    if status:
+        accelerator.print(
+            f"stopped by signal {status - 128} after epoch {progress.epoch}, step {progress.step}; "
+            f"go on with: --resume {trainer.run.path}"
+        )
+        return status
+    finish(trainer)
+    return 0
+
+
+def epoch(trainer: Trainer, board: Any) -> None:
+    """Train and validate one epoch, or what is left of it; record it; checkpoint."""
+    progress = trainer.progress
+    started = time.perf_counter()
+    lr = trainer.optimizer.param_groups[0]["lr"]
+    trained, rate = train_epoch(trainer, started)
+    average_buffers(trainer)
+    with trainer.average.applied() if trainer.average else nullcontext():
+        found = evaluate(trainer.net, trainer.val_data, trainer.accelerator)
+        if found.top1 > progress.best_top1:
+            progress.best_top1, progress.best_epoch = found.top1, progress.epoch + 1
+            if trainer.accelerator.is_main_process:
+                checkpoint.save_weights(trainer.model, trainer.run.best)
+    if isinstance(trainer.schedule, ReduceLROnPlateau):
+        trainer.schedule.step(found.top1)
+    progress.epoch, progress.step = progress.epoch + 1, 0
+    trainer.sums.values.zero_()
+    seconds = time.perf_counter() - started
+    progress.seconds += seconds
+    progress.rates.append(rate)
+    if trainer.accelerator.is_main_process:
+        record(trainer, board, trained, found, lr, rate, seconds)
+    trainer.save()
+
+
+def train_epoch(trainer: Trainer, started: float) -> tuple[Figures, float]:
+    """The steps that are left of the epoch. Returns its figures, in training mode, weights
+    changing; and images/s over all processes, the first steps of the process left out."""
+    progress, settings = trainer.progress, trainer.cfg.train
+    steps, first = trainer.train_data.steps(), progress.step
+    warm = first + (_WARMUP_STEPS if not progress.rates and steps > 2 * _WARMUP_STEPS else 0)
+    trainer.model.train()
+    trainer.net.train()
+    clock = time.perf_counter()
+    with progress_bar(trainer, steps, first) as bar:
+        for batch in trainer.train_data.epoch(progress.epoch, first):
+            train_step(trainer, batch)
+            progress.step += 1
+            if progress.step == warm:
+                synchronise(trainer.device)
+                clock = time.perf_counter()
+            if progress.step % settings.log_every == 0 or progress.step == steps:
+                show(bar, trainer, progress.step)
+            if progress.step == steps:
+                break  # the epoch's end makes its own checkpoint; a stop waits for it
+            if settings.checkpoint_every and progress.step % settings.checkpoint_every == 0:
+                save_within(trainer, started)
+            try:
+                trainer.agree_to_stop(progress.step)
+            except Stop:
+                progress.seconds += time.perf_counter() - started
+                raise
+    figures = trainer.sums.reduce(trainer.accelerator)
+    timed = steps - warm if first < warm else steps - first
+    return figures, timed * settings.batch_size / (time.perf_counter() - clock)
+
+
+def train_step(trainer: Trainer, batch: Batch) -> None:
+    """Forward, backward, update: nothing here waits for the device."""
+    settings, optimizer = trainer.cfg.train, trainer.optimizer
+    logits = trainer.net(batch.images)
+    loss = nn.functional.cross_entropy(
+        logits.float(), batch.labels, label_smoothing=settings.label_smoothing
+    )
+    trainer.accelerator.backward(loss)
+    if settings.grad_clip:
+        trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), settings.grad_clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if not isinstance(trainer.schedule, ReduceLROnPlateau):
+        trainer.schedule.step()
+    if trainer.average:
+        trainer.average.update()
+    trainer.sums.add(logits.detach(), batch.labels, batch.mask)
+
+
+@torch.no_grad()
+def evaluate(net: nn.Module, data: Pipeline, accelerator: Accelerator) -> Figures:
+    """Figures over every image of the split, each counted once."""
+    model = accelerator.unwrap_model(net)
+    model.eval()
+    sums = Sums(accelerator.device)
+    for batch in data.epoch(0):
+        sums.add(model(batch.images), batch.labels, batch.mask)
+    return sums.reduce(accelerator)
+
+
+def average_buffers(trainer: Trainer) -> None:
+    """Running statistics become their mean over the processes."""
+    if trainer.accelerator.num_processes == 1:
+        return
+    for buffer in trainer.model.buffers():
+        if buffer.is_floating_point():
+            buffer.copy_(trainer.accelerator.reduce(buffer, "mean"))
+
+
+def save_within(trainer: Trainer, started: float) -> None:
+    """A checkpoint in the middle of an epoch, with the time it took so far."""
+    before = trainer.progress.seconds
+    trainer.progress.seconds += time.perf_counter() - started
+    trainer.save()
+    trainer.progress.seconds = before
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def record(
+    trainer: Trainer, board: Any, trained: Figures, found: Figures, lr: float, rate: float, s: float
+) -> None:
+    progress = trainer.progress
+    values = {
+        "lr": lr,
+        "train_loss": trained.loss,
+        "train_top1": trained.top1,
+        "train_top5": trained.top5,
+        "val_loss": found.loss,
+        "val_top1": found.top1,
+        "val_top5": found.top5,
+        "images_per_second": rate,
+        "seconds": s,
+    }
+    step = progress.epoch * trainer.train_data.steps()
+    counts = {
+        "val_images": found.images,
+        "val_correct1": found.correct1,
+        "val_correct5": found.correct5,
+    }
+    trainer.run.append_metrics({"epoch": progress.epoch, "step": step, **values, **counts})
+    for name, value in values.items():
+        group, _, metric = name.partition("_")
+        tag = f"{metric}/{group}" if group in ("train", "val") else name
+        board.add_scalar(tag, value, progress.epoch)
+    print(
+        f"epoch {progress.epoch:3d}/{trainer.cfg.train.epochs}  lr {lr:.2e}  "
+        f"train loss {trained.loss:.4f} top-1 {trained.top1:.2%}  "
+        f"val loss {found.loss:.4f} top-1 {found.top1:.2%} top-5 {found.top5:.2%}  "
+        f"{rate:,.0f} images/s  {s:.1f} s",
+        flush=True,
+    )
+
+
+@contextmanager
+def tensorboard(trainer: Trainer) -> Iterator[Any]:
+    if not trainer.accelerator.is_main_process:
+        yield None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    purge = trainer.progress.epoch + 1
+    with SummaryWriter(str(trainer.run.tensorboard), purge_step=purge) as board:
+        yield board
+
+
+@contextmanager
+def progress_bar(trainer: Trainer, steps: int, first: int) -> Iterator[Any]:
+    off = None if trainer.accelerator.is_main_process else True  # None: off where no terminal
+    name = f"epoch {trainer.progress.epoch + 1}"
+    with tqdm(total=steps, initial=first, desc=name, leave=False, disable=off) as bar:
+        yield bar
+
+
+def show(bar: Any, trainer: Trainer, step: int) -> None:
+    if not bar.disable:
+        loss, hits, _, images = trainer.sums.values.tolist()
+        bar.set_postfix_str(f"loss {loss / images:.3f}, top-1 {hits / images:.1%}", refresh=False)
+        bar.update(step - bar.n)
+
+
+def write_summary(trainer: Trainer, status: str) -> None:
+    if not trainer.accelerator.is_main_process:
+        return
+    counts = {name: split.images for name, split in trainer.manifest.splits.items()}
+    trainer.run.write_summary(
+        {
+            "name": trainer.cfg.model.name,
+            "parameters": trainer.parameters,
+            "dataset": {
+                "path": trainer.cfg.data.path,
+                "classes": len(trainer.manifest.classes),
+                "counts": counts,
+            },
+            "status": status,
+            "train_seconds": trainer.progress.seconds,
+        }
+    )
+
+
+def finish(trainer: Trainer) -> None:
+    """Sample predictions of the best weights, and a last word."""
+    if not trainer.accelerator.is_main_process:
+        return
+    if trainer.run.best.exists():
+        checkpoint.load_weights(trainer.model, trainer.run.best)
+    trainer.run.write_predictions(
+        sample_predictions(trainer.model, trainer.cfg, trainer.manifest, trainer.device)
+    )
+    progress = trainer.progress
+    print(
+        f"best validation top-1 {progress.best_top1:.2%} at epoch {progress.best_epoch}, "
+        f"{progress.seconds:.0f} s in all; run directory: {trainer.run.path}\n"
+        f"look at it: fastlab report {trainer.run.path} --out report.html"
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
