@@ -54,7 +54,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
     try:
         model.load_state_dict(load_file(path))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint; the run ended before it was written") from None
+        raise UserError(
+            f"{path}: no such checkpoint; the run ended before it was written"
+        ) from None
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: damaged checkpoint ({error})") from None
     except RuntimeError:

@@ -205,7 +205,11 @@ def _check_value(section: str, key: str, value: Any, where: str) -> Any:
     expected, allowed = fields[key].metadata.get("check", ("", lambda v: True))
     if kind is float and type(value) is int:
         value = float(value)
-    if type(value) is not kind or (kind is float and not math.isfinite(value)) or not allowed(value):
+    if (
+        type(value) is not kind
+        or (kind is float and not math.isfinite(value))
+        or not allowed(value)
+    ):
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
         wanted = expected if kind is str and expected else f"{names[kind]} {expected}".strip()
         raise UserError(f"{where}: {section}.{key}: expected {wanted}, got {_show(value)}")

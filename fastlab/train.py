@@ -1,11 +1,11 @@
 """Train one classifier.
 
-    accelerate launch fastlab/train.py --config configs/resnet11.toml    # one or many devices
-    fastlab train --config configs/demo.toml --set train.epochs=3        # one process
-    fastlab train --resume runs/resnet11                                 # go on where it stopped
+accelerate launch fastlab/train.py --config configs/resnet11.toml    # one or many devices
+fastlab train --config configs/demo.toml --set train.epochs=3        # one process
+fastlab train --resume runs/resnet11                                 # go on where it stopped
 
-    # two processes on a CPU (accelerate launch --cpu starts one, whatever --num_processes says)
-    ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 fastlab/train.py --config configs/demo.toml
+# two processes on a CPU (accelerate launch --cpu starts one, whatever --num_processes says)
+ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 fastlab/train.py --config configs/demo.toml
 """
 
 import argparse
@@ -201,7 +201,9 @@ def run(args: argparse.Namespace) -> int:
 def resolve(args: argparse.Namespace) -> tuple[Config, RunDir]:
     if args.resume:
         if args.config or args.overrides or args.out:
-            raise UserError("--resume takes the run's own configuration: drop --config, --set, --out")
+            raise UserError(
+                "--resume takes the run's own configuration: drop --config, --set, --out"
+            )
         directory = RunDir(args.resume)
         return directory.load_config(), directory
     if not args.config:

@@ -145,9 +145,7 @@ class ResidentPipeline:
         )
         rows = torch.arange(len(ids), device=self._device)
         key_tensor = torch.tensor(key, device=self._device)
-        return Batch(
-            self._apply(self._augmenter, pixels, rows, ids, key_tensor), labels, mask
-        )
+        return Batch(self._apply(self._augmenter, pixels, rows, ids, key_tensor), labels, mask)
 
 
 def open_array(directory: Path, manifest: Manifest, split: str) -> tuple[np.ndarray, np.ndarray]:

@@ -248,6 +248,15 @@ def test_axis_of_a_constant_encloses_it(tmp_path: Path, loss: float, label: str)
     assert ticks[label] - 5 == pytest.approx(point[1], abs=0.02)
 
 
+@pytest.mark.parametrize(("share", "last"), [(1.0, "100"), (0.0, "1.0")])
+def test_axis_of_accuracy_stays_within_0_and_100(tmp_path: Path, share: float, last: str) -> None:
+    page = page_of(make_run(tmp_path / "a", [epoch(1, train_top1=share, val_top1=share)]))
+    svg = page.one("g", data_curve="a val top1").parent.parent
+    ticks = [t.text for t in svg.all("text") if t.attributes["text-anchor"] == "end"]
+    assert ticks[-1] == last
+    assert float(ticks[0]) >= 0
+
+
 def test_not_a_number_leaves_a_gap(tmp_path: Path) -> None:
     epochs = [epoch(n) for n in range(1, 7)]
     epochs[2]["val_loss"] = float("nan")
@@ -444,6 +453,7 @@ BROKEN_FILES = [
     ("summary.json", '{"dataset": []}'),
     ("predictions.json", "{}"),
     ("predictions.json", '[{"png": "AAAA", "label": "cat", "predicted": []}]'),
+    ("predictions.json", json.dumps([{"png": png(1, 1) + "'>", "label": "", "predicted": []}])),
     ("predictions.json", '[{"label": "cat", "predicted": []}]'),
     ("predictions.json", "[1]"),
 ]
@@ -478,7 +488,9 @@ def test_report_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         patch.setattr(Path, "write_bytes", full_disk)
         assert_user_error([run], out, "No space left on device")
     assert out.read_text() == "earlier"
-    write_report([run], out)
+    with out.open() as reader:
+        write_report([run], out)
+        assert reader.read() == "earlier"
     assert out.read_text().startswith("<!doctype html>")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "report.html"]
 

@@ -168,7 +168,9 @@ def _read_annotations(tree: Tree, root: str, ids: list[str], where: str) -> Spli
         label[name] = number[wnid]
     unlabelled = present - label.keys()
     if unlabelled:
-        raise UserError(f"{where}: val/images/{min(unlabelled)} has no label in val_annotations.txt")
+        raise UserError(
+            f"{where}: val/images/{min(unlabelled)} has no label in val_annotations.txt"
+        )
     names = sorted(label)
     labels = np.array([label[name] for name in names], dtype=np.int64)
     return Split([f"{root}val/images/{name}" for name in names], labels)

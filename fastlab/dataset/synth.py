@@ -14,9 +14,7 @@ _GREY_EVERY = 50  # as in Tiny ImageNet, one image in about fifty has a single c
 _ADJECTIVES = ("red", "amber", "green", "teal", "blue", "violet")
 
 
-def synthesise(
-    out: Path, classes: int, per_class: int, seed: int = 0, force: bool = False
-) -> None:
+def synthesise(out: Path, classes: int, per_class: int, seed: int = 0, force: bool = False) -> None:
     """Write `per_class` training and a fifth as many (at least 5) validation JPEGs a class.
 
     A class is a hue and a slant of stripes; position, width of the stripes, contrast, background
