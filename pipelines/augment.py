@@ -11,8 +11,12 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 import torch
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from fastlab.config import AugmentConfig
+from fastlab.errors import UserError
 
 _GOLDEN = 0x9E3779B9
 _M1, _M2 = 0x7FEB352D, 0x846CA68B
@@ -48,8 +52,15 @@ def make_augmenter(
     std: list[float],
     dtype: torch.dtype,
 ) -> Augmenter:
-    """`config` None: normalisation alone. `mean` and `std` are on a scale of 0 to 1."""
+    """`config` None: normalisation alone. `mean` and `std` are on a scale of 0 to 1.
+
+    Raises `UserError` where a translation reaches half the `side`.
+    """
     config = config or AugmentConfig()
+    if 2 * config.translate >= side:
+        raise UserError(
+            f"augment.translate = {config.translate}: expected less than half of the {side} pixels"
+        )
     centre = torch.tensor(mean, dtype=torch.float64)
     spread = torch.tensor(std, dtype=torch.float64).clamp(min=1e-6)
     levels = torch.arange(256, dtype=torch.float64)[:, None] / 255
@@ -116,38 +127,59 @@ def _reflect(at, side):
     return 2 * side - 2 - at if at >= side else at
 
 
+@intrinsic
+def _copy(typing_context, to, source, count):
+    """memcpy between addresses: numba's slice assignment costs some hundred nanoseconds a row."""
+
+    def generate(context, builder, signature, args):
+        to, source = (builder.inttoptr(address, cgutils.voidptr_t) for address in args[:2])
+        cgutils.raw_memcpy(builder, to, source, args[2], 1)
+        return context.get_dummy_value()
+
+    return types.void(types.uintp, types.uintp, types.intp), generate
+
+
 @numba.njit(nogil=True, cache=True)
-def _shift_flip(image, out, dy, dx, flip, reflect, fill, columns):
-    """`out` [H, W * 3] = `image` moved by (-dy, -dx) and mirrored; `columns` is scratch."""
+def _fill(out, y, start, stop, fill):
+    for x in range(start, stop):
+        for c in range(3):
+            out[y, 3 * x + c] = fill[c]
+
+
+@numba.njit(nogil=True, cache=True)
+def _shift_flip(image, out, dy, dx, flip, reflect, fill):
+    """`out` [H, W * 3] = `image` moved by (-dy, -dx) and mirrored; both contiguous."""
     height, width = out.shape[0], out.shape[1] // 3
-    low, high = max(0, -dx), min(width, width - dx)
-    for x in range(width):
-        at = _reflect(x + dx, width)
-        columns[x] = 3 * (width - 1 - at if flip else at)
+    low, high = max(0, -dx), min(width, width - dx)  # columns that no padding touches
     for y in range(height):
-        row = out[y]
         if not reflect and not 0 <= y + dy < height:
-            for x in range(width):
-                row[3 * x : 3 * x + 3] = fill
+            _fill(out, y, 0, width, fill)
             continue
-        source = image[_reflect(y + dy, height)]
+        to = np.uintp(out.ctypes.data) + np.uintp(y * width * 3)
+        row = np.uintp(_reflect(y + dy, height) * width * 3)
+        source = np.uintp(image.ctypes.data) + row
         if flip:
-            for x in range(width):
-                at = columns[x]
-                row[3 * x] = source[at]
-                row[3 * x + 1] = source[at + 1]
-                row[3 * x + 2] = source[at + 2]
+            _mirror(to, source, low, high, width - 1 - dx)
         else:
-            row[3 * low : 3 * high] = source[3 * (low + dx) : 3 * (high + dx)]
-            for x in range(low):
-                row[3 * x : 3 * x + 3] = source[columns[x] : columns[x] + 3]
-            for x in range(high, width):
-                row[3 * x : 3 * x + 3] = source[columns[x] : columns[x] + 3]
-        if not reflect:
-            for x in range(low):
-                row[3 * x : 3 * x + 3] = fill
-            for x in range(high, width):
-                row[3 * x : 3 * x + 3] = fill
+            _copy(to + np.uintp(3 * low), source + np.uintp(3 * (low + dx)), 3 * (high - low))
+        for start, stop in ((0, low), (high, width)):
+            if not reflect:
+                _fill(out, y, start, stop, fill)
+                continue
+            for x in range(start, stop):
+                at = _reflect(x + dx, width)
+                at = width - 1 - at if flip else at
+                _copy(to + np.uintp(3 * x), source + np.uintp(3 * at), 3)
+
+
+@numba.njit(nogil=True, cache=True)
+def _mirror(to, source, low, high, last):
+    """Pixels ``last - x`` to x, for x in [low, high). Four bytes at a time, of which the next
+    pixel overwrites one; the first and the last pixel take three, to stay within the row."""
+    _copy(to + np.uintp(3 * low), source + np.uintp(3 * (last - low)), 3)
+    for x in range(low + 1, high - 1):
+        _copy(to + np.uintp(3 * x), source + np.uintp(3 * (last - x)), 4)
+    _copy(to + np.uintp(3 * (high - 1)), source + np.uintp(3 * (last - high + 1)), 3)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -177,7 +209,6 @@ def _crop(image, out, top, left, crop_h, crop_w):
 def _augment(images, rows, ids, key, flip, translate, reflect, cutout, sizes, fill, table, out):
     """Augment ``images[rows]`` into `out`: uint8 if `table` is empty, else looked up in it."""
     side = images.shape[1]
-    columns = np.empty(side, np.int64)
     cropped = np.empty((side, side * 3), np.uint8)
     scratch = np.empty((side, side * 3), np.uint8)
     for i in range(len(rows)):
@@ -193,13 +224,12 @@ def _augment(images, rows, ids, key, flip, translate, reflect, cutout, sizes, fi
         dy = _draw(base, _SHIFT_Y, 2 * translate + 1) - translate
         dx = _draw(base, _SHIFT_X, 2 * translate + 1) - translate
         target = scratch if len(table) else out[i].view(np.uint8)
-        _shift_flip(image, target, dy, dx, mirrored, reflect, fill, columns)
+        _shift_flip(image, target, dy, dx, mirrored, reflect, fill)
         if cutout:
             top = _draw(base, _HOLE_Y, side) - cutout // 2
             left = _draw(base, _HOLE_X, side) - cutout // 2
             for y in range(max(0, top), min(side, top + cutout)):
-                for x in range(max(0, left), min(side, left + cutout)):
-                    target[y, 3 * x : 3 * x + 3] = fill
+                _fill(target, y, max(0, left), min(side, left + cutout), fill)
         if len(table):
             for y in range(side):
                 for x in range(0, 3 * side, 3):
