@@ -34,11 +34,13 @@ def save(
         torch.save(state, partial / "state.pt")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():  # a stop right after a checkpoint within an epoch
+            target.rename(f"{target}-before")
         partial.rename(target)
         for other in folder.glob("step-*"):
             if other != target:
-                shutil.rmtree(other)
+                other.rename(partial)  # so that what a kill leaves half deleted is no checkpoint
+                shutil.rmtree(partial)
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
@@ -71,17 +73,19 @@ def last(folder: Path) -> Path | None:
 def load(path: Path, model: nn.Module, rank: int) -> dict[str, Any]:
     """Restore weights, running statistics and random state; return the rest.
 
-    On another number of processes than wrote it, a process without a state of its own keeps the
-    main one's statistics and its fresh random state. Raises `UserError` for a damaged checkpoint.
+    Tensors of the rest are on the CPU: `load_state_dict` puts them where they belong. On another
+    number of processes than wrote it, a process without a state of its own keeps the main one's
+    statistics and its fresh random state. Raises `UserError` for a damaged checkpoint.
     """
     load_weights(model, path / "model.safetensors")
     try:
         own = path / f"rank-{rank}.pt"
         if own.exists():
-            _restore_rank(model, torch.load(own, weights_only=True))
-        return torch.load(path / "state.pt", weights_only=True)
+            _restore_rank(model, torch.load(own, map_location="cpu", weights_only=True))
+        return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds on damaged bytes
-        raise UserError(f"{path}: damaged checkpoint ({error})") from None
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path}: damaged checkpoint ({reason})") from None
 
 
 def _rank_state(model: nn.Module) -> dict[str, Any]:

@@ -50,8 +50,8 @@ class DataConfig:
     pipeline: str = _choice("resident", "resident")
     """How images reach the device."""
     placement: str = _choice("auto", "auto", "device", "stream")
-    """Where `resident` keeps the images: "device" holds all of them on the device, "stream" maps the
-    file into memory and copies batches ahead of use, "auto" takes "device" where they fit."""
+    """Where `resident` keeps the images: "device" holds all of them on the device, "stream" maps
+    the file into memory and copies batches ahead of use, "auto" takes "device" where they fit."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,9 @@ class TrainConfig:
     eval_batch_size: int = _at_least(1000, 1)
     """Images a validation batch over all processes; no figure depends on it."""
     seed: int = _number(0, "from 0 to 2^31 - 1", lambda v: 0 <= v < 2**31)
-    precision: str = _choice("bf16", "fp32", "bf16", "fp16")
-    """Of the forward and backward pass; weights, optimizer and metrics stay fp32."""
+    precision: str = _choice("bf16", "fp32", "bf16", "fp16", "fp64")
+    """Of the forward and backward pass; weights, optimizer and metrics stay fp32. "fp64" computes
+    all in double precision, slowly: for comparing runs without rounding between them."""
     channels_last: bool = True
     compile: bool = True
     compile_mode: str = _choice(
@@ -182,7 +183,7 @@ def _read(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check --config") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also bad UTF-8, and too long or too deep values
         raise UserError(f"{path}: not valid TOML: {error}") from None
 
 
@@ -204,7 +205,10 @@ def _check_value(section: str, key: str, value: Any, where: str) -> Any:
     kind = fields[key].type
     expected, allowed = fields[key].metadata.get("check", ("", lambda v: True))
     if kind is float and type(value) is int:
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            value = math.inf
     if (
         type(value) is not kind
         or (kind is float and not math.isfinite(value))
@@ -219,7 +223,12 @@ def _check_value(section: str, key: str, value: Any, where: str) -> Any:
 def _show(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return f'"{value}"' if isinstance(value, str) else repr(value)
+    return f'"{_line(value)}"' if isinstance(value, str) else repr(value)
+
+
+def _line(text: str) -> str:
+    """`text`, escaped where it would break a message's one line."""
+    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def _known(name: str, valid: Iterable[str], where: str, kind: str, prefix: str) -> None:
@@ -228,20 +237,20 @@ def _known(name: str, valid: Iterable[str], where: str, kind: str, prefix: str) 
         return
     near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     hint = f"nearest valid {kind}: {prefix}{near[0]}" if near else f"valid: {', '.join(valid)}"
-    raise UserError(f"{where}: {prefix}{name}: unknown {kind}; {hint}")
+    raise UserError(f"{where}: {prefix}{_line(name)}: unknown {kind}; {hint}")
 
 
 def _parse_override(text: str) -> tuple[str, str, Any]:
-    match = re.fullmatch(r"([^.=\s]+)\.([^.=\s]+)=(.*)", text, flags=re.DOTALL)
+    # On one line: a newline could smuggle a second key into the TOML below.
+    match = re.fullmatch(r"([^.=\s]+)\.([^.=\s]+)=(.*)", text)
     if not match:
-        raise UserError(f"--set {text}: expected section.key=value, such as optim.lr=0.1")
+        raise UserError(f"--set {_line(text)}: expected section.key=value, such as optim.lr=0.1")
     section, key, value = match.groups()
     _known(section, SECTIONS, "--set", "section", "")
     try:
-        # A newline could smuggle a second key in; TOML values on the command line are one line.
-        parsed = tomllib.loads("value = " + value.replace("\n", " "))["value"]
-    except tomllib.TOMLDecodeError:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except (ValueError, RecursionError):
         if not re.fullmatch(r"[\w./~+-]+", value):
-            raise UserError(f"--set {text}: {value!r} is not a TOML value") from None
+            raise UserError(f"--set {_line(text)}: {value!r} is not a TOML value") from None
         parsed = value  # a shell eats the quotes of --set model.name="cnn8"
     return section, key, parsed

@@ -2,4 +2,4 @@
 
 
 class UserError(Exception):
-    """Bad input, told in one line: what, where, what to do. The command prints it and exits with 2."""
+    """Bad input, told in one line: what, where, what to do. The command exits with 2."""

@@ -49,12 +49,12 @@ def batch_sums(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -
     A label is hit at k where fewer than k other classes score higher, or as high with a lower
     index; so ties cannot count twice.
     """
-    logits = logits.float()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     loss = F.cross_entropy(logits, labels, reduction="none")
     own = logits.gather(1, labels[:, None])
     index = torch.arange(logits.shape[1], device=logits.device)
     ahead = (logits > own) | ((logits == own) & (index < labels[:, None]))
     # A logit that is not a number is no hit.
-    rank = torch.where(own[:, 0].isnan(), logits.shape[1], ahead.sum(dim=1))
+    rank = torch.where(own[:, 0].isnan(), 5, ahead.sum(dim=1))
     columns = torch.stack([loss, rank < 1, rank < 5, torch.ones_like(loss)]).double()
     return torch.where(mask, columns, 0).sum(dim=1)

@@ -36,6 +36,8 @@ def load_run(directory: Path, which: str) -> tuple[nn.Module, Config, Manifest, 
     path = run.best
     if which == "last":
         path = (checkpoint.last(run.checkpoints) or run.checkpoints) / "model.safetensors"
+    if cfg.train.precision == "fp64":
+        model.double()
     checkpoint.load_weights(model, path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device).eval(), cfg, manifest, device
@@ -116,9 +118,8 @@ def sample_predictions(
 def _top5(
     model: nn.Module, pixels: np.ndarray, manifest: Manifest, device: torch.device
 ) -> list[list[dict[str, Any]]]:
-    augmenter = make_augmenter(
-        None, manifest.image_size, manifest.mean, manifest.std, torch.float32
-    )
+    dtype = next(model.parameters()).dtype
+    augmenter = make_augmenter(None, manifest.image_size, manifest.mean, manifest.std, dtype)
     rows = np.arange(len(pixels))
     batch = augment_on_cpu(augmenter, pixels, rows, rows, key=0).to(device)
     model.eval()

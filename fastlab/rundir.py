@@ -57,7 +57,7 @@ class RunDir:
         return configs.load(self.config)
 
     def append_metrics(self, record: dict[str, Any]) -> None:
-        line = json.dumps({key: _finite(value) for key, value in record.items()})
+        line = json.dumps(_finite(record))
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()
@@ -102,11 +102,15 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(path, json.dumps(_finite(value), indent=1, ensure_ascii=False) + "\n")
 
 
 def _finite(value: Any) -> Any:
     """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

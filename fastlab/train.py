@@ -29,13 +29,19 @@ from fastlab.config import Config
 from fastlab.dataset.manifest import Manifest, check_sizes, read_manifest
 from fastlab.errors import UserError
 from fastlab.metrics import Figures, Sums
+from fastlab.models.norm import synchronise
 from fastlab.optim import WeightAverage, make_optimizer, make_schedule
 from fastlab.predict import sample_predictions
 from fastlab.rundir import RunDir
 from pipelines import make_pipeline
 from pipelines.base import Batch, Pipeline, Shard
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
 # Steps of a process that compile, tune and fill caches: not counted in images/s.
 _WARMUP_STEPS = 5
 
@@ -117,7 +123,9 @@ class Trainer:
     def _prepare(self) -> tuple[nn.Module, Any]:
         """Memory format and compilation are fastlab's; placement and DDP are Accelerate's."""
         settings, model = self.cfg.train, self.model
-        model.to(self.device)
+        if self.cfg.model.sync_batch_norm:
+            model = self.model = synchronise(model, self.device)
+        model.to(self.device, torch.float64 if settings.precision == "fp64" else torch.float32)
         if settings.channels_last:
             model.to(memory_format=torch.channels_last)
         optimizer = make_optimizer(self.cfg.optim, model)
@@ -220,14 +228,14 @@ def make_accelerator(cfg: Config) -> Accelerator:
     # broadcast them at every step costs a reduction each.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     accelerator = Accelerator(
-        mixed_precision="no" if precision == "fp32" else precision,
+        mixed_precision=precision if precision in ("bf16", "fp16") else "no",
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[ddp],
     )
     world = accelerator.num_processes
     if cfg.train.batch_size % world:
         raise UserError(
-            f"train.batch_size = {cfg.train.batch_size}: expected a multiple of the {world} processes"
+            f"train.batch_size = {cfg.train.batch_size}: expected a multiple of {world} (processes)"
         )
     return accelerator
 
@@ -242,7 +250,9 @@ def open_dataset(cfg: Config) -> Manifest:
 def torch_settings(cfg: Config) -> Iterator[None]:
     """The same initial weights on every process, and TF32 where precision is mixed anyway."""
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest" if cfg.train.precision == "fp32" else "high")
+    torch.set_float32_matmul_precision(
+        "highest" if cfg.train.precision in ("fp32", "fp64") else "high"
+    )
     set_seed(cfg.train.seed)
     try:
         yield
@@ -334,7 +344,7 @@ def train_epoch(trainer: Trainer, started: float) -> tuple[Figures, float]:
             train_step(trainer, batch)
             progress.step += 1
             if progress.step == warm:
-                synchronise(trainer.device)
+                wait_for_device(trainer.device)
                 clock = time.perf_counter()
             if progress.step % settings.log_every == 0 or progress.step == steps:
                 show(bar, trainer, progress.step)
@@ -357,7 +367,9 @@ def train_step(trainer: Trainer, batch: Batch) -> None:
     settings, optimizer = trainer.cfg.train, trainer.optimizer
     logits = trainer.net(batch.images)
     loss = nn.functional.cross_entropy(
-        logits.float(), batch.labels, label_smoothing=settings.label_smoothing
+        logits.to(torch.promote_types(logits.dtype, torch.float32)),
+        batch.labels,
+        label_smoothing=settings.label_smoothing,
     )
     trainer.accelerator.backward(loss)
     if settings.grad_clip:
@@ -399,7 +411,7 @@ def save_within(trainer: Trainer, started: float) -> None:
     trainer.progress.seconds = before
 
 
-def synchronise(device: torch.device) -> None:
+def wait_for_device(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
 

@@ -239,7 +239,7 @@ def _augment(images, rows, ids, key, flip, translate, reflect, cutout, sizes, fi
 
 
 _NO_TABLE = np.zeros((0, 3), np.uint8)
-_BITS = {2: np.uint16, 4: np.uint32}
+_BITS = {2: (np.uint16, torch.int16), 4: (np.uint32, torch.int32), 8: (np.uint64, torch.int64)}
 
 
 def augment_on_cpu(
@@ -261,8 +261,7 @@ def augment_on_cpu(
     if raw:
         table, bits = _NO_TABLE, out.numpy()
     else:  # numba knows no bfloat16: copy bit patterns
-        kind = _BITS[dtype.itemsize]
-        signed = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+        kind, signed = _BITS[dtype.itemsize]
         table = augmenter.table.view(signed).numpy().view(kind)
         bits = out.view(signed).numpy().view(kind)
     _augment(
@@ -336,7 +335,7 @@ def _in_hole(line: torch.Tensor, centre: torch.Tensor, size: int) -> torch.Tenso
 
 
 def _crop_tensor(augmenter, images, rows, y, x, draw) -> torch.Tensor:
-    """Bilinear samples of each image's crop box at output positions `y`, `x`: uint8 [b, H, W, 3]."""
+    """Bilinear samples of each crop box at output positions `y`, `x`: uint8 [b, H, W, 3]."""
     side = images.shape[1]
     sizes = torch.as_tensor(augmenter.sizes, device=images.device)
     size = sizes[draw(_SIZE, len(sizes))[:, 0]]

@@ -1,4 +1,4 @@
-"""The default pipeline: the decoded array, on the device where it fits, gathered and augmented there.
+"""The default pipeline: the decoded array, on the device where it fits, gathered there.
 
 Where it does not fit (or on a CPU, where host memory is the device) the array stays mapped into
 memory: threads gather and augment ahead of use, and an accelerator gets pinned copies.

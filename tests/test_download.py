@@ -641,7 +641,7 @@ def test_unknown_host(
 
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    with pytest.raises(UserError, match="http://nowhere.invalid/x: no such name") as error:
+    with pytest.raises(UserError, match=r"http://nowhere\.invalid/x: no such name") as error:
         download(tmp_path / "x", "http://nowhere.invalid/x", progress=False, delay=0.0)
     assert_one_line(error)
     assert len(calls) == tries
@@ -658,7 +658,7 @@ def test_refused_connection_is_given_up(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_directory_that_cannot_be_made(server: Server, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file: (File exists|Not a directory)") as error:
+    with pytest.raises(UserError, match=r"file: (File exists|Not a directory)") as error:
         fetch(tmp_path / "file" / "x.zip", server)
     assert_one_line(error)
 

@@ -88,7 +88,7 @@ def _from_json(raw: dict[str, Any]) -> Manifest:
 
 
 def check_sizes(directory: Path, manifest: Manifest) -> None:
-    """Cheap check at every opening. Raises `UserError` for a missing file or one of another size."""
+    """Cheap check at every opening. Raises `UserError` for a file missing or of another size."""
     for path, info in _files(manifest):
         file = directory / path
         size = file.stat().st_size if file.is_file() else None

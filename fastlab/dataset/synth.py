@@ -1,4 +1,4 @@
-"""A generated, learnable dataset in Tiny ImageNet's own layout: for demos and tests, no download."""
+"""A generated, learnable dataset in Tiny ImageNet's own layout, for demos and tests."""
 
 import colorsys
 import shutil

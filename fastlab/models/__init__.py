@@ -9,7 +9,6 @@ from torch import nn
 from fastlab.config import ModelConfig
 from fastlab.errors import UserError
 from fastlab.models.cnn import CNN
-from fastlab.models.norm import synchronise
 from fastlab.models.resnet import ResNet, ResNet18
 
 MODELS: dict[str, Callable[[ModelConfig, int], nn.Module]] = {
@@ -31,8 +30,7 @@ def build(config: ModelConfig, classes: int) -> nn.Module:
     if config.name not in MODELS:
         near = difflib.get_close_matches(config.name, MODELS, n=1, cutoff=0)
         raise UserError(f'model.name: unknown model "{config.name}"; nearest: {near[0]}')
-    model = MODELS[config.name](config, classes)
-    return synchronise(model) if config.sync_batch_norm else model
+    return MODELS[config.name](config, classes)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -5,41 +5,27 @@ import torch.distributed as dist
 from torch import nn
 
 
-def synchronise(model: nn.Module) -> nn.Module:
-    """Replace each `BatchNorm2d` by one that takes its statistics over all processes."""
+def synchronise(model: nn.Module, device: torch.device) -> nn.Module:
+    """Make each batch norm take its statistics over all processes: torch's own `SyncBatchNorm` on
+    accelerators; on a CPU, where torch has none, the same arithmetic by gloo."""
+    if device.type != "cpu":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for name, child in model.named_children():
         if isinstance(child, nn.BatchNorm2d):
-            setattr(model, name, _synchronised(child))
+            other = CPUSyncBatchNorm(child.num_features, child.eps, child.momentum)
+            other.load_state_dict(child.state_dict())
+            setattr(model, name, other)
         else:
-            synchronise(child)
+            synchronise(child, device)
     return model
 
 
-def _synchronised(norm: nn.BatchNorm2d) -> nn.Module:
-    other = SyncBatchNorm(norm.num_features, norm.eps, norm.momentum, norm.affine)
-    other.load_state_dict(norm.state_dict())
-    return other
-
-
-class SyncBatchNorm(nn.SyncBatchNorm):
-    """torch's own on accelerators; on a CPU, where torch has none, the same arithmetic by gloo.
-
-    Every process must hold equally many values, as fastlab's batches do.
-    """
+class CPUSyncBatchNorm(nn.BatchNorm2d):
+    """Batch norm over all processes of a gloo group, each of which must hold equally many values,
+    as fastlab's batches do. With one process it is `BatchNorm2d`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type != "cpu" or not self.training or not dist.is_initialized():
-            if x.device.type == "cpu":
-                return nn.functional.batch_norm(
-                    x,
-                    self.running_mean,
-                    self.running_var,
-                    self.weight,
-                    self.bias,
-                    self.training,
-                    self.momentum,
-                    self.eps,
-                )
+        if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
             return super().forward(x)
         out, mean, var, count = _SyncNorm.apply(x, self.weight, self.bias, self.eps)
         with torch.no_grad():
@@ -49,8 +35,12 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         return out
 
 
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _channel_sum(x: torch.Tensor) -> torch.Tensor:
-    return x.float().sum(dim=(0, 2, 3))
+    return _wide(x).sum(dim=(0, 2, 3))
 
 
 def _reduced_mean(total: torch.Tensor, count: int) -> torch.Tensor:
@@ -67,7 +57,7 @@ class _SyncNorm(torch.autograd.Function):
     def forward(ctx, x, weight, bias, eps):
         count = x.numel() // x.shape[1] * dist.get_world_size()
         mean = _reduced_mean(_channel_sum(x), count)
-        centred = x.float() - mean[:, None, None]
+        centred = _wide(x) - mean[:, None, None]
         var = _reduced_mean(_channel_sum(centred * centred), count)
         scale = torch.rsqrt(var + eps)
         normal = centred * scale[:, None, None]
@@ -80,7 +70,7 @@ class _SyncNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_):
         normal, weight, scale = ctx.saved_tensors
-        grad = grad.float()
+        grad = _wide(grad)
         # The local sums are this process's share; the gradient reduction adds the others'.
         grad_bias, grad_weight = _channel_sum(grad), _channel_sum(grad * normal)
         shared = torch.stack([grad_bias, grad_weight])
