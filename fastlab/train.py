@@ -70,6 +70,8 @@ class Progress:
     """Steps done in the epoch under way."""
     best_top1: float = -1.0
     best_epoch: int = 0
+    lr: float = 0.0
+    """Rate of the first step of the epoch under way."""
     seconds: float = 0.0
     """Of training and evaluation, over all resumptions."""
     rates: list[float] = field(default_factory=list)
@@ -309,7 +311,8 @@ def epoch(trainer: Trainer, board: Any) -> None:
     """Train and validate one epoch, or what is left of it; record it; checkpoint."""
     progress = trainer.progress
     started = time.perf_counter()
-    lr = trainer.optimizer.param_groups[0]["lr"]
+    if progress.step == 0:
+        progress.lr = trainer.optimizer.param_groups[0]["lr"]
     trained, rate = train_epoch(trainer, started)
     average_buffers(trainer)
     with trainer.average.applied() if trainer.average else nullcontext():
@@ -326,7 +329,7 @@ def epoch(trainer: Trainer, board: Any) -> None:
     progress.seconds += seconds
     progress.rates.append(rate)
     if trainer.accelerator.is_main_process:
-        record(trainer, board, trained, found, lr, rate, seconds)
+        record(trainer, board, trained, found, rate, seconds)
     trainer.save()
 
 
@@ -417,11 +420,11 @@ def wait_for_device(device: torch.device) -> None:
 
 
 def record(
-    trainer: Trainer, board: Any, trained: Figures, found: Figures, lr: float, rate: float, s: float
+    trainer: Trainer, board: Any, trained: Figures, found: Figures, rate: float, s: float
 ) -> None:
     progress = trainer.progress
     values = {
-        "lr": lr,
+        "lr": progress.lr,
         "train_loss": trained.loss,
         "train_top1": trained.top1,
         "train_top5": trained.top5,
@@ -443,7 +446,7 @@ def record(
         tag = f"{metric}/{group}" if group in ("train", "val") else name
         board.add_scalar(tag, value, progress.epoch)
     print(
-        f"epoch {progress.epoch:3d}/{trainer.cfg.train.epochs}  lr {lr:.2e}  "
+        f"epoch {progress.epoch:3d}/{trainer.cfg.train.epochs}  lr {progress.lr:.2e}  "
         f"train loss {trained.loss:.4f} top-1 {trained.top1:.2%}  "
         f"val loss {found.loss:.4f} top-1 {found.top1:.2%} top-5 {found.top5:.2%}  "
         f"{rate:,.0f} images/s  {s:.1f} s",

@@ -1,0 +1,22 @@
+"""Shared fixtures: a small generated source, and its conversion."""
+
+from pathlib import Path
+
+import pytest
+
+from fastlab.dataset.convert import Options, convert
+from fastlab.dataset.synth import synthesise
+
+
+@pytest.fixture(scope="session")
+def synth_source(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("source") / "synth"
+    synthesise(path, classes=4, per_class=20)
+    return path
+
+
+@pytest.fixture(scope="session")
+def synth_dataset(synth_source, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("dataset") / "synth"
+    convert(synth_source, path, Options())
+    return path

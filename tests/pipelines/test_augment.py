@@ -1,0 +1,133 @@
+import numpy as np
+import pytest
+import torch
+
+from fastlab.config import AugmentConfig
+from fastlab.errors import UserError
+from pipelines.augment import augment_on_cpu, augment_on_device, epoch_key, make_augmenter
+
+SIDE = 16
+MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
+CONFIGS = [
+    AugmentConfig(),
+    AugmentConfig(flip=True),
+    AugmentConfig(translate=4),
+    AugmentConfig(translate=4, padding="mean", flip=True),
+    AugmentConfig(cutout=5),
+    AugmentConfig(crop_scale=0.3),
+    AugmentConfig(flip=True, translate=3, cutout=7, crop_scale=0.5),
+]
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (40, SIDE, SIDE, 3), dtype=np.uint8)
+
+
+def on_cpu(config, images, rows, key=7, dtype=torch.float32, raw=False):
+    augmenter = make_augmenter(config, SIDE, MEAN, STD, dtype)
+    return augment_on_cpu(augmenter, images, rows, rows, key, raw=raw)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_both_implementations_give_the_same_bits(config, dtype, images):
+    rows = np.random.default_rng(1).permutation(len(images))
+    augmenter = make_augmenter(config, SIDE, MEAN, STD, dtype)
+    host = augment_on_cpu(augmenter, images, rows, rows, 7)
+    row_tensor = torch.from_numpy(rows)
+    device = augment_on_device(
+        augmenter, torch.from_numpy(images), row_tensor, row_tensor, torch.tensor(7)
+    )
+    assert host.dtype == dtype and torch.equal(host, device)
+    assert host.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("config", CONFIGS)
+def test_the_compiled_kernel_gives_the_same_bits_on_a_gpu(config, images):
+    from dataclasses import replace
+
+    rows = np.arange(len(images))
+    augmenter = make_augmenter(config, SIDE, MEAN, STD, torch.bfloat16)
+    moved = replace(augmenter, table=augmenter.table.cuda())
+    row_tensor = torch.from_numpy(rows).cuda()
+    found = torch.compile(augment_on_device)(
+        moved, torch.from_numpy(images).cuda(), row_tensor, row_tensor, torch.tensor(7).cuda()
+    )
+    assert torch.equal(found.cpu(), augment_on_cpu(augmenter, images, rows, rows, 7))
+
+
+def test_without_augmentation_it_is_plain_normalisation(images):
+    found = on_cpu(AugmentConfig(), images, np.arange(40)).double()
+    plain = (torch.from_numpy(images).double() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
+    assert torch.allclose(found, plain.permute(0, 3, 1, 2), atol=1e-6)
+
+
+def test_flip_and_translation_are_those_of_numpy_padding(images):
+    config = AugmentConfig(flip=True, translate=3)
+    found = on_cpu(config, images, np.arange(40), raw=True).permute(0, 2, 3, 1).numpy()
+    padded = np.pad(images, ((0, 0), (3, 3), (3, 3), (0, 0)), mode="reflect")
+    seen = set()
+    for image, source, plain in zip(found, padded, images, strict=True):
+        mirrored = np.pad(plain[:, ::-1], ((3, 3), (3, 3), (0, 0)), mode="reflect")
+        matches = [
+            (flip, dy, dx)
+            for flip, base in ((False, source), (True, mirrored))
+            for dy in range(7)
+            for dx in range(7)
+            if np.array_equal(base[dy : dy + SIDE, dx : dx + SIDE], image)
+        ] + [
+            (True, dy, dx)
+            for dy in range(7)
+            for dx in range(7)
+            if np.array_equal(source[dy : dy + SIDE, dx : dx + SIDE][:, ::-1], image)
+        ]
+        assert matches
+        seen.add(matches[0])
+    assert len(seen) > 15  # of 98: forty images do not share a few
+
+
+def test_cutout_sets_a_square_to_the_mean(images):
+    found = on_cpu(AugmentConfig(cutout=5), images, np.arange(40), raw=True)
+    changed = (found.permute(0, 2, 3, 1).numpy() != images).any(axis=-1)
+    for image, where in zip(found.permute(0, 2, 3, 1).numpy(), changed, strict=True):
+        ys, xs = np.nonzero(where)
+        assert len(ys) and np.ptp(ys) < 5 and np.ptp(xs) < 5
+        assert (image[where] == np.rint(np.array(MEAN) * 255)).all()
+
+
+def test_a_full_crop_is_the_image_and_crops_stay_in_range(images):
+    constant = np.full((8, SIDE, SIDE, 3), 77, dtype=np.uint8)
+    found = on_cpu(AugmentConfig(crop_scale=0.2), constant, np.arange(8), raw=True)
+    assert (found == 77).all()
+    ramp = np.broadcast_to(np.arange(SIDE, dtype=np.uint8)[:, None, None] * 10, images.shape[1:])
+    ramps = np.ascontiguousarray(np.broadcast_to(ramp, (40, SIDE, SIDE, 3)))
+    rows = on_cpu(AugmentConfig(crop_scale=0.2), ramps, np.arange(40), raw=True)[:, 0, :, 0].int()
+    assert (rows.diff(dim=1) >= 0).all()  # a crop of a ramp rises, and is stretched
+    assert (rows[:, -1] - rows[:, 0] < 150).any()
+
+
+def test_draws_depend_on_seed_epoch_and_image_alone(images):
+    config = CONFIGS[-1]
+    rows = np.arange(40)
+    whole = on_cpu(config, images, rows)
+    parts = torch.cat([on_cpu(config, images, part) for part in np.split(rows[::-1], 8)])
+    assert torch.equal(whole, parts.flip(0))
+    keys = {epoch_key(seed, epoch) for seed in range(30) for epoch in range(30)}
+    assert len(keys) == 900
+    assert not torch.equal(whole, on_cpu(config, images, rows, key=8))
+
+
+def test_flips_are_fair():
+    ramp = np.zeros((4000, SIDE, SIDE, 3), dtype=np.uint8)
+    ramp[:, :, -1] = 255
+    found = on_cpu(AugmentConfig(flip=True), ramp, np.arange(4000), raw=True)
+    share = (found[:, 0, 0, 0] == 255).double().mean().item()
+    assert abs(share - 0.5) < 0.04  # five standard deviations
+
+
+def test_a_translation_of_half_the_image_is_refused():
+    with pytest.raises(UserError, match="less than half"):
+        make_augmenter(AugmentConfig(translate=8), SIDE, MEAN, STD, torch.float32)

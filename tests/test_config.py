@@ -1,0 +1,330 @@
+"""Configurations: what is shipped, what survives a round trip, what is refused and how."""
+
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastlab.config import SECTIONS, Config, dump, load
+from fastlab.errors import UserError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+REFERENCE = ("cnn8", "cnn10", "cnn12", "resnet11", "resnet15", "resnet19")
+
+POSITIVE = st.floats(0, 1e300, exclude_min=True)
+NOT_NEGATIVE = st.floats(0, 1e300)
+FRACTION = st.floats(0, 1, exclude_max=True)
+COUNT = st.integers(1, 2**40)
+SIZE = st.integers(0, 2**40)
+VALUES = {
+    "data": {
+        "path": st.text(),
+        "pipeline": st.sampled_from(["resident"]),
+        "placement": st.sampled_from(["auto", "device", "stream"]),
+    },
+    "augment": {
+        "flip": st.booleans(),
+        "translate": SIZE,
+        "padding": st.sampled_from(["reflect", "mean"]),
+        "cutout": SIZE,
+        "crop_scale": st.floats(0, 1, exclude_min=True),
+    },
+    "model": {
+        "name": st.sampled_from([*REFERENCE, "resnet18"]),
+        "width": COUNT,
+        "batch_norm": st.booleans(),
+        "shortcuts": st.booleans(),
+        "dropout_conv": FRACTION,
+        "dropout_stem": FRACTION,
+        "dropout_fc": FRACTION,
+        "sync_batch_norm": st.booleans(),
+    },
+    "optim": {
+        "name": st.sampled_from(["adam", "adamw", "sgd"]),
+        "lr": POSITIVE,
+        "weight_decay": NOT_NEGATIVE,
+        "momentum": FRACTION,
+        "beta1": FRACTION,
+        "beta2": FRACTION,
+        "eps": POSITIVE,
+    },
+    "schedule": {
+        "name": st.sampled_from(["plateau", "cosine", "onecycle", "constant"]),
+        "factor": st.floats(0, 1, exclude_min=True, exclude_max=True),
+        "patience": SIZE,
+        "threshold": NOT_NEGATIVE,
+        "min_lr": NOT_NEGATIVE,
+        "warmup": FRACTION,
+        "final": FRACTION,
+    },
+    "train": {
+        "epochs": COUNT,
+        "batch_size": COUNT,
+        "eval_batch_size": COUNT,
+        "seed": st.integers(0, 2**31 - 1),
+        "precision": st.sampled_from(["fp32", "bf16", "fp16"]),
+        "channels_last": st.booleans(),
+        "compile": st.booleans(),
+        "compile_mode": st.sampled_from(["default", "reduce-overhead", "max-autotune"]),
+        "label_smoothing": FRACTION,
+        "grad_clip": NOT_NEGATIVE,
+        "ema": FRACTION,
+        "log_every": COUNT,
+        "checkpoint_every": SIZE,
+    },
+}
+
+
+def configurations() -> st.SearchStrategy[Config]:
+    tables = {name: st.builds(SECTIONS[name], **strategies) for name, strategies in VALUES.items()}
+    return st.builds(Config, **tables)
+
+
+@pytest.fixture
+def complaint(tmp_path):
+    """The one line that `load` says about a file with this text, with these overrides."""
+
+    def find(text: str, *overrides: str) -> str:
+        path = tmp_path / "some.toml"
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(UserError) as caught:
+            load(path, overrides)
+        message = str(caught.value)
+        assert len(message.splitlines()) == 1
+        return message
+
+    return find
+
+
+def test_strategies_cover_every_field():
+    every = {name: {f.name for f in fields(kind)} for name, kind in SECTIONS.items()}
+    assert {name: set(strategies) for name, strategies in VALUES.items()} == every
+
+
+@settings(max_examples=60, deadline=None, database=None, derandomize=True)
+@given(config=configurations())
+def test_dump_then_load_gives_the_same_configuration(config, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "round-trip.toml"
+    path.write_text(dump(config), encoding="utf-8")
+    assert load(path) == config
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+def test_shipped_configuration_loads_and_survives_a_round_trip(path, tmp_path):
+    config = load(path)
+    copy = tmp_path / "copy.toml"
+    copy.write_text(dump(config), encoding="utf-8")
+    assert load(copy) == config
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_reference_configuration_has_the_reports_settings(name):
+    found = asdict(load(CONFIGS / f"{name}.toml"))
+    expected = {
+        "model": {"name": name, "width": 64, "batch_norm": True, "shortcuts": True}
+        | {"dropout_conv": 0.2, "dropout_stem": 0.15, "dropout_fc": 0.2},
+        "optim": {"name": "adam", "lr": 0.015, "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.999},
+        "schedule": {"name": "plateau", "factor": 0.1, "patience": 2}
+        | {"threshold": 1e-4, "min_lr": 1e-8},
+        "train": {"epochs": 100, "batch_size": 128}
+        | {"label_smoothing": 0.0, "grad_clip": 0.0, "ema": 0.0},
+        "augment": {"flip": False, "translate": 0, "cutout": 0, "crop_scale": 1.0},
+    }
+    for section, values in expected.items():
+        assert {key: found[section][key] for key in values} == values
+
+
+def test_no_file_means_all_defaults():
+    assert load(None) == Config()
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "nearest"),
+    [
+        ("[optimm]\nlr = 1.0", "optimm", "optim"),
+        ("[modle]\nwidth = 8", "modle", "model"),
+        ("[optim]\nlearning_rat = 1.0\n", "optim.learning_rat", None),
+        ("[train]\nepoch = 3", "train.epoch", "train.epochs"),
+        ("[model]\ndropout_con = 0.1", "model.dropout_con", "model.dropout_conv"),
+        ("lr = 0.1", "lr", None),
+        ('[data]\n"a\\nb" = 1', "data.a", None),
+        ('["x\\ny"]\n', "x", None),
+    ],
+)
+def test_unknown_name_is_refused_with_the_nearest_valid_one(
+    complaint, tmp_path, text, key, nearest
+):
+    message = complaint(text)
+    assert f"{tmp_path / 'some.toml'}: {key}" in message
+    assert "unknown" in message
+    if nearest:
+        assert message.endswith(f": {nearest}")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        # wrong type
+        ("train.epochs", "2.0"),
+        ("train.epochs", '"3"'),
+        ("optim.lr", '"fast"'),
+        ("model.name", "8"),
+        ("augment.flip", "1"),
+        ("augment.flip", '"true"'),
+        ("data.path", "[]"),
+        ("optim.lr", "{ start = 1.0 }"),
+        ("train.seed", "2024-01-01"),
+        # a truth value is no number
+        ("train.epochs", "true"),
+        ("optim.lr", "false"),
+        # not finite
+        ("optim.lr", "nan"),
+        ("optim.lr", "inf"),
+        ("optim.weight_decay", "inf"),
+        ("model.dropout_conv", "nan"),
+        ("train.grad_clip", "nan"),
+        pytest.param("optim.lr", "1" + "0" * 400, id="larger than any float"),
+        # out of range
+        ("optim.lr", "0.0"),
+        ("optim.lr", "-0.1"),
+        ("optim.weight_decay", "-1e-9"),
+        ("model.width", "0"),
+        ("model.dropout_fc", "1.0"),
+        ("model.dropout_fc", "-0.1"),
+        ("schedule.factor", "0.0"),
+        ("schedule.factor", "1"),
+        ("augment.crop_scale", "0.0"),
+        ("augment.crop_scale", "1.01"),
+        ("augment.translate", "-1"),
+        ("train.batch_size", "0"),
+        ("train.seed", "-1"),
+        ("train.seed", "2147483648"),
+        ("train.checkpoint_every", "-1"),
+        ("train.precision", '"fp8"'),
+        ("data.pipeline", '"a\\nb"'),
+        ("model.name", '""'),
+    ],
+)
+def test_impossible_value_is_refused_in_a_file_and_on_the_command_line(complaint, key, value):
+    section, name = key.split(".")
+    in_file = complaint(f"[{section}]\n{name} = {value}\n")
+    assert f"some.toml: {key}: expected " in in_file
+    on_command_line = complaint("", f"{key}={value}")
+    assert f"--set: {key}: expected " in on_command_line
+
+
+def test_scalar_where_a_section_belongs_is_refused(complaint):
+    assert "some.toml: optim: expected a section" in complaint("optim = 1")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[optim",
+        "[optim]\nlr 0.1",
+        "[optim]\nlr = 0.1\nlr = 0.2",
+        "[data]\npath = 'a\nb'",
+        pytest.param("[optim]\nlr = " + "[" * 5000, id="too deep"),
+        pytest.param("[train]\nseed = " + "1" * 5000, id="too long"),
+    ],
+)
+def test_bad_toml_is_refused(complaint, text):
+    assert "some.toml: not valid TOML" in complaint(text)
+
+
+def test_text_that_is_not_utf8_is_refused(tmp_path):
+    path = tmp_path / "latin1.toml"
+    path.write_bytes('[data]\npath = "é"'.encode("latin-1"))
+    with pytest.raises(UserError, match=r"latin1\.toml: not valid TOML"):
+        load(path)
+
+
+@pytest.mark.parametrize("name", ["missing.toml", "."])
+def test_unreadable_file_is_refused(tmp_path, name):
+    with pytest.raises(UserError, match="cannot be read") as caught:
+        load(tmp_path / name)
+    assert str(tmp_path / name) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optim.lr=0.5", 0.5),
+        ("optim.lr=5e-1", 0.5),
+        ("optim.lr=1", 1.0),
+        ("augment.flip=true", True),
+        ("train.epochs=1_000", 1000),
+        ("model.name=cnn8", "cnn8"),
+        ('model.name="cnn8"', "cnn8"),
+        ("model.name='cnn8'", "cnn8"),
+        ("data.path=/some/where-1.2/x_y~", "/some/where-1.2/x_y~"),
+        ('data.path="with space = and # mark"', "with space = and # mark"),
+        ('data.path="a\\nb"', "a\nb"),
+        ("data.path=''", ""),
+        ("train.compile_mode=max-autotune", "max-autotune"),
+    ],
+)
+def test_override_sets_one_value_and_nothing_else(override, expected):
+    section, _, key = override.partition("=")[0].partition(".")
+    values = asdict(load(None, [override]))
+    found = values[section].pop(key)
+    assert (found, type(found)) == (expected, type(expected))
+    defaults = asdict(Config())
+    del defaults[section][key]
+    assert values == defaults
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "lr=0.1",
+        "optim.lr",
+        "optim.lr=",
+        "optim.lr=0.1 0.2",
+        "a.b.c=1",
+        ".lr=1",
+        "optim.=1",
+        "optim .lr=1",
+        "data.path=two words",
+        'data.path="open',
+        "",
+        "optim.lr=0.1\n[train]\nepochs = 1",
+        "optim.lr=0.1\nextra = 1",
+        "optim.lr\n=1",
+        'data.path="""a\nb"""',
+        "optim.lr=1\r\nextra = 1",
+        "data.path=a\u2028b",
+        pytest.param("data.path=" + "[" * 5000, id="too deep"),
+    ],
+)
+def test_override_outside_the_grammar_is_refused(complaint, override):
+    assert complaint("", override).startswith("--set ")
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("optm.lr=1", "optm: unknown section; nearest valid section: optim"),
+        ("optim.lrr=1", "optim.lrr: unknown key; nearest valid key: optim.lr"),
+        ("model.name=resnet12", 'model.name: expected one of "cnn8"'),
+        ("train.epochs=two", 'train.epochs: expected a whole number at least 1, got "two"'),
+    ],
+)
+def test_mistaken_override_names_its_key(complaint, override, named):
+    assert f"--set: {named}" in complaint("", override)
+
+
+def test_later_overrides_win_over_earlier_ones_and_the_file(tmp_path):
+    path = tmp_path / "some.toml"
+    path.write_text("[optim]\nlr = 0.1\nmomentum = 0.5\n[train]\nepochs = 7\n")
+    config = load(path, ["optim.lr=0.2", "train.epochs=8", "optim.lr=0.3"])
+    assert (config.optim.lr, config.optim.momentum, config.train.epochs) == (0.3, 0.5, 8)
+
+
+def test_whole_number_is_taken_for_a_float(tmp_path):
+    path = tmp_path / "some.toml"
+    path.write_text("[optim]\nlr = 1\n")
+    assert type(load(path).optim.lr) is float
