@@ -77,7 +77,8 @@ def test_no_module_hides_a_standard_or_a_needed_one():
     modules = {path.stem for path in (ROOT / "fastlab").glob("*.py")}
     modules |= {path.parent.name for path in (ROOT / "fastlab").glob("*/__init__.py")}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    extras = project["optional-dependencies"].values()
+    wanted = [*project["dependencies"], *(text for extra in extras for text in extra)]
     names = {re.match(r"[\w.-]+", text)[0].lower().replace("_", "-") for text in wanted}
     needed = {
         module
