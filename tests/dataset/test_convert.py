@@ -1,0 +1,195 @@
+import hashlib
+import io
+import json
+import os
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastlab.cli import main
+from fastlab.dataset.convert import Options, convert
+from fastlab.errors import UserError
+
+
+def arrays(dataset: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted((dataset / "array").iterdir())}
+
+
+def packed(source: Path, kind: str, folder: Path) -> Path:
+    target = folder / f"synth.{kind.split('-')[0]}"
+    files = sorted(p for p in source.rglob("*") if p.is_file())
+    if kind.startswith("zip"):
+        method = zipfile.ZIP_DEFLATED if kind == "zip-deflated" else zipfile.ZIP_STORED
+        with zipfile.ZipFile(target, "w", method) as archive:
+            for file in files:
+                archive.write(file, f"tiny/{file.relative_to(source)}")
+            archive.writestr("tiny/test/images/test_0.JPEG", b"unlabelled")
+        return target
+    with tarfile.open(target, {"tar": "w", "tar.xz": "w:xz", "tar.gz": "w:gz"}[kind]) as archive:
+        archive.add(source, "tiny")
+    return target
+
+
+@pytest.mark.parametrize("kind", ["zip-stored", "zip-deflated", "tar", "tar.xz", "tar.gz"])
+def test_archives_give_the_arrays_of_the_directory(kind, synth_source, synth_dataset, tmp_path):
+    out = tmp_path / "out"
+    convert(packed(synth_source, kind, tmp_path), out, Options())
+    assert arrays(out) == arrays(synth_dataset)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_pixels_labels_and_statistics(synth_source, synth_dataset):
+    ids = (synth_source / "wnids.txt").read_text().split()
+    files = [
+        p for name in ids for p in sorted((synth_source / "train" / name / "images").iterdir())
+    ]
+    plain = np.stack([np.asarray(Image.open(p).convert("RGB")) for p in files])
+    assert np.array_equal(np.load(synth_dataset / "array" / "train-images.npy"), plain)
+    labels = np.load(synth_dataset / "array" / "train-labels.npy")
+    assert labels.tolist() == [ids.index(p.parent.parent.name) for p in files]
+    manifest = json.loads((synth_dataset / "manifest.json").read_text())
+    assert manifest["mean"] == pytest.approx(plain.mean((0, 1, 2)) / 255, abs=1e-9)
+    assert manifest["std"] == pytest.approx(plain.std((0, 1, 2)) / 255, abs=1e-9)
+    for name, info in manifest["formats"]["array"].items():
+        data = (synth_dataset / name).read_bytes()
+        assert info == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    val = dict(
+        line.split("\t")[:2]
+        for line in (synth_source / "val" / "val_annotations.txt").read_text().splitlines()
+    )
+    expected = [ids.index(val[name]) for name in sorted(val)]
+    assert np.load(synth_dataset / "array" / "val-labels.npy").tolist() == expected
+
+
+def test_image_folder_of_many_kinds(tmp_path):
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (90, 120, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / "src" / split / name).mkdir(parents=True)
+            image.resize((64, 64)).save(tmp_path / "src" / split / name / "1.png")
+    folder = tmp_path / "src" / "train" / "b"
+    image.save(folder / "2.webp", lossless=True)
+    image.convert("L").save(folder / "3.jpg")
+    image.convert("CMYK").save(folder / "4.jpeg")
+    image.convert("P").save(folder / "5.png")
+    image.convert("RGBA").save(folder / "6.png")
+    Image.fromarray(random.integers(0, 65536, (64, 64), dtype=np.uint16)).save(folder / "7.png")
+    manifest, _ = convert(tmp_path / "src", tmp_path / "out", Options())
+    found = np.load(tmp_path / "out" / "array" / "train-images.npy")
+    assert len(found) == 8 and manifest.splits["train"].greyscale == 2
+    assert np.array_equal(found[1], np.asarray(image.resize((64, 64))))
+    # The shorter side to 64, the centre kept: 15 columns of 120 are cut on each side.
+    middle = image.crop((15, 0, 105, 90)).resize((64, 64), Image.Resampling.BICUBIC)
+    # Pillow resizes a box with what lies around it: the outermost columns differ.
+    assert np.abs(found[2].astype(int) - np.asarray(middle))[:, 4:-4].max() <= 1
+    for grey in (found[3], found[7]):
+        assert (grey[..., 0] == grey[..., 1]).all() and (grey[..., 1] == grey[..., 2]).all()
+    assert found[7].std() > 60  # scaled from 16 bits, not clipped
+
+
+def test_selection(synth_source, synth_dataset, tmp_path):
+    whole = np.load(synth_dataset / "array" / "train-images.npy")
+    convert(synth_source, tmp_path / "two", Options(classes="n90000003,n90000001"))
+    images = np.load(tmp_path / "two" / "array" / "train-images.npy")
+    labels = np.load(tmp_path / "two" / "array" / "train-labels.npy")
+    assert np.array_equal(images[labels == 0], whole[60:80])
+    assert np.array_equal(images[labels == 1], whole[20:40])
+    convert(synth_source, tmp_path / "few", Options(limit_per_class=3))
+    assert np.array_equal(
+        np.load(tmp_path / "few" / "array" / "train-images.npy"),
+        np.concatenate([whole[k : k + 3] for k in range(0, 80, 20)]),
+    )
+
+
+def test_holdout_is_stratified_seeded_and_disjoint(synth_source, synth_dataset, tmp_path):
+    held = {}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        convert(synth_source, tmp_path / name, Options(holdout=6, seed=seed))
+        held[name] = arrays(tmp_path / name)
+    assert held["a"] == held["b"] != held["c"]
+    labels = np.load(tmp_path / "a" / "array" / "val-labels.npy")
+    assert np.bincount(labels).tolist() == [6, 6, 6, 6]
+    parts = [np.load(tmp_path / "a" / "array" / f"{s}-images.npy") for s in ("train", "val")]
+    together = sorted(image.tobytes() for part in parts for image in part)
+    whole = np.load(synth_dataset / "array" / "train-images.npy")
+    assert together == sorted(image.tobytes() for image in whole)
+    assert held["a"]["test-images.npy"] == arrays(synth_dataset)["val-images.npy"]
+
+
+def test_again_is_nothing_and_other_options_are_refused(synth_source, tmp_path):
+    out = tmp_path / "out"
+    _, written = convert(synth_source, out, Options())
+    before = (out / "manifest.json").stat().st_mtime_ns
+    _, again = convert(synth_source, out, Options())
+    assert (written, again) == (True, False)
+    assert (out / "manifest.json").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="--force"):
+        convert(synth_source, out, Options(limit_per_class=2))
+    manifest, forced = convert(synth_source, out, Options(limit_per_class=2, force=True))
+    assert forced and manifest.splits["train"].images == 8
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def jpeg() -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"text", jpeg()[:200], jpeg()[:-150]], ids=["empty", "text", "header", "cut"]
+)
+def test_a_corrupt_image_is_named_and_nothing_is_left(data, tmp_path, capsys):
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            folder = tmp_path / "src" / split / name
+            folder.mkdir(parents=True)
+            (folder / "good.jpg").write_bytes(jpeg())
+    (tmp_path / "src" / "train" / "b" / "bad.jpg").write_bytes(data)
+    assert main(["convert", str(tmp_path / "src"), str(tmp_path / "out")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "train/b/bad.jpg" in lines[0]
+    assert os.listdir(tmp_path) == ["src"]
+
+
+def test_verify_finds_a_flipped_byte(synth_source, tmp_path, capsys):
+    convert(synth_source, tmp_path / "out", Options())
+    assert main(["inspect", str(tmp_path / "out"), "--verify"]) == 0
+    file = tmp_path / "out" / "array" / "val-images.npy"
+    data = bytearray(file.read_bytes())
+    data[5000] ^= 1
+    file.write_bytes(data)
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "out"), "--verify"]) == 2
+    assert "val-images.npy: damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [0, 100, -300])
+def test_a_damaged_archive_gets_one_line(size, synth_source, tmp_path, capsys):
+    for kind in ("zip-deflated", "tar.xz"):
+        archive = packed(synth_source, kind, tmp_path)
+        archive.write_bytes(archive.read_bytes()[:size])
+        assert main(["convert", str(archive), str(tmp_path / "out")]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and str(archive) in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.realdata
+@pytest.mark.slow
+@pytest.mark.skipif("FASTLAB_TINY_IMAGENET" not in os.environ, reason="needs the real images")
+def test_the_real_tiny_imagenet_has_its_counts(tmp_path):
+    source = Path(os.environ["FASTLAB_TINY_IMAGENET"])
+    manifest, _ = convert(source, tmp_path / "out", Options())
+    train, val = manifest.splits["train"], manifest.splits["val"]
+    assert len(manifest.classes) == 200
+    assert (train.images, train.per_class_min, train.per_class_max) == (100_000, 500, 500)
+    assert (val.images, val.per_class_min, val.per_class_max) == (10_000, 50, 50)
+    assert train.greyscale == 1821 and train.largest_original == 3195
+    assert (train.original_bytes, val.original_bytes) == (194_454_984, 19_409_745)
