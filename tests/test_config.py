@@ -64,7 +64,7 @@ VALUES = {
         "batch_size": COUNT,
         "eval_batch_size": COUNT,
         "seed": st.integers(0, 2**31 - 1),
-        "precision": st.sampled_from(["fp32", "bf16", "fp16"]),
+        "precision": st.sampled_from(["fp64", "fp32", "bf16", "fp16"]),
         "channels_last": st.booleans(),
         "compile": st.booleans(),
         "compile_mode": st.sampled_from(["default", "reduce-overhead", "max-autotune"]),

@@ -1,0 +1,249 @@
+"""Models against counts by hand, plain re-implementations and torchvision."""
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+from fastlab.config import MODEL_NAMES, ModelConfig
+from fastlab.errors import UserError
+from fastlab.models import MODELS, build, count_parameters
+
+CNN_HIDDEN = {"cnn8": 256, "cnn10": 512, "cnn12": 1024}
+CNN_STAGES = [(64, 128), (128, 256), (256, 512), (512, 1024), (1024, 2048)]
+RESNET_BLOCKS = [
+    (64, 64), (64, 128), (128, 128), (128, 256), (256, 256),
+    (256, 512), (512, 512), (512, 1024), (1024, 1024),
+]  # fmt: skip
+RESNET_DEPTHS = {"resnet11": 5, "resnet15": 7, "resnet19": 9}
+CNN_DEPTHS = {"cnn8": 3, "cnn10": 4, "cnn12": 5}
+
+
+def conv(inputs: int, outputs: int, size: int) -> int:
+    return inputs * outputs * size * size + outputs
+
+
+def dense(inputs: int, outputs: int) -> int:
+    return inputs * outputs + outputs
+
+
+def norm(channels: int) -> int:
+    return 2 * channels
+
+
+def cnn_count(name: str, classes: int) -> int:
+    stages = CNN_STAGES[: CNN_DEPTHS[name]]
+    total = conv(3, 64, 5) + norm(64)
+    for inputs, outputs in stages:
+        total += conv(inputs, outputs, 3) + conv(outputs, outputs, 3) + 2 * norm(outputs)
+    hidden = CNN_HIDDEN[name]
+    return total + dense(stages[-1][1], hidden) + dense(hidden, classes)
+
+
+def resnet_count(name: str, classes: int) -> int:
+    blocks = RESNET_BLOCKS[: RESNET_DEPTHS[name]]
+    total = conv(3, 64, 5) + norm(64)
+    for inputs, outputs in blocks:
+        total += conv(inputs, outputs, 3) + conv(outputs, outputs, 3) + conv(inputs, outputs, 1)
+        total += 3 * norm(outputs)
+    return total + dense(blocks[-1][1], classes)
+
+
+def parameters(classes: int = 200, **settings) -> int:
+    with torch.device("meta"):
+        return count_parameters(build(ModelConfig(**settings), classes))
+
+
+def usual_resnet18(classes: int) -> nn.Module:
+    """torchvision's, its stem replaced by a 3x3 convolution of stride 1 without a pool."""
+    model = torchvision.models.resnet18(num_classes=classes)
+    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    return model
+
+
+def shaken(model: nn.Module) -> nn.Module:
+    """`model` with every weight and statistic away from its initial value."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point():
+                noise = torch.rand(tensor.shape, generator=generator)
+                tensor.copy_(0.5 + noise if name.endswith("running_var") else tensor + 0.2 * noise)
+    return model
+
+
+def images(count: int, side: int = 64) -> torch.Tensor:
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(6))
+
+
+class Plain:
+    """Takes a model's layers in the order of the network and applies them as functions."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = {
+            kind: iter([m for m in model.modules() if isinstance(m, kind)])
+            for kind in (nn.Conv2d, nn.BatchNorm2d, nn.Linear)
+        }
+        self._training = model.training
+
+    def conv(self, x: torch.Tensor, stride: int, padding: int) -> torch.Tensor:
+        layer = next(self._layers[nn.Conv2d])
+        return F.conv2d(x, layer.weight, layer.bias, stride, padding)
+
+    def norm(self, x: torch.Tensor) -> torch.Tensor:
+        layer = next(self._layers[nn.BatchNorm2d])
+        dims = (0, 2, 3)
+        mean, var = layer.running_mean, layer.running_var
+        if self._training:
+            mean, var = x.mean(dims), x.var(dims, correction=0)
+        mean, var, weight, bias = (v[:, None, None] for v in (mean, var, layer.weight, layer.bias))
+        return (x - mean) / (var + 1e-5).sqrt() * weight + bias
+
+    def dense(self, x: torch.Tensor) -> torch.Tensor:
+        layer = next(self._layers[nn.Linear])
+        return x @ layer.weight.T + layer.bias
+
+    def drop(self, x: torch.Tensor, p: float) -> torch.Tensor:
+        return F.dropout(x, p, self._training)
+
+    def left(self) -> Iterator[nn.Module]:
+        return (layer for layers in self._layers.values() for layer in layers)
+
+
+def plain_resnet11(plain: Plain, x: torch.Tensor, p: dict[str, float]) -> torch.Tensor:
+    x = plain.norm(plain.drop(plain.conv(x, 1, 2), p["stem"])).relu()
+    x = F.max_pool2d(x, 3, 2, 1)
+    for stride in (1, 2, 1, 2, 1):
+        y = plain.norm(plain.drop(plain.conv(x, stride, 1), p["conv"])).relu()
+        y = plain.norm(plain.conv(y, 1, 1))
+        y = y + plain.norm(plain.conv(x, stride, 0))
+        x = plain.drop(y, p["conv"]).relu()
+    return plain.dense(plain.drop(x.mean((2, 3)), p["fc"]))
+
+
+def plain_cnn8(plain: Plain, x: torch.Tensor, p: dict[str, float]) -> torch.Tensor:
+    def layer(x: torch.Tensor, padding: int) -> torch.Tensor:
+        return plain.norm(plain.drop(plain.conv(x, 1, padding), p["conv"])).relu()
+
+    x = F.max_pool2d(layer(x, 2), 2)
+    for _ in range(3):
+        x = F.max_pool2d(layer(layer(x, 1), 1), 2)
+    x = plain.dense(plain.drop(x.mean((2, 3)), p["fc"])).relu()
+    return plain.dense(plain.drop(x, p["fc"]))
+
+
+def test_names_of_the_configuration_are_those_of_the_models():
+    assert set(MODEL_NAMES) == set(MODELS)
+
+
+def test_resnet11_has_the_reports_number_of_parameters():
+    assert parameters(name="resnet11") == 2_845_064
+
+
+@pytest.mark.parametrize("classes", [10, 200])
+@pytest.mark.parametrize("name", RESNET_DEPTHS)
+def test_resnet_has_the_number_of_parameters_of_its_description(name, classes):
+    assert parameters(classes, name=name) == resnet_count(name, classes)
+
+
+@pytest.mark.parametrize("classes", [10, 200])
+@pytest.mark.parametrize("name", CNN_DEPTHS)
+def test_cnn_has_the_number_of_parameters_of_its_description(name, classes):
+    assert parameters(classes, name=name) == cnn_count(name, classes)
+
+
+@pytest.mark.parametrize("classes", [10, 200])
+def test_resnet18_has_torchvisions_number_of_parameters(classes):
+    assert parameters(classes, name="resnet18") == count_parameters(usual_resnet18(classes))
+
+
+def test_resnet18_gives_torchvisions_logits():
+    theirs = shaken(usual_resnet18(10)).eval()
+    ours = build(ModelConfig(name="resnet18", dropout_conv=0.2), 10).eval()
+    values = theirs.state_dict().values()
+    ours.load_state_dict(dict(zip(ours.state_dict(), values, strict=True)))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images(2, 32)), theirs(images(2, 32)))
+
+
+@pytest.mark.parametrize("classes", [2, 200])
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_logits_have_a_row_an_image_and_a_column_a_class(name, classes):
+    model = build(ModelConfig(name=name, width=8), classes)
+    logits = model(images(3))
+    assert logits.shape == (3, classes)
+    logits.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize(("name", "plain"), [("resnet11", plain_resnet11), ("cnn8", plain_cnn8)])
+def test_forward_pass_is_that_of_the_description_with_each_dropout_in_its_place(
+    name, plain, training
+):
+    """In training the same seed drops the same values only where shapes, order and shares agree."""
+    shares = {"stem": 0.15, "conv": 0.3, "fc": 0.5}
+    settings = {f"dropout_{key}": value for key, value in shares.items()}
+    model = shaken(build(ModelConfig(name=name, width=8, **settings), 20)).train(training)
+    layers = Plain(copy.deepcopy(model))
+    with torch.no_grad():
+        torch.manual_seed(7)
+        expected = plain(layers, images(4), shares)
+        torch.manual_seed(7)
+        torch.testing.assert_close(model(images(4)), expected, rtol=1e-4, atol=1e-4)
+    assert not list(layers.left())
+    assert expected.std() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "stem", "conv_part", "head"),
+    [("resnet11", 1, 10, 1), ("resnet19", 1, 18, 1), ("cnn8", 0, 7, 2), ("cnn12", 0, 11, 2)],
+)
+def test_each_dropout_setting_reaches_its_own_part(name, stem, conv_part, head):
+    config = ModelConfig(name=name, width=8, dropout_stem=0.1, dropout_conv=0.3, dropout_fc=0.7)
+    shares = [m.p for m in build(config, 5).modules() if isinstance(m, nn.Dropout)]
+    assert shares == [0.1] * stem + [0.3] * conv_part + [0.7] * head
+
+
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_without_batch_norm_there_is_none(name):
+    model = build(ModelConfig(name=name, width=8, batch_norm=False), 5)
+    assert not [m for m in model.modules() if "norm" in type(m).__name__.lower()]
+    assert not list(model.buffers())
+    assert model(images(1)).isfinite().all()  # one image is enough then
+    # A convolution that no norm follows needs its own bias.
+    assert all(m.bias is not None for m in model.modules() if isinstance(m, nn.Conv2d))
+
+
+@pytest.mark.parametrize("name", RESNET_DEPTHS)
+def test_without_shortcuts_exactly_their_parameters_are_gone(name):
+    gone = sum(conv(i, o, 1) + norm(o) for i, o in RESNET_BLOCKS[: RESNET_DEPTHS[name]])
+    assert parameters(name=name) - parameters(name=name, shortcuts=False) == gone
+
+
+def test_resnet18_without_shortcuts_lacks_its_three_projections():
+    gone = sum(i * o + norm(o) for i, o in [(64, 128), (128, 256), (256, 512)])
+    full = parameters(name="resnet18")
+    assert full - parameters(name="resnet18", shortcuts=False) == gone
+
+
+@pytest.mark.parametrize("name", ["resnet11", "resnet18"])
+def test_without_shortcuts_a_block_of_zero_weights_passes_nothing_on(name):
+    for shortcuts in (True, False):
+        model = build(ModelConfig(name=name, width=8, shortcuts=shortcuts), 5).eval()
+        for block in model.blocks:
+            nn.init.zeros_(block.conv2.weight)
+            if block.conv2.bias is not None:
+                nn.init.zeros_(block.conv2.bias)
+        logits = model(images(2))
+        assert torch.equal(logits[0], logits[1]) != shortcuts
+
+
+def test_unknown_model_is_refused_with_the_nearest_name():
+    with pytest.raises(UserError, match=r'"resnet12"; nearest: resnet1'):
+        build(ModelConfig(name="resnet12"), 5)
