@@ -5,10 +5,8 @@ import warnings
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-# Start-of-frame markers (baseline, extended, progressive) of a frame with one component.
-_GREY_FRAMES = (b"\xff\xc0\x00\x0b", b"\xff\xc1\x00\x0b", b"\xff\xc2\x00\x0b")
 MAX_PIXELS = 64_000_000
 
 
@@ -20,20 +18,21 @@ def decode_into(data: bytes, out: np.ndarray) -> bool:
     """Decode `data` into `out` (uint8, [S, S, 3]); return whether the original is greyscale.
 
     JPEGs of that very size go straight through libjpeg-turbo, bit for bit as Pillow decodes them.
-    Anything else is resized by Pillow: bicubic, the shorter side to S, the centre kept.
-    Raises `CorruptImage`.
+    Anything else goes through Pillow: turned upright as its EXIF says, then resized, bicubic, the
+    shorter side to S, the centre kept. Raises `CorruptImage`.
     """
     if data[:2] != b"\xff\xd8":
         return _decode_with_pillow(data, out)
     try:
-        pixels = simplejpeg.decode_jpeg(data, "RGB", buffer=out)
+        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+        # libjpeg-turbo's CMYK differs from Pillow's by rounding, and EXIF may ask for a turn.
+        plain = space not in ("CMYK", "YCCK") and b"Exif\0\0" not in data
+        if plain and (height, width) == out.shape[:2]:
+            simplejpeg.decode_jpeg(data, "RGB", buffer=out)
+            return space == "Gray"
     except ValueError:
-        # Another size, CMYK, or truly corrupt: Pillow tells them apart.
-        return _decode_with_pillow(data, out)
-    if pixels.shape != out.shape:
-        return _decode_with_pillow(data, out)
-    maybe_grey = any(frame in data for frame in _GREY_FRAMES)
-    return maybe_grey and simplejpeg.decode_jpeg_header(data)[2] == "Gray"
+        pass  # corrupt, or only to this decoder: Pillow decides
+    return _decode_with_pillow(data, out)
 
 
 def _decode_with_pillow(data: bytes, out: np.ndarray) -> bool:
@@ -49,16 +48,19 @@ def _decode_with_pillow(data: bytes, out: np.ndarray) -> bool:
                 return grey
     except CorruptImage:
         raise
+    except UnidentifiedImageError:
+        raise CorruptImage("no known image format") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on bad bytes
         raise CorruptImage(str(error).splitlines()[0] if str(error) else repr(error)) from None
 
 
 def _fit(image: Image.Image, side: int) -> np.ndarray:
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         # 16-bit greyscale: Pillow's own conversion clips at 255 instead of scaling.
         scaled = np.asarray(image, dtype=np.float64) / 65535 * 255
         image = Image.fromarray(scaled.round().astype(np.uint8))
-    image = ImageOps.exif_transpose(image).convert("RGB")
+    image = image.convert("RGB")
     if image.size != (side, side):
         image = ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
     return np.asarray(image)

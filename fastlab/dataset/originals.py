@@ -68,6 +68,8 @@ class Originals:
                 f"--holdout {per_class}: the smallest class has {smallest} training images; "
                 f"hold out fewer"
             )
+        if seed < 0:
+            raise UserError(f"--seed {seed}: expected 0 or more")
         if "test" in self.splits:
             raise UserError("--holdout: the source has a test split of its own; leave it out")
         shuffled = np.random.Generator(np.random.PCG64(seed)).permutation(len(train.labels))
@@ -86,8 +88,17 @@ class Originals:
 def read_originals(tree: Tree, where: str) -> Originals:
     """Find out the layout of `tree` and list its images. `where` names the source in errors.
 
-    Raises `UserError` where the layout is unknown, or a split or a class has no images.
+    Raises `UserError` where the layout is unknown, a split or a class has no images, or `tree`
+    cannot be read.
     """
+    try:
+        return _read_originals(tree, where)
+    except OSError as error:
+        found = f"{error.filename}: {error.strerror}" if error.filename else error
+        raise UserError(f"{where}: cannot be read ({found})") from None
+
+
+def _read_originals(tree: Tree, where: str) -> Originals:
     root = _root(tree)
     top = tree.names(root)
     if "wnids.txt" in top:
@@ -99,6 +110,8 @@ def read_originals(tree: Tree, where: str) -> Originals:
             f"{where}: neither Tiny ImageNet (no wnids.txt) nor an image folder "
             f"(no train/<class>/ and val/<class>/)"
         )
+    if not originals.classes:
+        raise UserError(f"{where}: has no classes")
     for name, split in originals.splits.items():
         counts = np.bincount(split.labels, minlength=len(originals.classes))
         if not split.paths or (name == "train" and counts.min() == 0):
@@ -109,8 +122,16 @@ def read_originals(tree: Tree, where: str) -> Originals:
 
 def select_classes(originals: Originals, choice: str) -> Originals:
     """Keep the first N classes (`choice` is a number), or those named, separated by commas."""
+    chosen = _only_chosen(originals, choice)
+    for name, split in chosen.splits.items():
+        if not split.paths:
+            raise UserError(f"--classes {choice}: split {name} has no image of these classes")
+    return chosen
+
+
+def _only_chosen(originals: Originals, choice: str) -> Originals:
     ids = [c.id for c in originals.classes]
-    if choice.isdigit():
+    if choice.isdecimal():
         count = int(choice)
         if not 1 <= count <= len(ids):
             raise UserError(f"--classes {choice}: expected 1 to {len(ids)}")
@@ -135,11 +156,13 @@ def _folder(path: str) -> str:
 
 
 def _is_image(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES)
+    return not name.startswith(".") and name.lower().endswith(SUFFIXES)
 
 
 def _read_tiny_imagenet(tree: Tree, root: str, where: str) -> Originals:
     ids = tree.text(f"{root}wnids.txt").split()
+    if len(set(ids)) < len(ids):
+        raise UserError(f"{where}: wnids.txt names a class twice")
     known = {}
     if "words.txt" in tree.names(root):
         lines = tree.text(f"{root}words.txt").splitlines()
@@ -153,7 +176,7 @@ def _read_tiny_imagenet(tree: Tree, root: str, where: str) -> Originals:
 
 def _read_annotations(tree: Tree, root: str, ids: list[str], where: str) -> Split:
     number = {name: index for index, name in enumerate(ids)}
-    present = set(tree.names(f"{root}val/images"))
+    present = {name for name in tree.names(f"{root}val/images") if _is_image(name)}
     if "val_annotations.txt" not in tree.names(f"{root}val"):
         raise UserError(f"{where}: val/val_annotations.txt is missing; unpack the archive again")
     label = {}
@@ -177,16 +200,25 @@ def _read_annotations(tree: Tree, root: str, ids: list[str], where: str) -> Spli
 
 
 def _read_image_folder(tree: Tree, root: str, where: str) -> Originals:
-    ids = [name for name in tree.names(f"{root}train") if tree.names(f"{root}train/{name}")]
+    ids = _folders_in(tree, f"{root}train")
+    for name in ids:
+        if not name.isprintable():
+            raise UserError(f"{where}: train/{name!a}: rename this class, it cannot be printed")
     splits = {}
     for split in ("train", "val", "test"):
-        folders = [name for name in tree.names(root + split) if tree.names(f"{root}{split}/{name}")]
+        folders = _folders_in(tree, root + split)
         unknown = set(folders) - set(ids)
         if unknown:
             raise UserError(f"{where}: {split}/{min(unknown)}: no such class in train/")
         if folders or split != "test":
             splits[split] = _from_folders(tree, [f"{root}{split}/{name}/" for name in ids])
     return Originals("image-folder", [ImageClass(name, name) for name in ids], splits)
+
+
+def _folders_in(tree: Tree, folder: str) -> list[str]:
+    """Names of the folders in `folder` that hold anything and are not hidden."""
+    names = [name for name in tree.names(folder) if not name.startswith(".")]
+    return [name for name in names if tree.names(f"{folder}/{name}")]
 
 
 def _from_folders(tree: Tree, folders: list[str]) -> Split:

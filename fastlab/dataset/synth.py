@@ -1,6 +1,7 @@
 """A generated, learnable dataset in Tiny ImageNet's own layout, for demos and tests."""
 
 import colorsys
+import os
 import shutil
 from pathlib import Path
 
@@ -25,8 +26,11 @@ def synthesise(out: Path, classes: int, per_class: int, seed: int = 0, force: bo
         raise UserError(f"--classes {classes}: expected 2 to 1000")
     if not 1 <= per_class <= 100_000:
         raise UserError(f"--per-class {per_class}: expected 1 to 100000")
+    if seed < 0:
+        raise UserError(f"--seed {seed}: expected 0 or more")
     if out.exists() and not force:
         raise UserError(f"{out}: exists; choose another directory, or replace it with --force")
+    out = Path(os.path.abspath(out))  # "." and ".." have a name then
     partial = out.with_name(out.name + ".partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)

@@ -9,6 +9,7 @@ import lzma
 import mmap
 import os
 import shutil
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -18,6 +19,18 @@ from typing import NamedTuple
 
 from fastlab.errors import UserError
 
+# What zipfile, tarfile and the decompressors raise on bytes that are not what they expect.
+_DAMAGE = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    lzma.LZMAError,
+    zlib.error,
+    struct.error,
+    EOFError,
+    ArithmeticError,
+    NotImplementedError,
+    ValueError,
+)
 COMPRESSED_TAR = (".tar.xz", ".txz", ".tar.gz", ".tgz", ".tar.bz2")
 
 
@@ -28,20 +41,36 @@ class Stamp(NamedTuple):
     version: int
 
 
+class DamagedMember(OSError):
+    """A file of an archive that cannot be read."""
+
+
 class Tree(ABC):
     @abstractmethod
     def names(self, folder: str) -> list[str]:
-        """Sorted names directly in `folder` ("" is the root); empty where there is none."""
+        """Sorted names directly in `folder` ("" is the root); empty where there is none.
+        Raises OSError."""
 
     @abstractmethod
     def read(self, path: str) -> tuple[bytes, Stamp]:
-        """The bytes of a file and its stamp. Raises OSError or a zip's or tar's own error."""
+        """The bytes of a file and its stamp. Raises OSError."""
 
     @abstractmethod
-    def stamp(self, path: str) -> Stamp: ...
+    def _stamp(self, path: str) -> Stamp:
+        """Raises OSError."""
+
+    def stamp(self, path: str) -> Stamp:
+        """Raises `UserError` where there is no such file."""
+        try:
+            return self._stamp(path)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
 
     def text(self, path: str) -> str:
-        return self.read(path)[0].decode("utf-8", errors="replace")
+        try:
+            return self.read(path)[0].decode("utf-8", errors="replace")
+        except OSError as error:
+            raise OSError(f"{path}: {error.strerror or error}") from None
 
 
 class DirectoryTree(Tree):
@@ -63,7 +92,7 @@ class DirectoryTree(Tree):
         finally:
             os.close(descriptor)
 
-    def stamp(self, path: str) -> Stamp:
+    def _stamp(self, path: str) -> Stamp:
         status = os.stat(self._root + path)
         return Stamp(status.st_size, status.st_mtime_ns)
 
@@ -98,61 +127,80 @@ class ZipTree(_Members):
         super().__init__(list(self._members))
 
     def read(self, path: str) -> tuple[bytes, Stamp]:
-        member = self._members[path]
+        member = self._member(path)
         if member.flag_bits & 1:
-            raise zipfile.BadZipFile(f"{path} is encrypted")
+            raise DamagedMember("encrypted")
         # The local header repeats the name, with an extra field of another length.
         start = member.header_offset + 30
         header = self._bytes[member.header_offset : start]
         if header[:4] != b"PK\x03\x04":
-            raise zipfile.BadZipFile(f"{path} has no local header")
+            raise DamagedMember("no local header")
         start += int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
         data = self._bytes[start : start + member.compress_size]
-        data = _inflate(data, member, path)
+        data = _inflate(data, member)
         if len(data) != member.file_size or zlib.crc32(data) != member.CRC:
-            raise zipfile.BadZipFile(f"{path} does not match its checksum")
+            raise DamagedMember("does not match its checksum")
         return data, Stamp(member.file_size, member.CRC)
 
-    def stamp(self, path: str) -> Stamp:
-        member = self._members[path]
+    def _stamp(self, path: str) -> Stamp:
+        member = self._member(path)
         return Stamp(member.file_size, member.CRC)
 
+    def _member(self, path: str) -> zipfile.ZipInfo:
+        if path not in self._members:
+            raise DamagedMember("no such file in the archive")
+        return self._members[path]
 
-def _inflate(data: bytes, member: zipfile.ZipInfo, path: str) -> bytes:
+
+def _inflate(data: bytes, member: zipfile.ZipInfo) -> bytes:
     if member.compress_type == zipfile.ZIP_STORED:
         return data
     if member.compress_type != zipfile.ZIP_DEFLATED:
-        raise zipfile.BadZipFile(f"{path} is compressed by a method other than deflate")
+        raise DamagedMember("compressed by a method other than deflate")
     try:
         # One byte past the promised size is enough to notice a bomb.
         return zlib.decompressobj(-15).decompress(data, member.file_size + 1)
     except zlib.error as error:
-        raise zipfile.BadZipFile(f"{path}: {error}") from None
+        raise DamagedMember(str(error)) from None
 
 
 class TarTree(_Members):
     def __init__(self, path: Path) -> None:
         self._bytes = _map(path)
-        self._members: dict[str, tuple[int, Stamp]] = {}
+        # None for a link that leads nowhere in the archive.
+        self._members: dict[str, tuple[int, Stamp] | None] = {}
         with tarfile.open(path, "r:") as archive:
             for member in archive:
+                name = member.name.removeprefix("./")
                 if member.isfile():
-                    name = member.name.removeprefix("./")
-                    self._members[name] = (
-                        member.offset_data,
-                        Stamp(member.size, int(member.mtime)),
-                    )
+                    stamp = Stamp(member.size, int(member.mtime))
+                    self._members[name] = (member.offset_data, stamp)
+                elif member.islnk():  # a further name of a file that came before
+                    self._members[name] = self._members.get(member.linkname.removeprefix("./"))
+                elif member.issym():
+                    self._members[name] = None
+            # tarfile takes a cut between two members, or a damaged header, for the end.
+            if self._bytes[archive.offset : archive.offset + 512] != bytes(512):
+                raise tarfile.ReadError("cut short, or a damaged header")
         super().__init__(list(self._members))
 
     def read(self, path: str) -> tuple[bytes, Stamp]:
-        start, stamp = self._members[path]
+        start, stamp = self._member(path)
         data = self._bytes[start : start + stamp.size]
         if len(data) != stamp.size:
-            raise tarfile.ReadError(f"{path} is cut short")
+            raise DamagedMember("cut short")
         return data, stamp
 
-    def stamp(self, path: str) -> Stamp:
-        return self._members[path][1]
+    def _stamp(self, path: str) -> Stamp:
+        return self._member(path)[1]
+
+    def _member(self, path: str) -> tuple[int, Stamp]:
+        if path not in self._members:
+            raise DamagedMember("no such file in the archive")
+        found = self._members[path]
+        if found is None:
+            raise DamagedMember("a link; pack the archive again with tar --dereference")
+        return found
 
 
 def open_tree(source: Path, scratch: Path) -> Tree:
@@ -163,7 +211,7 @@ def open_tree(source: Path, scratch: Path) -> Tree:
     """
     try:
         return _open_tree(source, scratch)
-    except (zipfile.BadZipFile, tarfile.TarError, lzma.LZMAError, EOFError, zlib.error) as error:
+    except _DAMAGE as error:
         raise UserError(f"{source}: damaged archive ({error}); download it again") from None
     except OSError as error:
         raise UserError(f"{source}: cannot be read ({error.strerror or error})") from None
@@ -174,7 +222,7 @@ def _open_tree(source: Path, scratch: Path) -> Tree:
         return DirectoryTree(source)
     if not source.exists():
         raise UserError(f"{source}: no such directory or archive")
-    if zipfile.is_zipfile(source):
+    if source.suffix == ".zip" or zipfile.is_zipfile(source):
         return ZipTree(source)
     if source.name.endswith(COMPRESSED_TAR):
         return TarTree(_decompress(source, scratch / "source.tar"))

@@ -100,7 +100,7 @@ def processes(tmp_path_factory) -> list[dict[str, dict[str, torch.Tensor]]]:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.float64, 1e-13)])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.float64, 1e-13)])
 def test_two_processes_equal_one_on_the_whole_batch(processes, dtype, limit):
     x, grads = values(dtype)
     model = Wrapped()
@@ -115,7 +115,8 @@ def test_two_processes_equal_one_on_the_whole_batch(processes, dtype, limit):
     both |= {name: found[0][name] for name in ("running_mean", "running_var")}
     for name, tensor in both.items():
         assert tensor.dtype == dtype
-        torch.testing.assert_close(tensor, expected[name], rtol=limit, atol=limit, msg=name)
+        atol = limit * max(1, expected[name].abs().max().item())  # sums grow with their terms
+        torch.testing.assert_close(tensor, expected[name], rtol=limit, atol=atol, msg=name)
 
 
 @pytest.mark.multiprocess
