@@ -1,12 +1,16 @@
 """Encoded bytes to uint8 pixels, [S, S, 3]; greyscale, palettes and CMYK become RGB."""
 
 import io
+import re
 import warnings
 
 import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+# Start of a baseline, extended or progressive frame: height and width; one or three components
+# (libjpeg-turbo's CMYK differs from Pillow's by rounding).
+_FRAMES = re.compile(rb"\xff[\xc0-\xc2]\0[\x0b\x11]\x08(....)([\1\3])", re.DOTALL)
 MAX_PIXELS = 64_000_000
 
 
@@ -21,18 +25,16 @@ def decode_into(data: bytes, out: np.ndarray) -> bool:
     Anything else goes through Pillow: turned upright as its EXIF says, then resized, bicubic, the
     shorter side to S, the centre kept. Raises `CorruptImage`.
     """
-    if data[:2] != b"\xff\xd8":
+    frame = data[:2] == b"\xff\xd8" and b"Exif\0\0" not in data and _FRAMES.search(data)
+    if not frame or (out.shape[0].to_bytes(2) * 2) != frame[1]:
         return _decode_with_pillow(data, out)
     try:
-        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
-        # libjpeg-turbo's CMYK differs from Pillow's by rounding, and EXIF may ask for a turn.
-        plain = space not in ("CMYK", "YCCK") and b"Exif\0\0" not in data
-        if plain and (height, width) == out.shape[:2]:
-            simplejpeg.decode_jpeg(data, "RGB", buffer=out)
-            return space == "Gray"
+        pixels = simplejpeg.decode_jpeg(data, "RGB", buffer=out)
     except ValueError:
-        pass  # corrupt, or only to this decoder: Pillow decides
-    return _decode_with_pillow(data, out)
+        return _decode_with_pillow(data, out)  # corrupt, or only to this decoder
+    if pixels.shape != out.shape:  # what was found is no frame, but bytes that look like one
+        return _decode_with_pillow(data, out)
+    return frame[2] == b"\1" and simplejpeg.decode_jpeg_header(data)[2] == "Gray"
 
 
 def _decode_with_pillow(data: bytes, out: np.ndarray) -> bool:

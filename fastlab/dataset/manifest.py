@@ -1,10 +1,11 @@
 """`manifest.json`: what a dataset directory holds, and the checks of it."""
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from blake3 import blake3
 
 from fastlab.dataset.originals import ImageClass
 from fastlab.errors import UserError
@@ -28,7 +29,8 @@ class SplitInfo:
 @dataclass(frozen=True)
 class FileInfo:
     bytes: int
-    sha256: str
+    blake3: str
+    """As `b3sum` prints it. SHA-256 took a sixth of a conversion, this a twentieth."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,11 @@ class Manifest:
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+
+
+def new_hash() -> Any:
+    """The hash of every file here: `update` and `hexdigest` as in hashlib."""
+    return blake3()
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -102,12 +109,15 @@ def check_hashes(directory: Path, manifest: Manifest) -> int:
     check_sizes(directory, manifest)
     files = _files(manifest)
     for path, info in files:
+        digest = new_hash()
         with (directory / path).open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != info.sha256:
+            while data := file.read(1 << 20):
+                digest.update(data)
+        found = digest.hexdigest()
+        if found != info.blake3:
             raise UserError(
-                f"{directory / path}: damaged (SHA-256 {found[:12]}…, manifest says "
-                f"{info.sha256[:12]}…); convert again with --force"
+                f"{directory / path}: damaged (BLAKE3 {found[:12]}…, manifest says "
+                f"{info.blake3[:12]}…); convert again with --force"
             )
     return len(files)
 

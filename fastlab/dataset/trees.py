@@ -76,6 +76,8 @@ class Tree(ABC):
 class DirectoryTree(Tree):
     def __init__(self, root: Path) -> None:
         self._root = f"{root}/"
+        # Opening by a path below a directory that is open walks fewer folders: 100,000 times.
+        self._descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
 
     def names(self, folder: str) -> list[str]:
         try:
@@ -85,7 +87,7 @@ class DirectoryTree(Tree):
 
     def read(self, path: str) -> tuple[bytes, Stamp]:
         # Bare system calls: `open` costs half as much again, and there are 100,000 files to open.
-        descriptor = os.open(self._root + path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY, dir_fd=self._descriptor)
         try:
             status = os.fstat(descriptor)
             return os.read(descriptor, status.st_size), Stamp(status.st_size, status.st_mtime_ns)
@@ -93,7 +95,7 @@ class DirectoryTree(Tree):
             os.close(descriptor)
 
     def _stamp(self, path: str) -> Stamp:
-        status = os.stat(self._root + path)
+        status = os.stat(path, dir_fd=self._descriptor)
         return Stamp(status.st_size, status.st_mtime_ns)
 
 
