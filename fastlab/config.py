@@ -47,8 +47,10 @@ def _choice(default: str, *options: str) -> Any:
 class DataConfig:
     path: str = "data/tiny-imagenet"
     """Dataset directory that `fastlab convert` wrote; relative to the working directory."""
-    pipeline: str = _choice("resident", "resident")
-    """How images reach the device."""
+    pipeline: str = _choice("resident", "resident", "ffcv", "dali", "torchvision")
+    """What reads, and decodes, the images; pipelines/README.md says which one when."""
+    workers: int = _at_least(0, 0)
+    """Reading and decoding threads or processes of each process; 0: one for each core."""
     placement: str = _choice("auto", "auto", "device", "stream")
     """Where `resident` keeps the images: "device" holds all of them on the device, "stream" maps
     the file into memory and copies batches ahead of use, "auto" takes "device" where they fit."""

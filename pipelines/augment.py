@@ -51,6 +51,7 @@ def make_augmenter(
     mean: list[float],
     std: list[float],
     dtype: torch.dtype,
+    device: torch.device | str = "cpu",
 ) -> Augmenter:
     """`config` None: normalisation alone. `mean` and `std` are on a scale of 0 to 1.
 
@@ -71,7 +72,7 @@ def make_augmenter(
         cutout=config.cutout,
         sizes=_crop_sizes(config.crop_scale, side),
         fill=np.rint(np.array(mean) * 255).astype(np.uint8),
-        table=((levels - centre) / spread).to(dtype),
+        table=((levels - centre) / spread).to(dtype).to(device),
     )
 
 

@@ -11,6 +11,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
+from fastlab.errors import UserError
+
 
 class Batch(NamedTuple):
     """One step's images on the device; shapes never change within an epoch."""
@@ -83,3 +85,50 @@ def eval_rows(images: int, step: int, batch: int, shard: Shard) -> tuple[np.ndar
 def eval_steps(images: int, batch: int, shard: Shard) -> int:
     each = -(-batch // shard.world)
     return -(-images // (each * shard.world))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which images each step of one process takes.
+
+    Training epochs are permutations of whole batches (the rest of the split, less than a batch,
+    is left out and differs from epoch to epoch); evaluation takes each image once, in order.
+    """
+
+    images: int
+    batch_size: int
+    """Over all processes."""
+    shard: Shard
+    seed: int
+    train: bool
+
+    def steps(self) -> int:
+        if self.train:
+            return self.images // self.batch_size
+        return eval_steps(self.images, self.batch_size, self.shard)
+
+    def rows(self, epoch: int, start: int) -> tuple[np.ndarray, np.ndarray]:
+        """(rows, mask) of the epoch's steps from `start` on: int64 and bool, [steps, b]."""
+        steps = range(start, self.steps())
+        if self.train:
+            order = epoch_order(self.images, self.seed, epoch)
+            parts = [train_rows(order, step, self.batch_size, self.shard) for step in steps]
+            rows = np.stack(parts) if parts else np.zeros((0, 0), dtype=np.int64)
+            return rows, np.ones(rows.shape, dtype=bool)
+        both = [eval_rows(self.images, step, self.batch_size, self.shard) for step in steps]
+        if not both:
+            return np.zeros((0, 0), dtype=np.int64), np.zeros((0, 0), dtype=bool)
+        rows, masks = zip(*both, strict=True)
+        return np.stack(rows), np.stack(masks)
+
+
+def make_schedule(
+    where: str, split: str, images: int, batch_size: int, shard: Shard, seed: int, train: bool
+) -> Schedule:
+    """Raises `UserError` where the split has no full training batch."""
+    if train and images < batch_size:
+        raise UserError(
+            f"train.batch_size = {batch_size}: split {split} of {where} has only "
+            f"{images} images; take a smaller batch"
+        )
+    return Schedule(images, batch_size, shard, seed, train)

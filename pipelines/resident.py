@@ -17,31 +17,19 @@ from fastlab.config import AugmentConfig, DataConfig
 from fastlab.dataset.manifest import Manifest
 from fastlab.errors import UserError
 from pipelines.augment import (
-    Augmenter,
     augment_on_cpu,
     augment_on_device,
     epoch_key,
     make_augmenter,
 )
-from pipelines.base import (
-    Batch,
-    Shard,
-    epoch_order,
-    eval_rows,
-    eval_steps,
-    train_rows,
-)
+from pipelines.base import Batch, Shard, make_schedule
 
 # Of the device's free memory, what the images of one split may take.
 _SHARE = 0.5
 
 
 class ResidentPipeline:
-    """One split of a dataset directory's ``array`` format, for one process.
-
-    Training epochs are permutations of whole batches (the rest of the split, less than a batch,
-    is left out and differs from epoch to epoch); evaluation takes each image once, in order.
-    """
+    """One split of a dataset directory's ``array`` format, for one process."""
 
     def __init__(
         self,
@@ -61,38 +49,25 @@ class ResidentPipeline:
         """`batch_size` is over all processes. Raises `UserError` where the split has no full
         training batch, or the dataset no ``array`` format or no such split."""
         self._images, self._labels = open_array(Path(config.path), manifest, split)
-        self._count, self._batch_size, self._shard = len(self._labels), batch_size, shard
-        self._seed, self._train, self._device = seed, train, device
-        if train and self._count < batch_size:
-            raise UserError(
-                f"train.batch_size = {batch_size}: split {split} of {config.path} has only "
-                f"{self._count} images; take a smaller batch"
-            )
-        self._augmenter = make_augmenter(
-            augment, manifest.image_size, manifest.mean, manifest.std, dtype
+        self._schedule = make_schedule(
+            config.path, split, len(self._labels), batch_size, shard, seed, train
         )
-        if device.type != "cpu":
-            self._augmenter = _move(self._augmenter, device)
+        self._seed, self._device = seed, device
+        self._augmenter = make_augmenter(
+            augment, manifest.image_size, manifest.mean, manifest.std, dtype, device
+        )
         self._on_device = self._place(config.placement)
         self._apply = torch.compile(augment_on_device) if compile else augment_on_device
 
     def steps(self) -> int:
-        if self._train:
-            return self._count // self._batch_size
-        return eval_steps(self._count, self._batch_size, self._shard)
+        return self._schedule.steps()
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         key = epoch_key(self._seed, epoch)
-        order = epoch_order(self._count, self._seed, epoch) if self._train else None
+        rows, masks = self._schedule.rows(epoch, start)
         if self._on_device is not None:
-            return self._device_batches(order, key, start)
-        return self._host_batches(order, key, start)
-
-    def _rows(self, order: np.ndarray | None, step: int) -> tuple[np.ndarray, np.ndarray]:
-        if order is None:
-            return eval_rows(self._count, step, self._batch_size, self._shard)
-        rows = train_rows(order, step, self._batch_size, self._shard)
-        return rows, np.ones(len(rows), dtype=bool)
+            return self._device_batches(rows, masks, key)
+        return self._host_batches(rows, masks, key)
 
     def _place(self, placement: str) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(images, labels) on the accelerator, or None where batches come from the host."""
@@ -101,31 +76,25 @@ class ResidentPipeline:
         if placement == "auto" and self._images.nbytes > _SHARE * _free_memory(self._device):
             return None
         images = torch.empty(self._images.shape, dtype=torch.uint8, device=self._device)
-        for first in range(0, self._count, 8192):  # the map is read once, not copied whole first
+        for first in range(0, len(images), 8192):  # the map is read once, not copied whole first
             block = np.array(self._images[first : first + 8192])
             images[first : first + len(block)] = torch.from_numpy(block).to(self._device)
         return images, torch.from_numpy(self._labels).to(self._device)
 
-    def _device_batches(self, order: np.ndarray | None, key: int, start: int) -> Iterator[Batch]:
+    def _device_batches(self, rows: np.ndarray, masks: np.ndarray, key: int) -> Iterator[Batch]:
         images, labels = self._on_device
-        steps = range(start, self.steps())
-        if not steps:
-            return
         # One transfer an epoch: nothing in a step waits for the host.
-        rows, masks = (
-            torch.from_numpy(np.stack(parts)).to(self._device)
-            for parts in zip(*(self._rows(order, step) for step in steps), strict=True)
-        )
+        on_device = (torch.from_numpy(part).to(self._device) for part in (rows, masks))
         key_tensor = torch.tensor(key, device=self._device)
-        for row, mask in zip(rows, masks, strict=True):
+        for row, mask in zip(*on_device, strict=True):
             pixels = self._apply(self._augmenter, images, row, row, key_tensor)
             yield Batch(pixels, labels[row], mask)
 
-    def _host_batches(self, order: np.ndarray | None, key: int, start: int) -> Iterator[Batch]:
+    def _host_batches(self, rows: np.ndarray, masks: np.ndarray, key: int) -> Iterator[Batch]:
         make = self._cpu_batch if self._device.type == "cpu" else self._pinned_batch
         jobs = (
-            lambda step=step: make(*self._rows(order, step), key)
-            for step in range(start, self.steps())
+            lambda row=row, mask=mask: make(row, mask, key)
+            for row, mask in zip(rows, masks, strict=True)
         )
         for batch in _ahead(jobs, _threads()):
             yield batch if self._device.type == "cpu" else self._finish(*batch, key)
@@ -194,9 +163,3 @@ def _threads() -> int:
 
 def _free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0]
-
-
-def _move(augmenter: Augmenter, device: torch.device) -> Augmenter:
-    from dataclasses import replace
-
-    return replace(augmenter, table=augmenter.table.to(device))

@@ -23,6 +23,7 @@ VALUES = {
         "path": st.text(),
         "pipeline": st.sampled_from(["resident"]),
         "placement": st.sampled_from(["auto", "device", "stream"]),
+        "workers": st.integers(0, 64),
     },
     "augment": {
         "flip": st.booleans(),
