@@ -24,6 +24,7 @@ def main(argv: list[str] | None = None) -> int:
         _add_evaluate,
         _add_predict,
         _add_report,
+        _add_doctor,
     ):
         add(commands)
     args = parser.parse_args(argv)
@@ -86,7 +87,15 @@ def _add_convert(commands) -> None:
         help="Tiny ImageNet (directory, .zip, .tar, .tar.xz) or an image folder",
     )
     parser.add_argument("out", type=Path, help="dataset directory to write")
-    parser.add_argument("--formats", default="array", help="separated by commas (default: array)")
+    parser.add_argument(
+        "--formats", default="array", help="array, ffcv, tar; separated by commas (default: array)"
+    )
+    parser.add_argument(
+        "--ffcv-encoding", default="raw", help="raw (decoded pixels) or jpeg (the original bytes)"
+    )
+    parser.add_argument(
+        "--shard-images", type=int, default=10_000, metavar="N", help="images a tar shard"
+    )
     parser.add_argument("--workers", type=int, default=0, help="default: one for each core")
     parser.add_argument("--classes", default="", help="the first N classes, or ids with commas")
     parser.add_argument("--limit-per-class", type=int, default=0, metavar="N")
@@ -105,10 +114,12 @@ def _add_convert(commands) -> None:
 
 def _convert(args: argparse.Namespace) -> None:
     from fastlab.dataset.convert import Options, convert
+    from fastlab.dataset.formats import Settings
     from fastlab.dataset.view import table
 
     options = Options(
         formats=tuple(args.formats.split(",")),
+        settings=Settings(args.ffcv_encoding, args.shard_images),
         workers=args.workers,
         classes=args.classes,
         limit_per_class=args.limit_per_class,
@@ -214,3 +225,23 @@ def _report(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     raise SystemExit(main())
+
+
+def _add_doctor(commands) -> None:
+    parser = commands.add_parser(
+        "doctor", help="what of fastlab works on this machine, and why not"
+    )
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.set_defaults(call=_doctor)
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    from fastlab.doctor import examine, table
+
+    found = examine()
+    if args.json:
+        import json
+
+        print(json.dumps([finding._asdict() for finding in found], indent=1))
+    else:
+        print(table(found))

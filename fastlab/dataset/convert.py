@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -28,19 +28,30 @@ from tqdm import tqdm
 import fastlab
 from fastlab.dataset import manifest as manifests
 from fastlab.dataset.decode import CorruptImage, decode_into
+from fastlab.dataset.formats import (
+    ENCODINGS,
+    FORMATS,
+    Settings,
+    Source,
+    check_installed,
+    write_format,
+)
 from fastlab.dataset.manifest import FileInfo, Manifest, SplitInfo
 from fastlab.dataset.originals import Originals, read_originals, select_classes
+from fastlab.dataset.processes import die_with_parent
 from fastlab.dataset.trees import Tree, open_tree
 from fastlab.errors import UserError
 
-FORMATS = ("array",)
+# Options that do not change what is converted, only how or to which formats.
+_NO_IDENTITY = ("force", "workers", "formats", "settings")
 BLOCK = 256  # images a task: some milliseconds of work
 _STRIPE = 32  # rows whose wider copies stay in the second-level cache
 
 
 @dataclass(frozen=True)
 class Options:
-    formats: tuple[str, ...] = FORMATS
+    formats: tuple[str, ...] = ("array",)
+    settings: Settings = field(default_factory=Settings)
     workers: int = 0
     """0: one for each core."""
     classes: str = ""
@@ -59,30 +70,86 @@ class Options:
 def convert(source: Path, out: Path, options: Options) -> tuple[Manifest, bool]:
     """Write the dataset directory `out`; return its manifest and whether anything was written.
 
-    An existing `out` that was made from the same originals by the same options is left alone.
-    Raises `UserError` for any other existing `out` (unless forced), an unusable source and corrupt
-    images; `out` is then as it was.
+    An existing `out` that was made from the same originals by the same options is left alone, but
+    for formats that it has not got yet. Raises `UserError` for any other existing `out` (unless
+    forced), an unusable source and corrupt images; `out` is then as it was.
     """
     _check(options)
     with _partial_directory(out) as partial:
         tree = open_tree(source, partial)
         originals = _select(read_originals(tree, str(source)), options)
+        found = None
         if out.exists() and not options.force:
-            stamps = {
-                name: np.array([tree.stamp(path) for path in split.paths], dtype=np.int64)
-                for name, split in originals.splits.items()
-            }
-            return _existing(out, _request(originals, stamps, options)), False
-        manifest = _write(tree, originals, source, options, partial)
-        (partial / "source.tar").unlink(missing_ok=True)
-        _move_into_place(partial, out)
+            found = _existing(out, _request(originals, _stamps(tree, originals), options))
+            _check_settings(out, found, options)
+        missing = [name for name in options.formats if not found or name not in found.formats]
+        if found and not missing:
+            return found, False
+        decoded = None
+        if not found or "array" not in found.formats:
+            decoded = _write_array(tree, originals, source, options, partial)
+        array = (partial if decoded else out) / "array"
+        inputs = Source(tree, originals, array, options.image_size, options.settings)
+        written = dict(decoded.formats if decoded else {})
+        for name in missing:
+            if name != "array":
+                write_format(name, inputs, partial / name)
+                written[name] = _hash_files(partial / name)
+        base = found or replace(decoded, formats={})
+        manifest = replace(
+            base,
+            formats={**base.formats, **{name: written[name] for name in missing}},
+            settings={**base.settings, **{name: options.settings.of(name) for name in missing}},
+        )
+        _finish(partial, manifest, missing)
+        if found:
+            _add_into_place(partial, out, missing)
+        else:
+            _move_into_place(partial, out)
     return manifest, True
 
 
+def _stamps(tree: Tree, originals: Originals) -> dict[str, np.ndarray]:
+    return {
+        name: np.array([tree.stamp(path) for path in split.paths], dtype=np.int64)
+        for name, split in originals.splits.items()
+    }
+
+
+def _hash_files(folder: Path) -> dict[str, FileInfo]:
+    """All files of a format, by their paths in the dataset directory."""
+    return {
+        f"{folder.name}/{path.name}": FileInfo(path.stat().st_size, manifests.hash_file(path))
+        for path in sorted(folder.iterdir())
+    }
+
+
+def _finish(partial: Path, manifest: Manifest, formats: list[str]) -> None:
+    """Leave in `partial` just what belongs to the dataset."""
+    (partial / "source.tar").unlink(missing_ok=True)
+    if "array" not in formats:
+        shutil.rmtree(partial / "array", ignore_errors=True)
+    (partial / manifests.NAME).write_text(manifest.to_json(), encoding="utf-8")
+
+
+def _add_into_place(partial: Path, out: Path, formats: list[str]) -> None:
+    for name in formats:
+        # What the manifest does not name is left of an addition that was killed here.
+        shutil.rmtree(out / name, ignore_errors=True)
+        (partial / name).rename(out / name)
+    (partial / manifests.NAME).replace(out / manifests.NAME)
+
+
 def _check(options: Options) -> None:
-    unknown = [name for name in options.formats if name not in FORMATS]
-    if unknown or not options.formats:
-        raise UserError(f"--formats {','.join(options.formats)}: expected one or more of {FORMATS}")
+    names = options.formats
+    if not names or not set(names) <= set(FORMATS) or len(set(names)) < len(names):
+        raise UserError(f"--formats {','.join(names)}: expected one or more of {','.join(FORMATS)}")
+    for name in names:
+        check_installed(name)
+    if options.settings.ffcv_encoding not in ENCODINGS:
+        raise UserError(f"--ffcv-encoding: expected {' or '.join(ENCODINGS)}")
+    if options.settings.shard_images < 1:
+        raise UserError("--shard-images: expected 1 or more")
     if not 8 <= options.image_size <= 1024:
         raise UserError(f"--image-size {options.image_size}: expected 8 to 1024 pixels")
     for name in ("workers", "limit_per_class", "holdout"):
@@ -108,7 +175,7 @@ def _request(originals: Originals, stamps: dict[str, np.ndarray], options: Optio
         digest.update("\0".join([name, *split.paths]).encode(errors="surrogateescape"))
         digest.update(split.labels.tobytes())
         digest.update(stamps[name].tobytes())
-    kept = {k: v for k, v in asdict(options).items() if k not in ("force", "workers", "formats")}
+    kept = {k: v for k, v in asdict(options).items() if k not in _NO_IDENTITY}
     return {"layout": originals.layout, **kept, "originals_blake3": digest.hexdigest()}
 
 
@@ -124,6 +191,16 @@ def _existing(out: Path, request: dict) -> Manifest:
             f"replace it with --force"
         )
     return found
+
+
+def _check_settings(out: Path, found: Manifest, options: Options) -> None:
+    for name in set(options.formats) & set(found.formats):
+        before, now = found.settings.get(name, {}), options.settings.of(name)
+        if before != now:
+            raise UserError(
+                f"{out}: has format {name} with {before}, not {now}; choose another directory, or "
+                f"replace it with --force"
+            )
 
 
 @contextlib.contextmanager
@@ -188,7 +265,7 @@ class _Job:
 _job: _Job  # set before the workers are forked
 
 
-def _write(
+def _write_array(
     tree: Tree, originals: Originals, source: Path, options: Options, partial: Path
 ) -> Manifest:
     side = options.image_size
@@ -204,7 +281,7 @@ def _write(
     hashed |= _write_labels(originals, partial)
     stamps = {name: np.concatenate([b.stamps for b in found]) for name, found in blocks.items()}
     mean, std = _moments(blocks["train"], len(originals.splits["train"].paths) * side * side)
-    manifest = Manifest(
+    return Manifest(
         name=_dataset_name(source),
         classes=originals.classes,
         image_size=side,
@@ -219,8 +296,6 @@ def _write(
         versions=_versions(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    (partial / manifests.NAME).write_text(manifest.to_json(), encoding="utf-8")
-    return manifest
 
 
 class _Writers:
@@ -278,7 +353,7 @@ def _decoded(
     _job = _Job(tree, originals, slots)
     fork = multiprocessing.get_context("fork")
     bar = tqdm(total=sum(task.stop - task.start for task in tasks), unit="img", disable=None)
-    with bar, ProcessPoolExecutor(workers, mp_context=fork) as pool:
+    with bar, ProcessPoolExecutor(workers, mp_context=fork, initializer=die_with_parent) as pool:
         free, waiting = list(range(len(slots))), deque[tuple[_Task, int, Future]]()
         try:
             for task in tasks:

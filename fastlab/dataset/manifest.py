@@ -10,7 +10,7 @@ from blake3 import blake3
 from fastlab.dataset.originals import ImageClass
 from fastlab.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 NAME = "manifest.json"
 
 
@@ -46,6 +46,8 @@ class Manifest:
     """Population deviation, likewise."""
     formats: dict[str, dict[str, FileInfo]]
     """Format -> path in the dataset directory -> its size and hash."""
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict, kw_only=True)
+    """Format -> the settings that it was written with."""
     request: dict[str, Any]
     """What was converted and how; equal requests give equal files."""
     versions: dict[str, str] = field(default_factory=dict)
@@ -59,6 +61,14 @@ class Manifest:
 def new_hash() -> Any:
     """The hash of every file here: `update` and `hexdigest` as in hashlib."""
     return blake3()
+
+
+def hash_file(path: Path) -> str:
+    digest = new_hash()
+    with path.open("rb") as file:
+        while data := file.read(1 << 20):
+            digest.update(data)
+    return digest.hexdigest()
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -109,11 +119,7 @@ def check_hashes(directory: Path, manifest: Manifest) -> int:
     check_sizes(directory, manifest)
     files = _files(manifest)
     for path, info in files:
-        digest = new_hash()
-        with (directory / path).open("rb") as file:
-            while data := file.read(1 << 20):
-                digest.update(data)
-        found = digest.hexdigest()
+        found = hash_file(directory / path)
         if found != info.blake3:
             raise UserError(
                 f"{directory / path}: damaged (BLAKE3 {found[:12]}…, manifest says "

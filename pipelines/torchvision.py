@@ -1,0 +1,146 @@
+"""torchvision: what one would otherwise write, a DataLoader whose workers decode whole batches.
+
+On a GPU the encoded bytes go there and nvJPEG decodes them in batches. Reads the ``tar`` format.
+Pixels equal those of the ``array`` format where torchvision decodes on the CPU and originals have
+the dataset's size; resized originals go through another resampling (antialiased bicubic).
+"""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.io import ImageReadMode, decode_image, decode_jpeg
+from torchvision.transforms import v2
+
+from fastlab.config import DataConfig
+from fastlab.dataset.manifest import Manifest
+from fastlab.dataset.shards import Shards, open_shards
+from fastlab.errors import UserError
+
+# A worker that says nothing for so long is given up; decoding a batch takes milliseconds.
+_TIMEOUT = 60  # seconds
+
+
+def open_engine(
+    config: DataConfig, manifest: Manifest, split: str, device: torch.device
+) -> "TorchvisionEngine | NvjpegEngine":
+    """Raises `UserError` where the dataset has no whole ``tar`` format."""
+    shards = open_shards(Path(config.path), manifest, split)
+    where = f"{config.path}, split {split}"
+    if device.type == "cuda":
+        return NvjpegEngine(shards, manifest.image_size, device, where)
+    workers = config.workers or len(os.sched_getaffinity(0))
+    return TorchvisionEngine(shards, manifest.image_size, workers, where)
+
+
+class TorchvisionEngine:
+    """Decodes in the worker processes of a DataLoader, which live as long as the engine."""
+
+    def __init__(self, shards: Shards, side: int, workers: int, where: str) -> None:
+        self._sampler, self._where = _Rows(), where
+        self._loader = DataLoader(
+            _Batches(shards, side),
+            batch_size=None,
+            sampler=self._sampler,
+            num_workers=workers,
+            persistent_workers=True,
+            timeout=_TIMEOUT,
+            multiprocessing_context="fork",
+        )
+
+    def batches(self, rows: np.ndarray) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        self._sampler.rows = rows
+        try:
+            for images, labels, problem in self._loader:
+                if problem:
+                    raise UserError(f"{self._where}: {problem}; convert again with --force")
+                yield images, labels
+        except RuntimeError as error:  # a worker was killed, or says nothing
+            first = str(error).splitlines()[0]
+            raise UserError(f"{self._where}: a decoding worker failed ({first})") from None
+
+
+class NvjpegEngine:
+    """Decodes on the GPU; a thread gathers the next batch's bytes meanwhile."""
+
+    def __init__(self, shards: Shards, side: int, device: torch.device, where: str) -> None:
+        self._shards, self._side, self._device, self._where = shards, side, device, where
+
+    def batches(self, rows: np.ndarray) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        with ThreadPoolExecutor(1, thread_name_prefix="nvjpeg") as pool:
+            ahead = pool.submit(self._read, rows[0]) if len(rows) else None
+            for step in range(len(rows)):
+                encoded, labels = ahead.result()
+                if step + 1 < len(rows):
+                    ahead = pool.submit(self._read, rows[step + 1])
+                yield self._decode(encoded, rows[step]), labels.to(self._device, non_blocking=True)
+
+    def _read(self, rows: np.ndarray) -> tuple[list[torch.Tensor], torch.Tensor]:
+        labels = torch.from_numpy(self._shards.labels[rows])
+        return [_encoded(self._shards, row) for row in rows], labels.pin_memory()
+
+    def _decode(self, encoded: list[torch.Tensor], rows: np.ndarray) -> torch.Tensor:
+        try:
+            if all(data[0] == 0xFF for data in encoded):
+                images = decode_jpeg(encoded, ImageReadMode.RGB, device=self._device)
+            else:  # nvJPEG knows JPEG alone
+                images = [decode_image(d, ImageReadMode.RGB).to(self._device) for d in encoded]
+        except RuntimeError:
+            bad = _first_corrupt(self._shards, rows)
+            raise UserError(f"{self._where}: {bad}; convert again with --force") from None
+        return torch.stack([_fit(image, self._side).permute(1, 2, 0) for image in images])
+
+
+class _Rows(Sampler):
+    """Yields what `rows` holds when an epoch begins."""
+
+    def __init__(self) -> None:
+        self.rows = np.zeros((0, 0), dtype=np.int64)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+class _Batches(Dataset):
+    """A batch by its rows: images, labels, and what is wrong (then the others are empty)."""
+
+    def __init__(self, shards: Shards, side: int) -> None:
+        self._shards, self._side = shards, side
+
+    def __getitem__(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, str]:
+        images = torch.empty((len(rows), self._side, self._side, 3), dtype=torch.uint8)
+        for image, row in zip(images, rows, strict=True):
+            try:
+                decoded = decode_image(_encoded(self._shards, row), ImageReadMode.RGB)
+            except RuntimeError as error:
+                return images[:0], torch.zeros(0), f"image {row}: {str(error).splitlines()[0]}"
+            image.copy_(_fit(decoded, self._side).permute(1, 2, 0))
+        return images, torch.from_numpy(self._shards.labels[rows]), ""
+
+
+def _encoded(shards: Shards, row: int) -> torch.Tensor:
+    return torch.from_numpy(np.array(shards[row]))
+
+
+def _fit(image: torch.Tensor, side: int) -> torch.Tensor:
+    """[3, H, W] resized to [3, side, side]: the shorter side to `side`, the centre kept."""
+    if image.shape[1:] == (side, side):
+        return image
+    image = v2.functional.resize(image, [side], v2.InterpolationMode.BICUBIC, antialias=True)
+    return v2.functional.center_crop(image, [side, side])
+
+
+def _first_corrupt(shards: Shards, rows: np.ndarray) -> str:
+    for row in rows:
+        try:
+            decode_image(_encoded(shards, row), ImageReadMode.RGB)
+        except RuntimeError as error:
+            return f"image {row}: {str(error).splitlines()[0]}"
+    return "nvJPEG failed on a batch that the CPU decodes"

@@ -1,0 +1,235 @@
+"""The formats beside ``array``, read back by the libraries that they are for."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastlab.cli import main
+from fastlab.dataset import formats
+from fastlab.dataset.convert import Options, convert
+from fastlab.dataset.formats import Settings
+from fastlab.dataset.manifest import check_hashes, read_manifest
+from fastlab.dataset.shards import open_shards
+from fastlab.errors import UserError
+
+
+def has(package):
+    return importlib.util.find_spec(package) is not None
+
+
+needs_ffcv = pytest.mark.skipif(not has("ffcv"), reason="FFCV is not installed")
+needs_dali = pytest.mark.skipif(not has("nvidia"), reason="DALI is not installed")
+
+
+@pytest.fixture(scope="module")
+def tarred(synth_source, tmp_path_factory):
+    path = tmp_path_factory.mktemp("tar") / "dataset"
+    convert(synth_source, path, Options(formats=("array", "tar"), settings=Settings("raw", 30)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def originals(synth_source):
+    """Encoded bytes of each split in the order of the arrays: by class as in wnids.txt, by name."""
+    ids = (synth_source / "wnids.txt").read_text().split()
+    train = [p for c in ids for p in sorted((synth_source / "train" / c / "images").iterdir())]
+    return {
+        "train": [path.read_bytes() for path in train],
+        "val": [p.read_bytes() for p in sorted((synth_source / "val" / "images").iterdir())],
+    }
+
+
+def labels(dataset, split):
+    return np.load(dataset / "array" / f"{split}-labels.npy").tolist()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves files to the collector
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_webdataset_reads_the_original_bytes(tarred, originals, split):
+    import webdataset
+
+    shards = sorted(map(str, (tarred / "tar").glob(f"{split}-*.tar")))
+    samples = list(webdataset.WebDataset(shards, shardshuffle=False))
+    assert [sample["jpg"] for sample in samples] == originals[split]
+    assert [int(sample["cls"]) for sample in samples] == labels(tarred, split)
+    assert [int(sample["__key__"]) for sample in samples] == list(range(len(samples)))
+
+
+def test_shards_hold_so_many_images_and_any_can_be_read(tarred, originals):
+    manifest = read_manifest(tarred)
+    assert sorted(p.name for p in (tarred / "tar").glob("train-*.tar")) == [
+        f"train-{i:06d}.tar"
+        for i in range(3)  # 80 images, 30 a shard
+    ]
+    shards = open_shards(tarred, manifest, "train")
+    assert [shards[row].tobytes() for row in (79, 0, 30, 29)] == [
+        originals["train"][row] for row in (79, 0, 30, 29)
+    ]
+    assert check_hashes(tarred, manifest) == 4 + 2 * 3 + 2
+
+
+@needs_dali
+def test_the_index_is_that_of_dalis_tool(tarred, tmp_path):
+    for shard in (tarred / "tar").glob("*.tar"):
+        index = tmp_path / "index"
+        command = [sys.executable, "-m", "wds2idx", str(shard), str(index)]
+        subprocess.run(command, check=True, capture_output=True)
+        assert shard.with_suffix(".idx").read_text() == index.read_text()
+
+
+@needs_dali
+def test_dali_reads_the_shards(tarred, originals):
+    from nvidia.dali import fn, pipeline_def
+
+    paths = sorted(map(str, (tarred / "tar").glob("train-*.tar")))
+
+    @pipeline_def(batch_size=80, num_threads=1, device_id=None)
+    def read():
+        indices = [path.replace(".tar", ".idx") for path in paths]
+        encoded, found = fn.readers.webdataset(paths=paths, index_paths=indices, ext=["jpg", "cls"])
+        return encoded, found
+
+    encoded, found = read().run()
+    assert [encoded.at(i).tobytes() for i in range(80)] == originals["train"]
+    assert [int(found.at(i).tobytes()) for i in range(80)] == labels(tarred, "train")
+
+
+@needs_ffcv
+@pytest.mark.ffcv
+@pytest.mark.parametrize("encoding", ["raw", "jpeg"])
+def test_ffcv_holds_the_pixels_or_the_original_bytes(synth_source, originals, tmp_path, encoding):
+    from ffcv.reader import Reader
+
+    out = tmp_path / "dataset"
+    convert(synth_source, out, Options(formats=("array", "ffcv"), settings=Settings(encoding)))
+    reader = Reader(str(out / "ffcv" / "train.beton"))
+    content = (out / "ffcv" / "train.beton").read_bytes()
+    pixels = np.load(out / "array" / "train-images.npy")
+    given = [p.tobytes() for p in pixels] if encoding == "raw" else originals["train"]
+    images = reader.metadata["f0"]
+    assert reader.field_names == ["image", "label"]
+    assert reader.metadata["f1"].tolist() == labels(out, "train")
+    assert set(images["mode"].tolist()) == {1 if encoding == "raw" else 0}
+    for start, data in zip(images["data_ptr"].tolist(), given, strict=True):
+        assert content[start : start + len(data)] == data
+
+
+def test_a_format_is_added_without_touching_the_others(synth_source, tmp_path):
+    out = tmp_path / "dataset"
+    convert(synth_source, out, Options())
+    before = {p.name: p.stat() for p in (out / "array").iterdir()}
+    (out / "tar").mkdir()  # left of an addition that was killed before it was written down
+    (out / "tar" / "train-000000.tar").write_bytes(b"half")
+    _, written = convert(synth_source, out, Options(formats=("tar",)))
+    assert written
+    assert {p.name: p.stat() for p in (out / "array").iterdir()} == before
+    manifest = read_manifest(out)
+    assert set(manifest.formats) == {"array", "tar"} and check_hashes(out, manifest) == 8
+    whole = tmp_path / "whole"
+    convert(synth_source, whole, Options(formats=("array", "tar")))
+    assert read_manifest(whole).formats == manifest.formats
+    assert not convert(synth_source, out, Options(formats=("tar", "array")))[1]
+
+
+def test_a_dataset_without_array_still_gets_statistics(synth_source, synth_dataset, tmp_path):
+    out = tmp_path / "dataset"
+    convert(synth_source, out, Options(formats=("tar",)))
+    assert sorted(p.name for p in out.iterdir()) == ["manifest.json", "tar"]
+    assert read_manifest(out).mean == read_manifest(synth_dataset).mean
+
+
+def test_other_settings_of_a_format_are_refused(synth_source, tarred, capsys):
+    assert main(["convert", str(synth_source), str(tarred), "--formats", "tar"]) == 2
+    assert "has format tar with {'images': 30}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--formats", "array,zip"], "expected one or more of array,ffcv,tar"),
+        (["--formats", "array,array"], "expected one or more of array,ffcv,tar"),
+        (["--formats", ""], "expected one or more of array,ffcv,tar"),
+        (["--ffcv-encoding", "png"], "--ffcv-encoding: expected raw or jpeg"),
+        (["--shard-images", "0"], "--shard-images: expected 1 or more"),
+    ],
+)
+def test_unusable_options_are_named(synth_source, tmp_path, capsys, arguments, message):
+    assert main(["convert", str(synth_source), str(tmp_path / "out"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ffcv_missing_is_told_before_anything_is_decoded(
+    synth_source, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["convert", str(synth_source), str(tmp_path / "out"), "--formats", "ffcv"]) == 2
+    assert "pip install --no-deps ffcv" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def _stalls(source, name, split, folder, tick):
+    tick()
+    if os.fork() == 0:
+        (folder.parent.parent / "grandchild").write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+def _raises(source, name, split, folder, tick):
+    raise OSError(28, "No space left on device")
+
+
+def _dies(source, name, split, folder, tick):
+    os.kill(os.getpid(), 9)
+
+
+@pytest.mark.parametrize(
+    ("writer", "message"),
+    [
+        (_stalls, "made no progress for 1 s"),
+        (_raises, "No space left on device"),
+        (_dies, "its writer died"),
+    ],
+)
+def test_a_failing_writer_leaves_the_dataset_as_it_was(
+    synth_source, tmp_path, monkeypatch, writer, message
+):
+    out = tmp_path / "dataset"
+    convert(synth_source, out, Options())
+    before = (out / "manifest.json").read_bytes()
+    monkeypatch.setattr(formats, "_write_tar", writer)
+    monkeypatch.setattr(formats.write_format, "__defaults__", (1.0,))
+    with pytest.raises(UserError, match=message):
+        convert(synth_source, out, Options(formats=("tar",)))
+    assert (out / "manifest.json").read_bytes() == before
+    assert sorted(p.name for p in out.iterdir()) == ["array", "manifest.json"]
+    assert not (tmp_path / "dataset.partial").exists()
+    grandchild = tmp_path / "grandchild"
+    if grandchild.exists():
+        state = Path(f"/proc/{grandchild.read_text()}/stat")
+        assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+def test_jpeg_encoding_needs_jpegs_of_the_size(synth_source, tmp_path):
+    if not has("ffcv"):
+        pytest.skip("FFCV is not installed")
+    options = Options(formats=("ffcv",), settings=Settings("jpeg"), image_size=32)
+    with pytest.raises(UserError, match="is no JPEG of 32x32 pixels"):
+        convert(synth_source, tmp_path / "out", options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shard_cut_short_is_refused(synth_source, tmp_path):
+    out = tmp_path / "dataset"
+    convert(synth_source, out, Options(formats=("tar",)))
+    shard = out / "tar" / "val-000000.tar"
+    os.truncate(shard, 4096)
+    with pytest.raises(UserError, match=r"val-000000\.tar is shorter than its index says"):
+        open_shards(out, read_manifest(out), "val")
