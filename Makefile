@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup extras demo test lint clean
 
 setup: $(VENV)/.installed
 
@@ -12,6 +12,15 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -e ".[dev]"
+	touch $@
+
+# The optional engines and the trace viewer. FFCV is compiled here: it needs libopencv-dev,
+# libturbojpeg0-dev and pkg-config. Its declared dependencies are more than it uses.
+extras: $(VENV)/.extras
+
+$(VENV)/.extras: $(VENV)/.installed
+	$(BIN)/pip install --quiet -e ".[dev,dali,ffcv,profile]"
+	$(BIN)/pip install --quiet --no-deps ffcv==1.0.2
 	touch $@
 
 demo: setup

@@ -21,6 +21,7 @@ from fastlab.dataset.manifest import read_manifest
 from fastlab.errors import UserError
 from pipelines import make_pipeline
 from pipelines.base import Shard
+from pipelines.engine import EnginePipeline
 
 # Largest difference of a pixel from the reference decoder's, of 255. DALI's own decoder rounds
 # its colour conversion differently.
@@ -192,3 +193,27 @@ def test_a_killed_worker_ends_the_epoch(dataset):
     os.kill(multiprocessing.active_children()[-1].pid, signal.SIGKILL)
     with pytest.raises(UserError, match="a decoding worker failed"):
         list(batches)
+
+
+def test_the_example_of_the_readme_keeps_the_contract(dataset):
+    text = (Path(__file__).parents[2] / "pipelines" / "README.md").read_text()
+    (code,) = (part.partition("```")[0] for part in text.split("```python\n")[1:])
+    assert len(code.splitlines()) < 60
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    for split, train in (("train", True), ("val", False)):
+        example = EnginePipeline(
+            names["open_engine"],
+            DataConfig(path=str(dataset), workers=2),
+            AUGMENT if train else None,
+            read_manifest(dataset),
+            split,
+            batch_size=16,
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            seed=3,
+            train=train,
+        )
+        reference = pipeline(dataset, "resident", split, augment=AUGMENT if train else None)
+        found, expected = taken(example.epoch(1)), taken(reference.epoch(1))
+        assert_alike(found, expected, "resident", read_manifest(dataset))
