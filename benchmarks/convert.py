@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 
-from benchmarks.records import Record, interleave, save, session
+from benchmarks.measurements import Record, Session, interleave, save, session
 from fastlab.dataset.convert import BLOCK
 from fastlab.dataset.originals import read_originals
 from fastlab.dataset.trees import Tree, open_tree
@@ -58,14 +58,23 @@ def main() -> None:
     shutil.rmtree(args.scratch, ignore_errors=True)
     details = {"images": images, "bytes": size, "workers": workers}
     records = [Record(name, "images/s", rates, details) for name, rates in found.items()]
-    for record in records:
-        shares = [a / b for a, b in zip(record.rounds, found["decode"], strict=True)]
-        print(
-            f"{record.case:<24} {record.median:10,.0f} images/s ± {record.spread:.1%}   "
-            f"{np.median(shares):.1%} of decode ({min(shares):.1%} to {max(shares):.1%})"
-        )
+    made = session("convert", records)
+    print(table(made))
     if args.out:
-        save(session("convert", records), args.out)
+        save(made, args.out)
+
+
+def table(found: Session) -> str:
+    """Markdown: a row a case."""
+    limit = found["decode"].rounds
+    lines = ["| case | images/s | of bare decoding |", "| --- | --- | --- |"]
+    for record in found.records:
+        shares = [a / b for a, b in zip(record.rounds, limit, strict=True)]
+        lines.append(
+            f"| {record.case} | {record.median:,.0f} ± {record.spread:.0%} "
+            f"| {np.median(shares):.0%} ({min(shares):.0%} to {max(shares):.0%}) |"
+        )
+    return "\n".join(lines)
 
 
 def kind(source: Path) -> str:

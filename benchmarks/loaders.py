@@ -13,7 +13,6 @@ import itertools
 import json
 import os
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.records import Record, Session, interleave, save, session
+from benchmarks.measurements import Record, Session, in_process, interleave, save, session
 
 BATCH = 256
 TRANSLATE = 4
@@ -57,7 +56,7 @@ def run_all(args: argparse.Namespace) -> Session:
         if name in problems:
             return 0.0
         try:
-            found = in_process(args, name, cores)
+            found = in_process("benchmarks.loaders", arguments(args, name, cores))
         except RuntimeError as error:
             problems[name] = str(error)
             return 0.0
@@ -80,15 +79,10 @@ def run_all(args: argparse.Namespace) -> Session:
     return session("loaders", records)
 
 
-def in_process(args: argparse.Namespace, name: str, cores: int) -> dict:
-    command = [sys.executable, "-m", "benchmarks.loaders", str(args.dataset), "--case", name]
-    command += ["--cores", str(cores), "--seconds", str(args.seconds)]
-    if args.originals:
-        command += ["--originals", str(args.originals)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    if done.returncode:
-        raise RuntimeError((done.stderr.strip() or "no message").splitlines()[-1])
-    return json.loads(done.stdout.splitlines()[-1])
+def arguments(args: argparse.Namespace, name: str, cores: int) -> list[str]:
+    found = [str(args.dataset), "--case", name, "--cores", str(cores)]
+    found += ["--seconds", str(args.seconds)]
+    return found + (["--originals", str(args.originals)] if args.originals else [])
 
 
 def table(found: Session) -> str:

@@ -18,7 +18,19 @@ from fastlab import config as configs
 from fastlab.config import Config
 from fastlab.errors import UserError
 
-_PACKAGES = ("torch", "torchvision", "accelerate", "numpy", "numba", "triton", "safetensors")
+_PACKAGES = (
+    "accelerate",
+    "ffcv",
+    "numba",
+    "numpy",
+    "nvidia-dali-cuda130",
+    "pillow",
+    "safetensors",
+    "simplejpeg",
+    "torch",
+    "torchvision",
+    "triton",
+)
 
 
 class RunDir:
@@ -34,6 +46,7 @@ class RunDir:
         self.checkpoints = path / "checkpoints"
         self.best = self.checkpoints / "best.safetensors"
         self.tensorboard = path / "tensorboard"
+        self.traces = path / "traces"
 
     def create(self, config: Config, processes: int) -> None:
         """Raises `UserError` where the directory holds something already or cannot be written."""

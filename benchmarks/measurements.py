@@ -1,29 +1,16 @@
 """Typed records of measurements: what was measured, how often, where, when and by which command."""
 
 import json
-import os
-import platform
 import shlex
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = (
-    "accelerate",
-    "ffcv",
-    "numba",
-    "numpy",
-    "nvidia-dali-cuda130",
-    "pillow",
-    "simplejpeg",
-    "torch",
-    "torchvision",
-)
+from fastlab.rundir import environment
 
 
 @dataclass(frozen=True)
@@ -64,8 +51,8 @@ class Session:
 def session(benchmark: str, records: list[Record]) -> Session:
     """The records with what made them: this process's command, machine, date and versions."""
     command = shlex.join(["python", "-m", f"benchmarks.{benchmark}", *sys.argv[1:]])
-    date = datetime.now(UTC).isoformat(timespec="seconds")
-    return Session(benchmark, records, command, date, machine(), versions())
+    found = environment(processes=1)
+    return Session(benchmark, records, command, found["date"], found["machine"], found["versions"])
 
 
 def save(found: Session, path: Path) -> None:
@@ -80,31 +67,20 @@ def load(path: Path) -> Session:
     return Session(**{**raw, "records": [Record(**record) for record in raw["records"]]})
 
 
-def machine() -> dict[str, Any]:
-    found = {"cpu": _cpu_name(), "cores": len(os.sched_getaffinity(0)), "system": platform.system()}
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        found["device"] = torch.cuda.get_device_name()
-    return found
+def in_process(module: str, arguments: list[str], timeout: float = 900) -> dict[str, Any]:
+    """What ``python -m MODULE ARGUMENTS`` prints as JSON in its last line.
 
-
-def _cpu_name() -> str:
+    A case in a process of its own leaves no memory, threads or compiled code to the next. Raises
+    `RuntimeError` with its last line of standard error where it fails.
+    """
+    command = [sys.executable, "-m", module, *arguments]
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"took more than {timeout:.0f} s") from None
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip() or f"exit {done.returncode}").splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def interleave(

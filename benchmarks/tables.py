@@ -1,0 +1,60 @@
+"""The tables of the README pages, from the records under benchmarks/results/.
+
+    python -m benchmarks.tables            # rewrite them
+    python -m benchmarks.tables --check    # exit 1 where one is not current
+
+A page marks each table: ``<!-- table: cpu-2026-11-24/loaders -->`` … ``<!-- end -->``.
+"""
+
+import argparse
+import importlib
+import re
+from pathlib import Path
+
+from benchmarks.measurements import Session, load
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "benchmarks/README.md", "pipelines/README.md")
+_MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    stale = [page for page in PAGES if update(ROOT / page, write=not args.check)]
+    for page in stale:
+        print(f"{page}: {'is not current' if args.check else 'rewritten'}")
+    return 1 if args.check and stale else 0
+
+
+def update(page: Path, write: bool) -> bool:
+    """Whether `page` differs from what the records give; rewrite it if asked."""
+    before = page.read_text(encoding="utf-8")
+    after = _MARKED.sub(lambda m: f"{m[1]}{render(m[2])}\n{m[3]}", before)
+    if write and after != before:
+        page.write_text(after, encoding="utf-8")
+    return after != before
+
+
+def render(name: str) -> str:
+    """The table of ``benchmarks/results/<name>.json`` and what made it, in Markdown."""
+    found = load(ROOT / "benchmarks" / "results" / f"{name}.json")
+    table = importlib.import_module(f"benchmarks.{found.benchmark}").table(found)
+    return f"{table}\n\n{origin(found)}"
+
+
+def origin(found: Session) -> str:
+    """Command, machine, date and versions, in one line."""
+    machine, versions = found.machine, found.versions
+    devices = ", ".join(machine["gpus"]) or "no GPU"
+    names = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return (
+        f"`{found.command}`; {machine['cores']} cores of {machine['cpu']}, {devices}; "
+        f"{found.date[:10]}; {names}. Median ± half the range over "
+        f"{len(found.records[0].rounds)} rounds."
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,147 @@
+import json
+import sys
+
+import pytest
+import torch
+
+from benchmarks import convert, loaders, scaling, tables, training
+from benchmarks.measurements import Record, in_process, interleave, load, save, session
+from fastlab import config as configs
+from fastlab.dataset.convert import Options
+from fastlab.dataset.convert import convert as convert_dataset
+from fastlab.dataset.synth import synthesise
+from fastlab.models import build
+from pipelines.base import Batch
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    path = tmp_path_factory.mktemp("source") / "synth"
+    synthesise(path, classes=4, per_class=80)
+    return path
+
+
+@pytest.fixture(scope="module")
+def dataset(originals, tmp_path_factory):
+    path = tmp_path_factory.mktemp("dataset") / "synth"
+    convert_dataset(originals, path, Options(formats=("array", "tar")))
+    return path
+
+
+def test_median_and_spread():
+    record = Record("case", "images/s", [90.0, 100.0, 120.0])
+    assert record.median == 100 and record.spread == pytest.approx(0.15)
+
+
+def test_a_session_carries_what_made_it_and_survives_saving(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x", "--rounds", "3"])
+    made = session("loaders", [Record("case, 1", "images/s", [1.0], {"cores": 1})])
+    save(made, tmp_path / "new" / "records.json")
+    assert load(tmp_path / "new" / "records.json") == made
+    assert made.command == "python -m benchmarks.loaders --rounds 3"
+    assert made.versions["torch"] == torch.__version__.partition("+")[0]
+    assert made.machine["cores"] >= 1 and made.date.startswith("20")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["records.json"]
+
+
+def test_rounds_are_interleaved_and_the_first_is_dropped(capsys):
+    calls = []
+
+    def case(name):
+        calls.append(name)
+        return float(len(calls))
+
+    found = interleave({"a": lambda: case("a"), "b": lambda: case("b")}, rounds=2)
+    assert calls == ["a", "b"] * 3 and found == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
+
+
+def test_a_failing_process_is_told_by_its_last_line():
+    with pytest.raises(RuntimeError, match="no_such_module"):
+        in_process("no_such_module", [])
+
+
+@pytest.mark.multiprocess
+def test_conversion_is_measured(originals, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "convert.json"
+    arguments = [str(originals), "--rounds", "1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["x", *arguments, "--scratch", str(tmp_path / "scratch")])
+    convert.main()
+    found = load(out)
+    assert found["decode"].details["images"] == 4 * 80 + 4 * 40
+    assert all(rate > 0 for record in found.records for rate in record.rounds)
+    assert "| convert directory |" in convert.table(found)
+    assert not (tmp_path / "scratch").exists()
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("case", ["fastlab resident", "fastlab torchvision", "DataLoader + PIL"])
+def test_a_loader_is_measured(originals, dataset, case):
+    arguments = [str(dataset), "--originals", str(originals), "--cores", "1"]
+    found = in_process("benchmarks.loaders", [*arguments, "--seconds", "0.1", "--case", case])
+    assert found["rate"] > 0 and found["batch"] == 256 and found["memory"] > 1e8
+    assert 0 < found["cpu"] < 3
+
+
+def test_the_table_of_loaders_names_what_was_not_measured(monkeypatch):
+    def record(name, cores, rate):
+        details = {"cores": cores, "cpu": 1.0, "memory": 1e9}
+        return Record(f"{name}, {cores}", "images/s", [rate], details)
+
+    limit = "memory gather, no augmentation"
+    made = session(
+        "loaders", [record(limit, 1, 50.0), record(limit, 2, 100.0), record("x", 2, 25.0)]
+    )
+    rows = loaders.table(made).splitlines()
+    assert rows[2].startswith(f"| {limit} | 50 ± 0% | 100 ± 0% | 100.0% |")
+    assert rows[3].startswith("| x | not measured | 25 ± 0% | 25.0% |")
+
+
+def test_flop_of_resnet11_are_the_computed_ones():
+    """2.218 GFLOP an image trained: counted by hand from the layers' shapes (FIELD-NOTES)."""
+    cfg = configs.load(None, ["train.compile=false"])
+    batch = Batch(torch.zeros(1, 3, 64, 64), torch.zeros(1), torch.ones(1))
+    assert build(cfg.model, 200) is not None
+    assert training.flop_per_image(cfg, 200, batch) == pytest.approx(2.218e9, rel=5e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_training_steps_are_measured(dataset):
+    arguments = ["--config", "configs/demo.toml", "--set", f'data.path="{dataset}"']
+    arguments += ["--seconds", "0.5", "--case", "eager fp32, batch 32"]
+    found = in_process("benchmarks.training", arguments)
+    assert found["rate"] > 0 and found["held"] > 0 and found["stall"] < 1
+    row = Record("eager fp32, batch 32", "images/s", [found["rate"]])
+    details = {**found, "held": [found["held"]], "stall": [found["stall"]]}
+    details["limits"] = {"matmul_fp32": 1e12, "matmul_bf16": 1e12}
+    made = session("training", [Record(row.case, row.unit, row.rounds, details)])
+    share = found["rate"] * found["flop"] / 1e12
+    assert f"| {share:.1%} |" in training.table(made)
+
+
+def test_efficiency_is_the_rate_over_as_many_times_the_first():
+    records = [
+        Record(f"{n} processes", "images/s", [rate], {"processes": n})
+        for n, rate in ((1, 100.0), (4, 300.0))
+    ]
+    assert "| 4 | 300 ± 0% | 75.0% (75.0% to 75.0%) |" in scaling.table(session("scaling", records))
+
+
+def test_a_page_is_rewritten_from_the_records(tmp_path, monkeypatch):
+    made = session("scaling", [Record("1 processes", "images/s", [5.0], {"processes": 1})])
+    save(made, tmp_path / "benchmarks" / "results" / "here" / "scaling.json")
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- table: here/scaling -->\nold\n<!-- end -->\nafter\n")
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    assert tables.update(page, write=False) and "old" in page.read_text()
+    assert tables.update(page, write=True)
+    lines = page.read_text().splitlines()
+    assert lines[0] == "before" and lines[-1] == "after" and "old" not in lines
+    assert "| 1 | 5 ± 0% | 100.0% (100.0% to 100.0%) |" in lines
+    assert any(json.dumps(made.machine["cpu"])[1:-1] in line for line in lines)
+    assert not tables.update(page, write=True)
+
+
+@pytest.mark.parametrize("page", tables.PAGES)
+def test_the_tables_of_the_pages_are_current(page):
+    assert not tables.update(tables.ROOT / page, write=False), "run python -m benchmarks.tables"
