@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: setup extras demo test lint clean
+.PHONY: setup extras wheels demo test lint clean
 
 setup: $(VENV)/.installed
 
@@ -22,6 +22,16 @@ $(VENV)/.extras: $(VENV)/.installed
 	$(BIN)/pip install --quiet -e ".[dev,dali,ffcv,profile]"
 	$(BIN)/pip install --quiet --no-deps ffcv==1.0.2
 	touch $@
+
+# What fastlab needs beside torch, torchvision and accelerate, for a machine without network:
+# there, `pip install --no-index --no-deps wheels/*.whl`, then `pip install --no-deps -e .`
+WHEELS_PYTHON := 3.12
+wheels: setup
+	$(BIN)/pip download --quiet --dest wheels --no-deps --only-binary=:all: \
+	  --python-version $(WHEELS_PYTHON) --platform manylinux_2_28_x86_64 \
+	  --platform manylinux2014_x86_64 --platform any \
+	  blake3 braceexpand jinja2 llvmlite markupsafe numba pillow pluggy iniconfig pytest \
+	  pytest-timeout simplejpeg tomli-w webdataset pyyaml
 
 demo: setup
 	rm -rf $(DEMO)/run

@@ -4,17 +4,36 @@ python -m benchmarks.ceilings
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
+from benchmarks.measurements import Record, Session, save, session
+
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    print(json.dumps(measure(default_device()), indent=1))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="write the records to this JSON file")
+    args = parser.parse_args()
+    units = {"matmul": "FLOP/s"}
+    found = [
+        Record(name, units.get(name.partition("_")[0], "bytes/s"), [value])
+        for name, value in measure(default_device()).items()
+    ]
+    made = session("ceilings", found)
+    print(table(made))
+    if args.out:
+        save(made, args.out)
+
+
+def table(found: Session) -> str:
+    """Markdown: a row a ceiling."""
+    lines = ["| ceiling | measured |", "| --- | --- |"]
+    lines += [f"| {r.case} | {r.median / 1e12:.4g} T{r.unit} |" for r in found.records]
+    return "\n".join(lines)
 
 
 def default_device() -> torch.device:

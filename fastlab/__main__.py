@@ -1,0 +1,5 @@
+"""``python -m fastlab`` is the `fastlab` command."""
+
+from fastlab.cli import main
+
+raise SystemExit(main())
