@@ -24,6 +24,7 @@ def main(argv: list[str] | None = None) -> int:
         _add_evaluate,
         _add_predict,
         _add_report,
+        _add_trace,
         _add_doctor,
     ):
         add(commands)
@@ -167,6 +168,7 @@ def _add_train(commands) -> None:
     )
     parser.add_argument("--out", type=Path, help="run directory (default: runs/<config name>)")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with an unfinished run")
+    parser.add_argument("--profile", action="store_true", help="record a trace ([profile])")
     parser.set_defaults(call=_train)
 
 
@@ -223,8 +225,22 @@ def _report(args: argparse.Namespace) -> None:
     print(f"report: {args.out}")
 
 
-if __name__ == "__main__":
-    raise SystemExit(main())
+def _add_trace(commands) -> None:
+    parser = commands.add_parser("trace", help="what a recorded trace says, and what to try next")
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory, or .pt.trace.json")
+    parser.add_argument("--compare", type=Path, metavar="RUN", help="set another beside it")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="page to write (default: RUN/traces/review.html)"
+    )
+    parser.add_argument("--tensorboard", action="store_true", help="open TensorBoard instead")
+    parser.add_argument("--port", type=int, default=6006, help="of TensorBoard, on localhost")
+    parser.set_defaults(call=_trace)
+
+
+def _trace(args: argparse.Namespace) -> None:
+    from fastlab.trace_page import run
+
+    run(args)
 
 
 def _add_doctor(commands) -> None:
@@ -245,3 +261,7 @@ def _doctor(args: argparse.Namespace) -> None:
         print(json.dumps([finding._asdict() for finding in found], indent=1))
     else:
         print(table(found))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -54,6 +54,8 @@ class DataConfig:
     placement: str = _choice("auto", "auto", "device", "stream")
     """Where `resident` keeps the images: "device" holds all of them on the device, "stream" maps
     the file into memory and copies batches ahead of use, "auto" takes "device" where they fit."""
+    hardware_load: float = _number(0.9, "from 0 to 1", lambda v: 0 <= v <= 1)
+    """Share of the images that the GPU's JPEG hardware decodes (dali)."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,23 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class ProfileConfig:
+    """A trace of a few training steps, counted from the start of the process."""
+
+    enabled: bool = False
+    wait: int = _at_least(10, 0)
+    """Steps before anything: compilation and filling of caches."""
+    warmup: int = _at_least(5, 0)
+    """Steps in which the profiler runs and drops what it sees: its own start is slow."""
+    active: int = _at_least(5, 1)
+    """Steps recorded; the only synchronisation and the writing come after the last."""
+    stacks: bool = False
+    """Record Python's stack, for source lines in reviews; slows the recorded steps down."""
+    memory: bool = False
+    """Record allocations; on a GPU also a snapshot for https://pytorch.org/memory_viz."""
+
+
+@dataclass(frozen=True)
 class Config:
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -157,6 +176,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
 
 SECTIONS: dict[str, type] = {f.name: f.default_factory for f in dataclasses.fields(Config)}

@@ -106,7 +106,7 @@ def write_report(run_dirs: list[Path], out: Path) -> None:
     distinct = {os.path.realpath(directory): directory for directory in run_dirs}
     names = _names(list(distinct))
     runs = [read_run(path, name) for path, name in zip(distinct.values(), names, strict=True)]
-    _write_whole(out, _render(runs))
+    write_whole(out, _render(runs))
 
 
 def read_run(directory: Path, name: str) -> Run:
@@ -273,20 +273,20 @@ def _parse_prediction(record: Any) -> Prediction:
 # The results table
 
 
-def _best_epoch(run: Run) -> Epoch | None:
+def best_epoch(run: Run) -> Epoch | None:
     """The first epoch with the highest validation top-1; None where none was measured."""
     measured = [epoch for epoch in run.epochs if epoch["val_top1"] is not None]
     return max(measured, key=lambda epoch: epoch["val_top1"], default=None)
 
 
-def _images_per_second(run: Run) -> float | None:
+def images_per_second(run: Run) -> float | None:
     """Median training rate over the epochs, without the first, which compiles and warms up."""
     epochs = run.epochs[1:] or run.epochs
     rates = [e["images_per_second"] for e in epochs if e["images_per_second"] is not None]
     return statistics.median(rates) if rates else None
 
 
-def _seconds(run: Run) -> float | None:
+def train_seconds(run: Run) -> float | None:
     """The run's training time; while it is not summed up yet, the sum over its epochs."""
     if run.summary.get("train_seconds") is not None:
         return run.summary["train_seconds"]
@@ -301,33 +301,33 @@ def _setting(run: Run, section: str, key: str) -> str:
 
 def _result(run: Run) -> dict[str, str]:
     """The run's row in the results table, each value as text."""
-    best = _best_epoch(run) or dict.fromkeys(("epoch", *EPOCH_KEYS))
+    best = best_epoch(run) or dict.fromkeys(("epoch", *EPOCH_KEYS))
     classes = run.summary.get("classes")
     return {
         "model": _setting(run, "model", "name"),
-        "parameters": _number(run.summary.get("parameters")),
+        "parameters": number_text(run.summary.get("parameters")),
         "epochs": f"{run.epochs[-1]['epoch']} of {_setting(run, 'train', 'epochs')}",
-        "best_top1": _percent(best["val_top1"]),
-        "best_epoch": _number(best["epoch"]),
-        "best_top5": _percent(best["val_top5"]),
-        "best_loss": _number(best["val_loss"], 4),
-        "final_top1": _percent(run.epochs[-1]["val_top1"]),
-        "chance": _percent(1 / classes if classes else None),
-        "images_per_second": _number(_images_per_second(run)),
-        "time": _duration(_seconds(run)),
+        "best_top1": percent_text(best["val_top1"]),
+        "best_epoch": number_text(best["epoch"]),
+        "best_top5": percent_text(best["val_top5"]),
+        "best_loss": number_text(best["val_loss"], 4),
+        "final_top1": percent_text(run.epochs[-1]["val_top1"]),
+        "chance": percent_text(1 / classes if classes else None),
+        "images_per_second": number_text(images_per_second(run)),
+        "time": duration_text(train_seconds(run)),
         "status": str(run.summary.get("status") or "unknown"),
     }
 
 
-def _number(value: float | None, decimals: int = 0) -> str:
+def number_text(value: float | None, decimals: int = 0) -> str:
     return MISSING if value is None else f"{value:,.{decimals}f}"
 
 
-def _percent(fraction: float | None, decimals: int = 2) -> str:
-    return _number(None if fraction is None else 100 * fraction, decimals)
+def percent_text(fraction: float | None, decimals: int = 2) -> str:
+    return number_text(None if fraction is None else 100 * fraction, decimals)
 
 
-def _duration(seconds: float | None) -> str:
+def duration_text(seconds: float | None) -> str:
     if seconds is None:
         return MISSING
     if seconds < 60:
@@ -446,7 +446,7 @@ def _plot(runs: list[Run], metric: str, title: str, unit: str, scale: int, digit
         return None if value is None else _scale(value, domain, (BOTTOM, TOP))
 
     def text(index: int, split: str, number: int) -> str:
-        return _number(series[index, split].get(number), digits)
+        return number_text(series[index, split].get(number), digits)
 
     def tooltip(number: int) -> str:
         lines = [
@@ -498,12 +498,12 @@ def _config_tables(config: dict[str, Any]) -> list[tuple[str, list[tuple[str, st
     return [(name, [(k, _setting_text(v)) for k, v in s.items()]) for name, s in titled if s]
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def flat_rows(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Rows of dotted key and text, one a leaf."""
     rows = []
     for key, value in values.items():
         if isinstance(value, dict):
-            rows += _flat(value, f"{prefix}{key}.")
+            rows += flat_rows(value, f"{prefix}{key}.")
         elif isinstance(value, list):
             rows.append((prefix + key, ", ".join(map(_setting_text, value)) or "none"))
         else:
@@ -515,47 +515,55 @@ def _dataset_text(run: Run) -> str:
     """The dataset in one phrase; empty where the run has no summary."""
     if not run.summary.get("dataset"):
         return ""
-    counts = [f"{_number(n)} {split} images" for split, n in run.summary["counts"].items()]
+    counts = [f"{number_text(n)} {split} images" for split, n in run.summary["counts"].items()]
     return ", ".join(
-        [str(run.summary["dataset"]), f"{_number(run.summary['classes'])} classes", *counts]
+        [str(run.summary["dataset"]), f"{number_text(run.summary['classes'])} classes", *counts]
     )
 
 
 def _render(runs: list[Run]) -> str:
-    loader = jinja2.FileSystemLoader(TEMPLATES)
-    environment = jinja2.Environment(
-        loader=loader,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
     pages = [
         {
             "name": run.name,
             "result": _result(run),
             "dataset": _dataset_text(run),
             "config": _config_tables(run.config),
-            "environment": _flat(run.environment),
+            "environment": flat_rows(run.environment),
             "predictions": run.predictions,
         }
         for run in runs
     ]
-    return environment.get_template("report.html.j2").render(
-        runs=pages,
-        plots=[_plot(runs, *metric) for metric in METRICS],
+    return render("report.html.j2", runs=pages, plots=make_plots(runs))
+
+
+def make_plots(runs: list[Run]) -> list[Plot]:
+    """Loss, top-1 and top-5 of the runs, which have an epoch or more, over the epochs."""
+    return [_plot(runs, *metric) for metric in METRICS]
+
+
+def render(template: str, **values: Any) -> str:
+    """A page from one of `TEMPLATES`, with what parts.html.j2 needs beside its `values`."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.globals.update(
         splits=SPLITS,
         palette=PALETTE,
         markers=MARKERS,
         area={"left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM},
         size=(PLOT_WIDTH, PLOT_HEIGHT),
-        percent=_percent,
+        percent=percent_text,
         now=datetime.now(UTC),
         version=__version__,
     )
+    return environment.get_template(template).render(**values)
 
 
-def _write_whole(out: Path, page: str) -> None:
+def write_whole(out: Path, page: str) -> None:
     # Not tempfile: its files are readable to their owner alone, and a report is to be passed on.
     temporary = out.parent / f".fastlab-report-{os.getpid()}.tmp"
     try:

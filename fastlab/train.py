@@ -13,7 +13,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from fastlab.models.norm import synchronise
 from fastlab.optim import WeightAverage, make_optimizer, make_schedule
 from fastlab.predict import sample_predictions
 from fastlab.rundir import RunDir
+from fastlab.tracing import Tracer, span
 from pipelines import make_pipeline
 from pipelines.base import Batch, Pipeline, Shard
 
@@ -58,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, help="run directory (default: runs/<config name>)")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with an unfinished run")
+    parser.add_argument("--profile", action="store_true", help="record a trace ([profile])")
 
 
 @dataclass
@@ -103,6 +105,7 @@ class Trainer:
         self.schedule = make_schedule(cfg.schedule, self.optimizer.optimizer, steps)
         self.average = WeightAverage(self.model, cfg.train.ema) if cfg.train.ema else None
         self.sums = Sums(self.device)
+        self.tracer = Tracer(cfg.profile, run.traces, accelerator.process_index, self.device)
         self.progress = Progress()
         self.wanted_stop = 0
 
@@ -194,6 +197,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     cfg, directory = resolve(args)
+    if args.profile:
+        cfg = replace(cfg, profile=replace(cfg.profile, enabled=True))
     accelerator = make_accelerator(cfg)
     with torch_settings(cfg):
         trainer = Trainer(cfg, directory, accelerator)
@@ -289,7 +294,7 @@ def train(trainer: Trainer) -> int:
         torch.manual_seed(trainer.cfg.train.seed + 7919 * (accelerator.process_index + 1))
     write_summary(trainer, "running")
     status = 0
-    with signals_to(trainer), tensorboard(trainer) as board:
+    with signals_to(trainer), tensorboard(trainer) as board, trainer.tracer:
         try:
             while progress.epoch < trainer.cfg.train.epochs:
                 epoch(trainer, board)
@@ -314,6 +319,7 @@ def epoch(trainer: Trainer, board: Any) -> None:
     if progress.step == 0:
         progress.lr = trainer.optimizer.param_groups[0]["lr"]
     trained, rate = train_epoch(trainer, started)
+    trainer.tracer.end_epoch()
     average_buffers(trainer)
     with trainer.average.applied() if trainer.average else nullcontext():
         found = evaluate(trainer.net, trainer.val_data, trainer.accelerator)
@@ -338,12 +344,13 @@ def train_epoch(trainer: Trainer, started: float) -> tuple[Figures, float]:
     changing; and images/s over all processes, the first steps of the process left out."""
     progress, settings = trainer.progress, trainer.cfg.train
     steps, first = trainer.train_data.steps(), progress.step
+    done = progress.epoch * steps + first
     warm = first + (_WARMUP_STEPS if not progress.rates and steps > 2 * _WARMUP_STEPS else 0)
     trainer.model.train()
     trainer.net.train()
     clock = time.perf_counter()
     with progress_bar(trainer, steps, first) as bar:
-        for batch in trainer.train_data.epoch(progress.epoch, first):
+        for batch in trainer.tracer.steps(trainer.train_data.epoch(progress.epoch, first), done):
             train_step(trainer, batch)
             progress.step += 1
             if progress.step == warm:
@@ -368,21 +375,24 @@ def train_epoch(trainer: Trainer, started: float) -> tuple[Figures, float]:
 def train_step(trainer: Trainer, batch: Batch) -> None:
     """Forward, backward, update: nothing here waits for the device."""
     settings, optimizer = trainer.cfg.train, trainer.optimizer
-    logits = trainer.net(batch.images)
-    loss = nn.functional.cross_entropy(
-        logits.to(torch.promote_types(logits.dtype, torch.float32)),
-        batch.labels,
-        label_smoothing=settings.label_smoothing,
-    )
-    trainer.accelerator.backward(loss)
-    if settings.grad_clip:
-        trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), settings.grad_clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    if not isinstance(trainer.schedule, ReduceLROnPlateau):
-        trainer.schedule.step()
-    if trainer.average:
-        trainer.average.update()
+    with span("forward"):
+        logits = trainer.net(batch.images)
+        loss = nn.functional.cross_entropy(
+            logits.to(torch.promote_types(logits.dtype, torch.float32)),
+            batch.labels,
+            label_smoothing=settings.label_smoothing,
+        )
+    with span("backward"):
+        trainer.accelerator.backward(loss)
+    with span("optimizer"):
+        if settings.grad_clip:
+            trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), settings.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if not isinstance(trainer.schedule, ReduceLROnPlateau):
+            trainer.schedule.step()
+        if trainer.average:
+            trainer.average.update()
     trainer.sums.add(logits.detach(), batch.labels, batch.mask)
 
 

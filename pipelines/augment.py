@@ -6,7 +6,9 @@ integer arithmetic on uint8 up to the normalisation, which looks each byte up, s
 bits for the same (seed, epoch, index), in any batch, on any number of processes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numba
 import numpy as np
@@ -17,6 +19,7 @@ from numba.extending import intrinsic
 
 from fastlab.config import AugmentConfig
 from fastlab.errors import UserError
+from fastlab.tracing import span
 
 _GOLDEN = 0x9E3779B9
 _M1, _M2 = 0x7FEB352D, 0x846CA68B
@@ -265,21 +268,33 @@ def augment_on_cpu(
         kind, signed = _BITS[dtype.itemsize]
         table = augmenter.table.view(signed).numpy().view(kind)
         bits = out.view(signed).numpy().view(kind)
-    _augment(
-        images.reshape(len(images), side, side * 3),
-        rows,
-        ids,
-        key,
-        augmenter.flip,
-        augmenter.translate,
-        augmenter.reflect,
-        augmenter.cutout,
-        augmenter.sizes,
-        augmenter.fill,
-        table,
-        bits.reshape(count, side, side * 3),
-    )
+    with span("augmentation"):
+        _augment(
+            images.reshape(len(images), side, side * 3),
+            rows,
+            ids,
+            key,
+            augmenter.flip,
+            augmenter.translate,
+            augmenter.reflect,
+            augmenter.cutout,
+            augmenter.sizes,
+            augmenter.fill,
+            table,
+            bits.reshape(count, side, side * 3),
+        )
     return out.permute(0, 3, 1, 2)
+
+
+def device_augmenter(compile: bool) -> Callable[..., torch.Tensor]:
+    """`augment_on_device`, compiled if asked, as a range of its own in traces."""
+    apply = torch.compile(augment_on_device) if compile else augment_on_device
+
+    def run(*arguments: Any) -> torch.Tensor:
+        with span("augmentation"):
+            return apply(*arguments)
+
+    return run
 
 
 def augment_on_device(

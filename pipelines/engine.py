@@ -13,7 +13,7 @@ import torch
 from fastlab.config import AugmentConfig, DataConfig
 from fastlab.dataset.manifest import Manifest
 from fastlab.errors import UserError
-from pipelines.augment import augment_on_cpu, augment_on_device, epoch_key, make_augmenter
+from pipelines.augment import augment_on_cpu, device_augmenter, epoch_key, make_augmenter
 from pipelines.base import Batch, Shard, make_schedule
 
 
@@ -63,7 +63,7 @@ class EnginePipeline:
             augment, manifest.image_size, manifest.mean, manifest.std, dtype, device
         )
         self._seed, self._device = seed, device
-        self._apply = torch.compile(augment_on_device) if compile else augment_on_device
+        self._apply = device_augmenter(compile)
 
     def steps(self) -> int:
         return self._schedule.steps()

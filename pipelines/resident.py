@@ -18,7 +18,7 @@ from fastlab.dataset.manifest import Manifest
 from fastlab.errors import UserError
 from pipelines.augment import (
     augment_on_cpu,
-    augment_on_device,
+    device_augmenter,
     epoch_key,
     make_augmenter,
 )
@@ -57,7 +57,7 @@ class ResidentPipeline:
             augment, manifest.image_size, manifest.mean, manifest.std, dtype, device
         )
         self._on_device = self._place(config.placement)
-        self._apply = torch.compile(augment_on_device) if compile else augment_on_device
+        self._apply = device_augmenter(compile)
 
     def steps(self) -> int:
         return self._schedule.steps()

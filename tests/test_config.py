@@ -24,6 +24,7 @@ VALUES = {
         "pipeline": st.sampled_from(["resident"]),
         "placement": st.sampled_from(["auto", "device", "stream"]),
         "workers": st.integers(0, 64),
+        "hardware_load": st.floats(0, 1),
     },
     "augment": {
         "flip": st.booleans(),
@@ -74,6 +75,14 @@ VALUES = {
         "ema": FRACTION,
         "log_every": COUNT,
         "checkpoint_every": SIZE,
+    },
+    "profile": {
+        "enabled": st.booleans(),
+        "wait": SIZE,
+        "warmup": SIZE,
+        "active": COUNT,
+        "stacks": st.booleans(),
+        "memory": st.booleans(),
     },
 }
 

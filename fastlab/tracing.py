@@ -1,0 +1,138 @@
+"""Recording: what a few training steps do and when, one trace a process in the run directory.
+
+``traces/rank0.<nanoseconds>.pt.trace.json`` is what TensorBoard's profiler plugin lists, what
+https://ui.perfetto.dev opens and what `fastlab trace` reviews. A resumed run adds its own beside
+the older ones. Where nothing is recorded, a `span` is a flag looked at and nothing else.
+"""
+
+import os
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._C._profiler import _ExperimentalConfig
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from fastlab.config import ProfileConfig
+
+STEP = "ProfilerStep#"  # the name by which every reader of traces knows a step
+
+_NOTHING = nullcontext()
+_recording = False
+
+
+def span(name: str) -> AbstractContextManager:
+    """A named range of the trace under way; nothing where none is."""
+    return record_function(name) if _recording else _NOTHING
+
+
+class Tracer:
+    """Waits, warms up and records, in steps of this process; a context that writes what is left.
+
+    Only the end of the recording synchronises with the device.
+    """
+
+    def __init__(
+        self, config: ProfileConfig, folder: Path, rank: int, device: torch.device
+    ) -> None:
+        self._config, self._folder, self._rank, self._device = config, folder, rank, device
+        self._start = config.wait + config.warmup
+        self._begun = 0
+        self._profiler: profile | None = None
+        self._over = not config.enabled
+
+    def steps(self, batches: Iterable, done: int) -> Iterable:
+        """`batches`, each from the wait for it to the wait for the next a step of the schedule;
+        `done` is the number of the run's steps before the first. The same object where nothing is
+        left to record."""
+        return batches if self._over else self._steps(iter(batches), done)
+
+    def _steps(self, batches: Iterator, done: int) -> Iterator:
+        while True:
+            self._advance()
+            done += 1
+            with span(f"{STEP}{done}"):
+                with span("data_wait"):
+                    batch = next(batches, None)
+                if batch is None:
+                    return
+                self._begun += 1
+                yield batch
+
+    def end_epoch(self) -> None:
+        """Write a recording that the epoch's last step completed, before validation adds to it."""
+        if not self._over and self._begun >= self._start + self._config.active:
+            self._finish()
+
+    def __enter__(self) -> "Tracer":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._over:
+            return
+        if _recording:
+            self._finish()
+            return
+        if self._profiler:  # warming up: torch ends that by a start and a stop
+            self._profiler.start_trace()
+            self._profiler.stop_trace()
+        self._over = True
+        self._say(
+            f"no trace: the process ended after {self._begun} steps, profile.wait and "
+            f"profile.warmup take {self._start}"
+        )
+
+    def _advance(self) -> None:
+        """Between two steps: what the schedule has next."""
+        global _recording
+        if self._over:
+            return
+        if self._begun == self._config.wait and not self._profiler:
+            self._profiler = self._prepare()
+        if self._begun == self._start and not _recording:
+            if self._config.memory and self._device.type == "cuda":
+                torch.cuda.memory._record_memory_history(max_entries=1_000_000)
+            self._profiler.start_trace()
+            _recording = True
+        if self._begun == self._start + self._config.active:
+            self._finish()
+
+    def _prepare(self) -> profile:
+        activities, extra = [ProfilerActivity.CPU], None
+        if self._device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        else:
+            # torch built for CUDA reports an error where there is no driver.
+            os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+            # A CPU pipeline augments in threads of its own. (torch then records no allocations.)
+            extra = _ExperimentalConfig(profile_all_threads=not self._config.memory)
+        profiler = profile(
+            activities=activities,
+            with_stack=self._config.stacks,
+            profile_memory=self._config.memory,
+            experimental_config=extra,
+        )
+        profiler.prepare_trace()
+        return profiler
+
+    def _finish(self) -> None:
+        global _recording
+        _recording, self._over = False, True
+        self._profiler.stop_trace()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        name = f"rank{self._rank}.{time.time_ns()}"
+        if self._config.memory and self._device.type == "cuda":
+            torch.cuda.memory._dump_snapshot(str(self._folder / f"{name}.memory.pickle"))
+            torch.cuda.memory._record_memory_history(enabled=None)
+        partial = self._folder / f"{name}.partial"
+        self._profiler.export_chrome_trace(str(partial))
+        partial.rename(self._folder / f"{name}.pt.trace.json")
+        self._profiler = None
+        self._say(f"trace: {self._folder}; review it: fastlab trace {self._folder.parent}")
+
+    def _say(self, text: str) -> None:
+        if self._rank == 0:
+            print(text, flush=True)
