@@ -11,6 +11,7 @@ ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 fastlab/train.py --config co
 import argparse
 import signal
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -137,7 +138,10 @@ class Trainer:
         if settings.compile:
             # In place and inside DDP and autocast: names of weights stay as they are.
             model.forward = torch.compile(model.forward, mode=settings.compile_mode, dynamic=False)
-        return self.accelerator.prepare(model, optimizer)
+        with warnings.catch_warnings():
+            # torch 2.15 has another name for it, which torch 2.11 and Accelerate do not know.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            return self.accelerator.prepare(model, optimizer)
 
     def state_dict(self) -> dict[str, Any]:
         return {
