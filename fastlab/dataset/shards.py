@@ -44,7 +44,10 @@ class Shards:
 
     def _open(self) -> list[np.ndarray]:
         if self._maps is None:
-            self._maps = [np.memmap(path, dtype=np.uint8, mode="r") for path in self.paths]
+            # Plain views: slicing np.memmap itself costs microseconds an image.
+            self._maps = [
+                np.asarray(np.memmap(path, dtype=np.uint8, mode="r")) for path in self.paths
+            ]
         return self._maps
 
     def _read_labels(self, found: list[np.ndarray]) -> np.ndarray:

@@ -4,6 +4,7 @@ import gc
 import importlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -205,7 +206,9 @@ os._exit(0)
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120
     )
-    assert "ENDED:" in done.stdout and "killed by signal" in done.stdout, done.stderr
+    # Which of its two messages PyTorch gives depends on who sees the death first.
+    assert "ENDED:" in done.stdout, done.stderr
+    assert re.search("killed by signal|exited unexpectedly", done.stdout), done.stdout
 
 
 def test_the_example_of_the_readme_keeps_the_contract(dataset):
