@@ -236,15 +236,20 @@ def _gather(args: argparse.Namespace, cores: int) -> Iterator:
         return _gather_on_device(args)
     from concurrent.futures import ThreadPoolExecutor
 
-    images = np.load(args.dataset / "array" / "train-images.npy", mmap_mode="r")
+    images = np.asarray(np.load(args.dataset / "array" / "train-images.npy", mmap_mode="r"))
     pool = ThreadPoolExecutor(cores)
     generator = np.random.default_rng(0)
+    # The same memory again and again: that of a new batch would cost more than the copy.
+    buffers = np.zeros((cores, BATCH, *images.shape[1:]), dtype=np.uint8)
+
+    def gather(rows: np.ndarray, buffer: np.ndarray) -> np.ndarray:
+        return np.take(images, rows, axis=0, out=buffer, mode="clip")
 
     def epoch(number: int) -> Iterator:
         order = generator.permutation(len(images))
         rows = [order[i : i + BATCH] for i in range(0, len(order) - BATCH + 1, BATCH)]
         for first in range(0, len(rows), cores):
-            yield from pool.map(images.__getitem__, rows[first : first + cores])
+            yield from pool.map(gather, rows[first : first + cores], buffers)
 
     return _forever(epoch)
 
@@ -347,14 +352,12 @@ def _stock_dali(args: argparse.Namespace, cores: int) -> Iterator:
     def graph():
         encoded, labels = fn.readers.file(files=files, random_shuffle=True)
         images = fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
-        shift = fn.random.uniform(range=(-TRANSLATE, TRANSLATE), shape=(2,))
         images = fn.flip(images, horizontal=fn.random.coin_flip())
-        matrix = fn.transforms.translation(
-            offset=fn.cast(fn.cast(shift, dtype=types.INT32), dtype=types.FLOAT)
-        )
-        return fn.warp_affine(
-            images, matrix, fill_value=0, inverse_map=False, interp_type=types.INTERP_NN
-        ), labels
+        # Twice as fast as warping.
+        shift = fn.random.uniform(range=(-TRANSLATE, TRANSLATE), shape=(2,))
+        shift = fn.cast(shift, dtype=types.INT32)
+        size = fn.shapes(images, dtype=types.INT32)[:2]
+        return fn.slice(images, shift, size, axes=(0, 1), out_of_bounds_policy="pad"), labels
 
     pipeline = graph()
     pipeline.build()
