@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: setup extras wheels demo test lint clean
+.PHONY: setup extras wheels demo test faults lint clean
 
 setup: $(VENV)/.installed
 
@@ -47,6 +47,10 @@ lint: setup
 
 test: setup lint
 	$(BIN)/pytest
+
+# All faults, about an hour; `make test` has a short version.
+faults: setup
+	$(BIN)/python -m tests.faults --full
 
 clean:
 	rm -rf $(DEMO) .pytest_cache .ruff_cache

@@ -128,6 +128,18 @@ def ablations(suite: Suite) -> list[Step]:
     return [Step("study", suite.module("benchmarks.ablations", *arguments), study / "report.html")]
 
 
+def records(suite: Suite) -> list[Step]:
+    arguments = ["--data", str(suite.data)]
+    if suite.tiny:
+        arguments += ["--runs", "1", "--set", "train.epochs=1", "--set", "train.batch_size=32"]
+        arguments += ["--set", "model.width=4", "--set", "train.compile=false"]
+        arguments += ["--set", 'train.precision="fp32"']
+    return [
+        suite.measured(f"record-{name}", f"benchmarks.records.{name}", *arguments)
+        for name in ("reference", "sixty_six")
+    ]
+
+
 STAGES: dict[str, Callable[[Suite], list[Step]]] = {
     "environment": environment,
     "correctness": correctness,
@@ -136,6 +148,7 @@ STAGES: dict[str, Callable[[Suite], list[Step]]] = {
     "traces": traces,
     "accuracy": accuracy,
     "ablations": ablations,
+    "records": records,
 }
 
 

@@ -3,17 +3,22 @@
 ``checkpoints/step-00001234/`` holds `model.safetensors`, `state.pt` (optimizer, schedule, sums,
 position) and a `rank-N.pt` for each process (random state, running statistics). A directory is
 written under another name and renamed; the newest whole one is the last. ``best.safetensors`` holds
-the weights with the best validation top-1.
+the weights with the best validation top-1. Every file carries checksums that are compared when it
+is read: no changed byte goes unnoticed into a training.
 """
 
+import io
+import json
 import os
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from blake3 import blake3
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
 from fastlab.errors import UserError
@@ -22,16 +27,19 @@ from fastlab.errors import UserError
 def save(
     folder: Path, step: int, model: nn.Module, state: dict[str, Any], accelerator: Any
 ) -> None:
-    """Write the checkpoint of `step` and drop older ones. Every process calls this."""
+    """Write the checkpoint of `step` and drop older ones. Every process calls this.
+
+    Raises OSError where it cannot be written; the one before is then as it was.
+    """
     partial, target = folder / "partial", folder / f"step-{step:08d}"
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    torch.save(_rank_state(model), partial / f"rank-{accelerator.process_index}.pt")
+    _write(_rank_state(model), partial / f"rank-{accelerator.process_index}.pt")
     if accelerator.is_main_process:
         save_weights(model, partial / "model.safetensors")
-        torch.save(state, partial / "state.pt")
+        _write(state, partial / "state.pt")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if target.exists():  # a stop right after a checkpoint within an epoch
@@ -43,26 +51,57 @@ def save(
                 shutil.rmtree(partial)
 
 
+def _write(state: dict[str, Any], path: Path) -> None:
+    """By way of memory: torch's own writer turns a full disk into an error without its reason."""
+    stream = io.BytesIO()
+    torch.save(state, stream)
+    path.write_bytes(stream.getbuffer())
+
+
+def _read(path: Path) -> dict[str, Any]:
+    # torch.load does not look at the checksums of the zip file that it reads.
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} does not match its checksum")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def save_weights(model: nn.Module, path: Path) -> None:
-    """safetensors, in place of `path` at once."""
+    """safetensors, in place of `path` at once. Raises OSError."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    data = safetensors_bytes(tensors, {"blake3": _digest(tensors)})
     partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial)
+    partial.write_bytes(data)
     os.replace(partial, path)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
     """Raises `UserError` where the file is missing, damaged or of another model."""
     try:
-        model.load_state_dict(load_file(path))
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            written = (file.metadata() or {}).get("blake3")
     except FileNotFoundError:
         raise UserError(
             f"{path}: no such checkpoint; the run ended before it was written"
         ) from None
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{path}: damaged checkpoint ({error})") from None
+    if _digest(tensors) != written:
+        raise UserError(f"{path}: damaged checkpoint (does not match its checksum)")
+    try:
+        model.load_state_dict(tensors)
     except RuntimeError:
         raise UserError(f"{path}: holds weights of another model") from None
+
+
+def _digest(tensors: dict[str, torch.Tensor]) -> str:
+    digest = blake3()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def last(folder: Path) -> Path | None:
@@ -81,8 +120,8 @@ def load(path: Path, model: nn.Module, rank: int) -> dict[str, Any]:
     try:
         own = path / f"rank-{rank}.pt"
         if own.exists():
-            _restore_rank(model, torch.load(own, map_location="cpu", weights_only=True))
-        return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+            _restore_rank(model, _read(own))
+        return _read(path / "state.pt")
     except Exception as error:  # torch.load raises many kinds on damaged bytes
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path}: damaged checkpoint ({reason})") from None

@@ -109,6 +109,12 @@ def _add_convert(commands) -> None:
         help="take N images a class out of train as val; the official val becomes test",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the held-out choice")
+    parser.add_argument(
+        "--on-corrupt",
+        default="error",
+        metavar="error|skip",
+        help="skip: leave corrupt images out; the manifest and reports say which and how many",
+    )
     parser.add_argument("--force", action="store_true", help="replace another dataset")
     parser.set_defaults(call=_convert)
 
@@ -127,6 +133,7 @@ def _convert(args: argparse.Namespace) -> None:
         image_size=args.image_size,
         holdout=args.holdout,
         seed=args.seed,
+        on_corrupt=args.on_corrupt,
         force=args.force,
     )
     manifest, written = convert(args.source, args.out, options)

@@ -17,8 +17,8 @@ from fastlab.dataset.decode import CorruptImage, decode_into
 from fastlab.dataset.manifest import Manifest, check_sizes, read_manifest
 from fastlab.errors import UserError
 from fastlab.rundir import RunDir
+from pipelines import make_pipeline
 from pipelines.augment import augment_on_cpu, make_augmenter
-from pipelines.resident import open_array
 
 SAMPLES = 12
 
@@ -49,7 +49,6 @@ def evaluate_run(directory: Path, split: str, which: str, as_json: bool) -> str:
     On a CPU in the run's own precision they equal those of its training to the image.
     """
     from fastlab.train import DTYPES, evaluate, make_accelerator
-    from pipelines import make_pipeline
 
     model, cfg, manifest, _ = load_run(directory, which)
     accelerator = make_accelerator(cfg)
@@ -89,41 +88,57 @@ def predict_images(run: Path, images: list[Path], which: str) -> list[list[tuple
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
         except CorruptImage as error:
             raise UserError(f"{path}: not an image ({error})") from None
+    augmenter = make_augmenter(None, side, manifest.mean, manifest.std, torch.float32)
+    rows = np.arange(len(pixels))
+    normalised = augment_on_cpu(augmenter, pixels, rows, rows, key=0).to(device)
     return [
-        [(p["name"], p["probability"]) for p in best]
-        for best in _top5(model, pixels, manifest, device)
+        [(p["name"], p["probability"]) for p in best] for best in _top5(model, normalised, manifest)
     ]
 
 
+@torch.no_grad()
 def sample_predictions(
     model: nn.Module, cfg: Config, manifest: Manifest, device: torch.device
 ) -> list[dict[str, Any]]:
     """Some validation images, evenly spaced, as PNG, with their classes and the predicted ones."""
-    images, labels = open_array(Path(cfg.data.path), manifest, "val")
-    rows = np.unique(np.linspace(0, len(images) - 1, SAMPLES).astype(np.int64))
-    pixels = np.array(images[rows])
+    count, size = manifest.splits["val"].images, cfg.train.eval_batch_size
+    wanted = np.unique(np.linspace(0, count - 1, SAMPLES).astype(np.int64))
+    # By the run's own engine: the dataset may have no other format.
+    data = make_pipeline(
+        cfg.data, None, manifest, "val", batch_size=size, device=device, dtype=torch.float32
+    )
+    found = []
+    for number, batch in enumerate(data.epoch(0)):
+        rows = wanted[wanted // size == number] % size
+        if len(rows):
+            images = batch.images[torch.from_numpy(rows).to(device)]
+            labels = batch.labels.cpu().numpy()[rows]
+            found += _samples(model, images, labels, manifest)
+    return found
+
+
+def _samples(
+    model: nn.Module, images: torch.Tensor, labels: np.ndarray, manifest: Manifest
+) -> list[dict[str, Any]]:
+    mean, std = (images.new_tensor(v)[:, None, None] for v in (manifest.mean, manifest.std))
+    pixels = ((images * std + mean) * 255).round().clamp(0, 255).byte()
     return [
-        {
-            "png": _png(image),
-            "label": manifest.classes[label].words,
-            "predicted": best,
-        }
+        {"png": _png(image), "label": manifest.classes[label].words, "predicted": best}
         for image, label, best in zip(
-            pixels, labels[rows], _top5(model, pixels, manifest, device), strict=True
+            pixels.permute(0, 2, 3, 1).cpu().numpy(),
+            labels,
+            _top5(model, images, manifest),
+            strict=True,
         )
     ]
 
 
 @torch.no_grad()
-def _top5(
-    model: nn.Module, pixels: np.ndarray, manifest: Manifest, device: torch.device
-) -> list[list[dict[str, Any]]]:
-    dtype = next(model.parameters()).dtype
-    augmenter = make_augmenter(None, manifest.image_size, manifest.mean, manifest.std, dtype)
-    rows = np.arange(len(pixels))
-    batch = augment_on_cpu(augmenter, pixels, rows, rows, key=0).to(device)
+def _top5(model: nn.Module, images: torch.Tensor, manifest: Manifest) -> list[list[dict[str, Any]]]:
+    """`images`: normalised, [b, 3, S, S]."""
     model.eval()
-    probabilities = model(batch).float().softmax(dim=1).cpu()
+    dtype = next(model.parameters()).dtype
+    probabilities = model(images.to(dtype)).float().softmax(dim=1).cpu()
     values, indices = probabilities.topk(min(5, probabilities.shape[1]), dim=1)
     return [
         [

@@ -188,6 +188,7 @@ def _read_summary(path: Path) -> dict[str, Any]:
             "classes": _finite(dataset.get("classes")),
             "dataset": dataset.get("path"),
             "counts": counts,
+            "skipped": _finite(dataset.get("skipped")),
             "status": summary.get("status"),
             "train_seconds": _finite(summary.get("train_seconds")),
         }
@@ -516,6 +517,8 @@ def _dataset_text(run: Run) -> str:
     if not run.summary.get("dataset"):
         return ""
     counts = [f"{number_text(n)} {split} images" for split, n in run.summary["counts"].items()]
+    if skipped := run.summary["skipped"]:
+        counts.append(f"{number_text(skipped)} corrupt images left out")
     return ", ".join(
         [str(run.summary["dataset"]), f"{number_text(run.summary['classes'])} classes", *counts]
     )

@@ -52,17 +52,24 @@ class RunDir:
         """Raises `UserError` where the directory holds something already or cannot be written."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if any(self.path.iterdir()):
+            if not self._unused():
                 raise UserError(
                     f"{self.path}: is not empty; go on with --resume {self.path}, or choose "
                     f"another --out"
                 )
-            self.checkpoints.mkdir()
+            self.checkpoints.mkdir(exist_ok=True)
             _write_json(self.environment, environment(processes))
             # Last: a directory with a configuration is a run.
             write_atomically(self.config, configs.dump(config))
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror})") from None
+
+    def _unused(self) -> bool:
+        """Empty, or with no more than what a `create` that was killed leaves."""
+        started = (self.environment.name, self.config.name)
+        left = {self.checkpoints.name, started[0], *(f"{name}.partial" for name in started)}
+        begun = self.checkpoints.exists() and any(self.checkpoints.iterdir())
+        return not begun and {path.name for path in self.path.iterdir()} <= left
 
     def load_config(self) -> Config:
         if not self.config.is_file():

@@ -25,7 +25,7 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
-from fastlab import checkpoint, config, models
+from fastlab import checkpoint, config, memory, models
 from fastlab.config import Config
 from fastlab.dataset.manifest import Manifest, check_sizes, read_manifest
 from fastlab.errors import UserError
@@ -97,8 +97,8 @@ class Trainer:
         self.device = accelerator.device
         manifest = open_dataset(cfg)
         self.manifest = manifest
-        self.train_data = self._pipeline("train", train=True)
-        self.val_data = self._pipeline("val", train=False)
+        self.train_data = self.pipeline("train", train=True)
+        self.val_data = self.pipeline("val", train=False)
         self.model = models.build(cfg.model, len(manifest.classes))
         self.parameters = models.count_parameters(self.model)
         self.net, self.optimizer = self._prepare()
@@ -109,8 +109,10 @@ class Trainer:
         self.tracer = Tracer(cfg.profile, run.traces, accelerator.process_index, self.device)
         self.progress = Progress()
         self.wanted_stop = 0
+        # Of each step of the epoch under way: looked at now and then, not step by step.
+        self.losses = torch.zeros(self.train_data.steps(), device=self.device)
 
-    def _pipeline(self, split: str, train: bool) -> Pipeline:
+    def pipeline(self, split: str, train: bool) -> Pipeline:
         cfg, accelerator = self.cfg, self.accelerator
         return make_pipeline(
             cfg.data,
@@ -155,6 +157,7 @@ class Trainer:
         }
 
     def save(self) -> None:
+        self.refuse_divergence()
         done = self.progress.epoch * self.train_data.steps() + self.progress.step
         state = self.state_dict()
         checkpoint.save(self.run.checkpoints, done, self.model, state, self.accelerator)
@@ -179,14 +182,35 @@ class Trainer:
     def agree_to_stop(self, step: int) -> None:
         """Raise `Stop` where a signal reached any process. With several, all look at the same
         steps, since none may leave the others waiting in a reduction."""
+        due = step % self.cfg.train.log_every == 0
+        if due:
+            self.refuse_divergence()
         wanted = self.wanted_stop
         if self.accelerator.num_processes > 1:
-            if step % self.cfg.train.log_every:
-                return
-            flag = torch.tensor([wanted], device=self.device)
-            wanted = int(self.accelerator.gather(flag).max())
+            wanted = self._most(wanted) if due else 0
         if wanted:
             raise Stop(wanted)
+
+    def refuse_divergence(self) -> None:
+        """Raise `UserError` where a loss was no finite number: before anything is saved that came
+        after it. Every process calls this at the same step."""
+        bad = ~self.losses.isfinite()
+        left = len(bad) - int(bad.int().argmax()) if bool(bad.any()) else 0
+        if self.accelerator.num_processes > 1:
+            left = self._most(left)
+        if not left:
+            return
+        step, last = len(bad) - left + 1, checkpoint.last(self.run.checkpoints)
+        kept = f"{last} is whole" if last else "there was no checkpoint yet"
+        write_summary(self, "diverged")
+        raise UserError(
+            f"{self.run.path}: the loss is not a finite number at step {step} of epoch "
+            f"{self.progress.epoch + 1}; {kept}; try a lower optim.lr or train.grad_clip"
+        )
+
+    def _most(self, value: int) -> int:
+        """The largest over all processes."""
+        return int(self.accelerator.gather(torch.tensor([value], device=self.device)).max())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -212,9 +236,24 @@ def run(args: argparse.Namespace) -> int:
             directory.create(cfg, accelerator.num_processes)
         accelerator.wait_for_everyone()
         try:
-            return train(trainer)
+            with memory.explained(trainer), disk_explained(trainer):
+                return train(trainer)
         finally:
             accelerator.end_training()
+
+
+@contextmanager
+def disk_explained(trainer: Trainer) -> Iterator[None]:
+    """A run directory that cannot be written becomes a `UserError`."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(
+            f"{trainer.run.path}: cannot be written ({error.strerror or error}); mend that, then "
+            f"go on with: --resume {trainer.run.path}"
+        ) from None
 
 
 def resolve(args: argparse.Namespace) -> tuple[Config, RunDir]:
@@ -355,7 +394,7 @@ def train_epoch(trainer: Trainer, started: float) -> tuple[Figures, float]:
     clock = time.perf_counter()
     with progress_bar(trainer, steps, first) as bar:
         for batch in trainer.tracer.steps(trainer.train_data.epoch(progress.epoch, first), done):
-            train_step(trainer, batch)
+            trainer.losses[progress.step] = train_step(trainer, batch)
             progress.step += 1
             if progress.step == warm:
                 wait_for_device(trainer.device)
@@ -371,13 +410,14 @@ def train_epoch(trainer: Trainer, started: float) -> tuple[Figures, float]:
             except Stop:
                 progress.seconds += time.perf_counter() - started
                 raise
+    trainer.refuse_divergence()
     figures = trainer.sums.reduce(trainer.accelerator)
     timed = steps - warm if first < warm else steps - first
     return figures, timed * settings.batch_size / (time.perf_counter() - clock)
 
 
-def train_step(trainer: Trainer, batch: Batch) -> None:
-    """Forward, backward, update: nothing here waits for the device."""
+def train_step(trainer: Trainer, batch: Batch) -> torch.Tensor:
+    """Forward, backward, update: nothing here waits for the device. Returns this process's loss."""
     settings, optimizer = trainer.cfg.train, trainer.optimizer
     with span("forward"):
         logits = trainer.net(batch.images)
@@ -398,6 +438,7 @@ def train_step(trainer: Trainer, batch: Batch) -> None:
         if trainer.average:
             trainer.average.update()
     trainer.sums.add(logits.detach(), batch.labels, batch.mask)
+    return loss.detach()
 
 
 @torch.no_grad()
@@ -507,6 +548,7 @@ def write_summary(trainer: Trainer, status: str) -> None:
                 "path": trainer.cfg.data.path,
                 "classes": len(trainer.manifest.classes),
                 "counts": counts,
+                "skipped": len(trainer.manifest.skipped),
             },
             "status": status,
             "train_seconds": trainer.progress.seconds,

@@ -136,8 +136,8 @@ def open_array(directory: Path, manifest: Manifest, split: str) -> tuple[np.ndar
     count, side = manifest.splits[split].images, manifest.image_size
     if images.shape != (count, side, side, 3) or images.dtype != np.uint8:
         raise UserError(f"{folder}: {split}-images.npy does not fit manifest.json; convert again")
-    in_range = len(labels) == count and labels.min() >= 0 and labels.max() < len(manifest.classes)
-    if not in_range or labels.dtype != np.int64:
+    whole = labels.shape == (count,) and labels.dtype == np.int64
+    if not whole or labels.min() < 0 or labels.max() >= len(manifest.classes):
         raise UserError(f"{folder}: {split}-labels.npy does not fit manifest.json; convert again")
     return images, labels
 

@@ -1,73 +1,15 @@
+import base64
+import io
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file
+from PIL import Image
 
-ROOT = Path(__file__).parents[1]
-TINY = (
-    "model.width=4",
-    "train.batch_size=16",
-    "train.eval_batch_size=7",
-    "train.epochs=3",
-    "train.checkpoint_every=2",
-    "model.dropout_conv=0.1",
-    "train.ema=0.9",
-)
-
-
-def command(dataset: Path, out: Path, *overrides: str) -> list[str]:
-    sets = [f"data.path={dataset}", *TINY, *overrides]
-    return ["--config", str(ROOT / "configs" / "demo.toml"), "--out", str(out)] + [
-        part for value in sets for part in ("--set", value)
-    ]
-
-
-def launch(arguments: list[str], processes: int = 1, **kwargs) -> subprocess.Popen:
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*start, str(ROOT / "fastlab" / "train.py"), *arguments],
-        env=environment,
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        **kwargs,
-    )
-
-
-def train(arguments: list[str], processes: int = 1) -> None:
-    process = launch(arguments, processes)
-    try:
-        _, errors = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode == 0, errors
-
-
-def metrics(run: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    timed = ("seconds", "images_per_second")
-    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(max((run / "checkpoints").glob("step-*")) / "model.safetensors")
-
-
-def assert_same_weights(one: Path, other: Path) -> None:
-    first, second = weights(one), weights(other)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
+from tests.training import ROOT, assert_same_weights, command, launch, metrics, train
 
 
 @pytest.fixture(scope="module")
@@ -163,3 +105,48 @@ def test_evaluate_agrees_with_training(whole_run, capsys):
     assert found["images"] == 20
     assert found["top1"] == best["val_top1"]
     assert found["loss"] == pytest.approx(best["val_loss"], abs=1e-5)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(synth_dataset, tmp_path, capsys, monkeypatch):
+    """In the second epoch's third step; the checkpoint before it stays, and nothing after it."""
+    from fastlab import train as training
+    from fastlab.cli import main
+
+    step, seen = training.train_step, []
+
+    def diverging(trainer, batch):
+        seen.append(step(trainer, batch))
+        return seen[-1] * float("nan") if len(seen) >= 8 else seen[-1]
+
+    monkeypatch.setattr(training, "train_step", diverging)
+    out = tmp_path / "run"
+    assert main(["train", *command(synth_dataset, out)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "step 3 of epoch 2" in lines[0] and "step-00000007" in lines[0]
+    assert [path.name for path in (out / "checkpoints").glob("step-*")] == ["step-00000007"]
+    assert len(metrics(out)) == 1
+    assert json.loads((out / "summary.json").read_text())["status"] == "diverged"
+
+
+def test_a_rate_that_diverges_is_refused(synth_dataset, tmp_path, capsys):
+    from fastlab.cli import main
+
+    wild = ("optim.name=sgd", "optim.lr=1e30", "model.batch_norm=false", "schedule.name=constant")
+    assert main(["train", *command(synth_dataset, tmp_path / "run", *wild)]) == 2
+    assert "not a finite number at step" in capsys.readouterr().err
+
+
+def test_a_dataset_without_arrays_is_trained_on_to_the_end(synth_source, tmp_path):
+    """Sample predictions too come by the engine of the run."""
+    from fastlab.cli import main
+    from fastlab.dataset.convert import Options, convert
+
+    convert(synth_source, tmp_path / "data", Options(formats=("tar",)))
+    sets = ("data.pipeline=torchvision", "data.workers=1", "train.epochs=1")
+    assert main(["train", *command(tmp_path / "data", tmp_path / "run", *sets)]) == 0
+    samples = json.loads((tmp_path / "run" / "predictions.json").read_text())
+    files = sorted((synth_source / "val" / "images").iterdir())
+    rows = np.linspace(0, len(files) - 1, 12).astype(int)
+    for sample, row in zip(samples, rows, strict=True):
+        drawn = Image.open(io.BytesIO(base64.b64decode(sample["png"])))
+        assert np.array_equal(np.asarray(drawn), np.asarray(Image.open(files[row]).convert("RGB")))

@@ -37,13 +37,18 @@ from fastlab.dataset.formats import (
     write_format,
 )
 from fastlab.dataset.manifest import FileInfo, Manifest, SplitInfo
-from fastlab.dataset.originals import Originals, read_originals, select_classes
+from fastlab.dataset.originals import (
+    Originals,
+    check_counts,
+    read_originals,
+    select_classes,
+)
 from fastlab.dataset.processes import die_with_parent
 from fastlab.dataset.trees import Tree, open_tree
 from fastlab.errors import UserError
 
 # Options that do not change what is converted, only how or to which formats.
-_NO_IDENTITY = ("force", "workers", "formats", "settings")
+_NO_IDENTITY = ("force", "workers", "formats", "settings", "on_corrupt")
 BLOCK = 256  # images a task: some milliseconds of work
 _STRIPE = 32  # rows whose wider copies stay in the second-level cache
 
@@ -64,6 +69,8 @@ class Options:
     """Images a class moved from train to val; the old val becomes test."""
     seed: int = 0
     """Of the held-out choice."""
+    on_corrupt: str = "error"
+    """"skip": leave corrupt images out, and say so in the manifest."""
     force: bool = False
 
 
@@ -75,19 +82,27 @@ def convert(source: Path, out: Path, options: Options) -> tuple[Manifest, bool]:
     forced), an unusable source and corrupt images; `out` is then as it was.
     """
     _check(options)
+    try:
+        return _convert(source, out, options)
+    except OSError as error:  # of the output: a source that cannot be read is told apart before
+        raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
+
+
+def _convert(source: Path, out: Path, options: Options) -> tuple[Manifest, bool]:
     with _partial_directory(out) as partial:
         tree = open_tree(source, partial)
         originals = _select(read_originals(tree, str(source)), options)
         found = None
         if out.exists() and not options.force:
             found = _existing(out, _request(originals, _stamps(tree, originals), options))
-            _check_settings(out, found, options)
+            _check_options(out, found, options)
         missing = [name for name in options.formats if not found or name not in found.formats]
         if found and not missing:
             return found, False
         decoded = None
         if not found or "array" not in found.formats:
             decoded = _write_array(tree, originals, source, options, partial)
+        originals = originals.without((decoded or found).skipped)
         array = (partial if decoded else out) / "array"
         inputs = Source(tree, originals, array, options.image_size, options.settings)
         written = dict(decoded.formats if decoded else {})
@@ -152,6 +167,8 @@ def _check(options: Options) -> None:
         raise UserError("--shard-images: expected 1 or more")
     if not 8 <= options.image_size <= 1024:
         raise UserError(f"--image-size {options.image_size}: expected 8 to 1024 pixels")
+    if options.on_corrupt not in ("error", "skip"):
+        raise UserError(f"--on-corrupt {options.on_corrupt}: expected error or skip")
     for name in ("workers", "limit_per_class", "holdout"):
         if getattr(options, name) < 0:
             raise UserError(f"--{name.replace('_', '-')}: expected 0 or more")
@@ -193,7 +210,12 @@ def _existing(out: Path, request: dict) -> Manifest:
     return found
 
 
-def _check_settings(out: Path, found: Manifest, options: Options) -> None:
+def _check_options(out: Path, found: Manifest, options: Options) -> None:
+    if found.skipped and options.on_corrupt == "error":
+        raise UserError(
+            f"{out}: was made without {len(found.skipped)} corrupt images; to keep it so, add "
+            f"--on-corrupt skip"
+        )
     for name in set(options.formats) & set(found.formats):
         before, now = found.settings.get(name, {}), options.settings.of(name)
         if before != now:
@@ -214,6 +236,7 @@ def _partial_directory(out: Path) -> Iterator[Path]:
         raise UserError(f"{partial}: cannot be written ({error.strerror})") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _restore(out)
         for left in partial.iterdir():  # of a conversion that was killed
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         try:
@@ -230,11 +253,23 @@ def _move_into_place(partial: Path, out: Path) -> None:
     if not out.exists():
         partial.rename(out)
         return
-    old = out.with_name(out.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
+    old = _replaced(out)
     out.rename(old)
     partial.rename(out)
     shutil.rmtree(old)
+
+
+def _replaced(out: Path) -> Path:
+    """Where a dataset lies for the moment in which another takes its place."""
+    return out.with_name(f".{out.name}.fastlab-replaced")
+
+
+def _restore(out: Path) -> None:
+    """What a conversion that was killed in that moment left."""
+    old = _replaced(out)
+    if old.exists() and not out.exists():
+        old.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 class _Task(NamedTuple):
@@ -249,7 +284,7 @@ class _Block(NamedTuple):
     sums: np.ndarray  # [2, 3] int64: of the channels' values and of their squares
     greyscale: int
     stamps: np.ndarray  # [images, 2] int64
-    corrupt: list[str]
+    corrupt: list[tuple[str, str]]  # path, and what is wrong
 
 
 @dataclass
@@ -268,18 +303,21 @@ _job: _Job  # set before the workers are forked
 def _write_array(
     tree: Tree, originals: Originals, source: Path, options: Options, partial: Path
 ) -> Manifest:
-    side = options.image_size
-    (partial / "array").mkdir()
-    blocks: dict[str, list[_Block]] = {name: [] for name in originals.splits}
-    with _Writers(originals, side, partial) as writers:
-        for task, block, pixels in _decoded(tree, originals, side, options.workers or _cores()):
-            blocks[task.split].append(block)
-            if not block.corrupt:
-                writers.write(task.split, pixels)
-        _refuse_corrupt(blocks)
-        hashed = writers.finish()
+    side, workers = options.image_size, options.workers or _cores()
+    blocks, hashed = _write_images(tree, originals, side, workers, partial)
+    skipped = {
+        path: why for part in blocks.values() for block in part for path, why in block.corrupt
+    }
+    whole = originals
+    if skipped:
+        if options.on_corrupt == "error":
+            _refuse(skipped)
+        # Corruption is rare: once more without these is simpler than to close gaps.
+        originals = originals.without(skipped)
+        check_counts(originals, f"{source}, without {len(skipped)} corrupt images")
+        blocks, hashed = _write_images(tree, originals, side, workers, partial)
     hashed |= _write_labels(originals, partial)
-    stamps = {name: np.concatenate([b.stamps for b in found]) for name, found in blocks.items()}
+    stamps = {name: np.concatenate([b.stamps for b in part]) for name, part in blocks.items()}
     mean, std = _moments(blocks["train"], len(originals.splits["train"].paths) * side * side)
     return Manifest(
         name=_dataset_name(source),
@@ -292,10 +330,26 @@ def _write_array(
         mean=mean,
         std=std,
         formats={"array": hashed},
-        request=_request(originals, stamps, options),
+        skipped=skipped,
+        request=_request(whole, _stamps(tree, whole) if skipped else stamps, options),
         versions=_versions(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def _write_images(
+    tree: Tree, originals: Originals, side: int, workers: int, partial: Path
+) -> tuple[dict[str, list[_Block]], dict[str, FileInfo]]:
+    """What the workers tell of each split, and the files; not whole where an image is corrupt."""
+    shutil.rmtree(partial / "array", ignore_errors=True)
+    (partial / "array").mkdir()
+    blocks: dict[str, list[_Block]] = {name: [] for name in originals.splits}
+    with _Writers(originals, side, partial) as writers:
+        for task, block, pixels in _decoded(tree, originals, side, workers):
+            blocks[task.split].append(block)
+            if not block.corrupt:
+                writers.write(task.split, pixels)
+        return blocks, writers.finish()
 
 
 class _Writers:
@@ -368,17 +422,17 @@ def _decoded(
             raise UserError(
                 "a conversion worker died (out of memory, or killed); run again with --workers 1"
             ) from None
-        except OSError as error:
-            raise UserError(f"writing the dataset failed: {error.strerror}") from None
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _refuse_corrupt(blocks: dict[str, list[_Block]]) -> None:
-    corrupt = [line for found in blocks.values() for block in found for line in block.corrupt]
-    if corrupt:
-        more = f"; and {len(corrupt) - 5} more" if len(corrupt) > 5 else ""
-        raise UserError(f"{len(corrupt)} corrupt images: {'; '.join(corrupt[:5])}{more}")
+def _refuse(corrupt: dict[str, str]) -> None:
+    shown = "; ".join(f"{path} ({why})" for path, why in list(corrupt.items())[:5])
+    more = f"; and {len(corrupt) - 5} more" if len(corrupt) > 5 else ""
+    raise UserError(
+        f"{len(corrupt)} corrupt images: {shown}{more}; mend them, or leave them out with "
+        f"--on-corrupt skip"
+    )
 
 
 def _decode_block(task: _Task, slot: int) -> _Block:
@@ -393,7 +447,7 @@ def _decode_block(task: _Task, slot: int) -> _Block:
             data, stamps[i] = tree.read(path)
             greyscale += decode_into(data, pixels[i])
         except (CorruptImage, OSError, ValueError) as error:
-            corrupt.append(f"{path} ({error})")
+            corrupt.append((path, str(error)))
     sums = _channel_sums(pixels) if task.split == "train" else np.zeros((2, 3), dtype=np.int64)
     return _Block(sums, greyscale, stamps, corrupt)
 

@@ -12,6 +12,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 # (libjpeg-turbo's CMYK differs from Pillow's by rounding).
 _FRAMES = re.compile(rb"\xff[\xc0-\xc2]\0[\x0b\x11]\x08(....)([\1\3])", re.DOTALL)
 MAX_PIXELS = 64_000_000
+# libjpeg's warnings that pixels are made up, which Pillow passes over in silence.
+_DAMAGE = ("Corrupt JPEG data", "Premature end of JPEG file")
 
 
 class CorruptImage(ValueError):
@@ -21,20 +23,35 @@ class CorruptImage(ValueError):
 def decode_into(data: bytes, out: np.ndarray) -> bool:
     """Decode `data` into `out` (uint8, [S, S, 3]); return whether the original is greyscale.
 
-    JPEGs of that very size go straight through libjpeg-turbo, bit for bit as Pillow decodes them.
-    Anything else goes through Pillow: turned upright as its EXIF says, then resized, bicubic, the
-    shorter side to S, the centre kept. Raises `CorruptImage`.
+    JPEGs go straight through libjpeg-turbo, bit for bit as Pillow decodes them, but what Pillow
+    makes up where bytes are missing is refused. Anything else goes through Pillow, turned upright
+    as its EXIF says. Other sizes are resized, bicubic, the shorter side to S, the centre kept.
+    Raises `CorruptImage`.
     """
-    frame = data[:2] == b"\xff\xd8" and b"Exif\0\0" not in data and _FRAMES.search(data)
-    if not frame or (out.shape[0].to_bytes(2) * 2) != frame[1]:
+    frame = data[:2] == b"\xff\xd8" and _FRAMES.search(data)
+    if not frame:
         return _decode_with_pillow(data, out)
+    fits = frame[1] == out.shape[0].to_bytes(2) * 2
     try:
-        pixels = simplejpeg.decode_jpeg(data, "RGB", buffer=out)
-    except ValueError:
+        if not fits:
+            _check_pixels(*simplejpeg.decode_jpeg_header(data)[:2])
+        pixels = simplejpeg.decode_jpeg(data, "RGB", buffer=out if fits else None)
+    except ValueError as error:
+        if any(damage in str(error) for damage in _DAMAGE):
+            raise CorruptImage(str(error)) from None
         return _decode_with_pillow(data, out)  # corrupt, or only to this decoder
-    if pixels.shape != out.shape:  # what was found is no frame, but bytes that look like one
-        return _decode_with_pillow(data, out)
-    return frame[2] == b"\1" and simplejpeg.decode_jpeg_header(data)[2] == "Gray"
+    if b"Exif\0\0" in data:
+        return _decode_with_pillow(data, out)  # it may have to be turned
+    if pixels.shape != out.shape:
+        out[:] = _fit(Image.fromarray(pixels), out.shape[0])
+    # What was found may be no frame, but bytes that look like one.
+    maybe_grey = not fits or frame[2] == b"\1"
+    return maybe_grey and simplejpeg.decode_jpeg_header(data)[2] == "Gray"
+
+
+def _check_pixels(height: int, width: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise CorruptImage(f"{width}x{height} is over {MAX_PIXELS} pixels")
 
 
 def _decode_with_pillow(data: bytes, out: np.ndarray) -> bool:
@@ -43,8 +60,7 @@ def _decode_with_pillow(data: bytes, out: np.ndarray) -> bool:
             # A bomb is refused below; other complaints (EXIF, ICC) do not touch the pixels.
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data)) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise CorruptImage(f"{image.width}x{image.height} is over {MAX_PIXELS} pixels")
+                _check_pixels(image.height, image.width)
                 grey = image.mode in ("1", "L", "LA", "I", "I;16", "F")
                 out[:] = _fit(image, out.shape[0])
                 return grey

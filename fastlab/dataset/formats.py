@@ -8,7 +8,6 @@ import importlib.util
 import multiprocessing
 import os
 import signal
-import sys
 import tarfile
 import time
 from collections.abc import Callable
@@ -126,7 +125,7 @@ def _in_child(writer: Callable, source: Source, folder: Path, done, problem) -> 
     try:
         # FFCV draws a bar of its own.
         with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stderr.fileno())
+            os.dup2(nowhere.fileno(), 2)
             for name, split in source.originals.splits.items():
                 writer(source, name, split, folder, tick)
     except (UserError, ImportError, OSError, ValueError) as error:

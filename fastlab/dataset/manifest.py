@@ -10,7 +10,7 @@ from blake3 import blake3
 from fastlab.dataset.originals import ImageClass
 from fastlab.errors import UserError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 NAME = "manifest.json"
 
 
@@ -48,6 +48,8 @@ class Manifest:
     """Format -> path in the dataset directory -> its size and hash."""
     settings: dict[str, dict[str, Any]] = field(default_factory=dict, kw_only=True)
     """Format -> the settings that it was written with."""
+    skipped: dict[str, str] = field(default_factory=dict, kw_only=True)
+    """Corrupt images that were left out (``--on-corrupt skip``): their paths, and why."""
     request: dict[str, Any]
     """What was converted and how; equal requests give equal files."""
     versions: dict[str, str] = field(default_factory=dict)
@@ -55,7 +57,15 @@ class Manifest:
     fastlab_format: int = FORMAT_VERSION
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+        values = asdict(self)
+        values["checksum"] = _checksum(values)
+        return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+
+
+def _checksum(values: dict[str, Any]) -> str:
+    """Of all values but itself, however they are laid out."""
+    rest = {key: value for key, value in values.items() if key != "checksum"}
+    return blake3(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def new_hash() -> Any:
@@ -83,13 +93,15 @@ def read_manifest(directory: Path) -> Manifest:
         ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: damaged ({error}); convert again with --force") from None
 
 
 def _from_json(raw: dict[str, Any]) -> Manifest:
     if raw["fastlab_format"] != FORMAT_VERSION:
         raise ValueError(f"format {raw['fastlab_format']}, this fastlab reads {FORMAT_VERSION}")
+    if raw.pop("checksum") != _checksum(raw):
+        raise ValueError("does not match its checksum")
     formats = {
         name: {path: FileInfo(**info) for path, info in files.items()}
         for name, files in raw["formats"].items()

@@ -4,7 +4,7 @@ Two layouts are known: Tiny ImageNet's own, and any image folder with ``train/<c
 ``val/<class>/`` (and, if it has one, ``test/<class>/``).
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -54,6 +54,15 @@ class Originals:
             name: split.take(np.flatnonzero(_rank_in_class(split.labels) < per_class))
             for name, split in self.splits.items()
         }
+        return replace(self, splits=splits)
+
+    def without(self, paths: Collection[str]) -> "Originals":
+        """The same without these images."""
+        left_out = frozenset(paths)
+        splits = {}
+        for name, split in self.splits.items():
+            kept = [row for row, path in enumerate(split.paths) if path not in left_out]
+            splits[name] = split.take(np.array(kept, dtype=np.int64))
         return replace(self, splits=splits)
 
     def hold_out(self, per_class: int, seed: int) -> "Originals":
@@ -112,12 +121,17 @@ def _read_originals(tree: Tree, where: str) -> Originals:
         )
     if not originals.classes:
         raise UserError(f"{where}: has no classes")
+    check_counts(originals, where)
+    return originals
+
+
+def check_counts(originals: Originals, where: str) -> None:
+    """Raises `UserError` where a split has no images, or "train" none of a class."""
     for name, split in originals.splits.items():
         counts = np.bincount(split.labels, minlength=len(originals.classes))
         if not split.paths or (name == "train" and counts.min() == 0):
             empty = originals.classes[int(counts.argmin())].id
             raise UserError(f"{where}: split {name} has no image of class {empty}")
-    return originals
 
 
 def select_classes(originals: Originals, choice: str) -> Originals:

@@ -32,6 +32,9 @@ def table(manifest: Manifest) -> str:
     for name, files in manifest.formats.items():
         total = sum(info.bytes for info in files.values())
         lines.append(f"{name:<8}{len(files):>10}{total:>17,}")
+    if manifest.skipped:
+        lines += ["", f"{len(manifest.skipped)} corrupt images were left out:"]
+        lines += [f"  {path} ({why})" for path, why in manifest.skipped.items()]
     return "\n".join(lines)
 
 

@@ -193,3 +193,74 @@ def test_the_real_tiny_imagenet_has_its_counts(tmp_path):
     assert (val.images, val.per_class_min, val.per_class_max) == (10_000, 50, 50)
     assert train.greyscale == 1821 and train.largest_original == 3195
     assert (train.original_bytes, val.original_bytes) == (194_454_984, 19_409_745)
+
+
+def folder_with(files: dict[str, bytes], root: Path) -> Path:
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            (folder / "good.jpg").write_bytes(jpeg())
+    for path, data in files.items():
+        (root / path).write_bytes(data)
+    return root
+
+
+def test_corrupt_images_are_left_out_when_asked_and_counted(tmp_path, capsys):
+    bad = {"train/a/x.jpg": b"text", "val/b/a.jpg": b""}
+    source, out = folder_with(bad, tmp_path / "src"), tmp_path / "out"
+    convert_ = ["convert", str(source), str(out)]
+    assert main([*convert_, "--on-corrupt", "skip", "--formats", "array,tar"]) == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert set(manifest["skipped"]) == set(bad)
+    assert [manifest["splits"][name]["images"] for name in ("train", "val")] == [2, 2]
+    assert len(np.load(out / "array" / "train-images.npy")) == 2
+    capsys.readouterr()
+    assert main(["inspect", str(out), "--verify"]) == 0
+    shown = capsys.readouterr().out
+    assert "2 corrupt images were left out" in shown and "train/a/x.jpg" in shown
+    # The same again is nothing to do; without the option it is not the dataset asked for.
+    before = (out / "manifest.json").stat().st_mtime_ns
+    assert main([*convert_, "--on-corrupt", "skip"]) == 0
+    assert (out / "manifest.json").stat().st_mtime_ns == before
+    assert main(convert_) == 2
+    assert "--on-corrupt skip" in capsys.readouterr().err
+
+
+def test_a_class_of_corrupt_images_alone_cannot_be_left_out(tmp_path, capsys):
+    source = folder_with({"train/b/good.jpg": b"text"}, tmp_path / "src")
+    assert main(["convert", str(source), str(tmp_path / "out"), "--on-corrupt", "skip"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "class b" in lines[0]
+    assert os.listdir(tmp_path) == ["src"]
+
+
+def test_pixels_that_a_decoder_would_make_up_are_corrupt(tmp_path, capsys):
+    """A JPEG with damage in its middle: Pillow decodes it without a word."""
+    random = np.random.default_rng(0)
+    stream = io.BytesIO()
+    Image.fromarray(random.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(stream, "JPEG")
+    data = stream.getvalue()
+    holed = data[:3000] + bytes(200) + data[3200:]
+    Image.open(io.BytesIO(holed)).load()
+    source = folder_with({"train/b/holed.jpg": holed}, tmp_path / "src")
+    assert main(["convert", str(source), str(tmp_path / "out")]) == 2
+    assert "train/b/holed.jpg (" in capsys.readouterr().err
+
+
+def test_a_manifest_that_was_changed_is_refused(synth_source, tmp_path, capsys):
+    convert(synth_source, tmp_path / "out", Options())
+    path = tmp_path / "out" / "manifest.json"
+    values = json.loads(path.read_text())
+    values["mean"][0] += 1e-9
+    path.write_text(json.dumps(values))
+    assert main(["inspect", str(tmp_path / "out")]) == 2
+    assert "does not match its checksum" in capsys.readouterr().err
+
+
+def test_a_replacement_that_was_killed_gives_the_old_dataset_back(synth_source, tmp_path):
+    out = tmp_path / "out"
+    convert(synth_source, out, Options())
+    out.rename(tmp_path / ".out.fastlab-replaced")  # where a kill may leave it
+    _, written = convert(synth_source, out, Options())
+    assert not written and os.listdir(tmp_path) == ["out"]

@@ -1,0 +1,1 @@
+"""Speed records: scripts that say, top to bottom, how fast a target accuracy is reached."""

@@ -1,0 +1,68 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.records import clock, reference, sixty_six
+from fastlab import config as configs
+from fastlab import models
+from fastlab.rundir import RunDir
+from fastlab.train import Trainer, make_accelerator
+
+ROOT = Path(__file__).parents[2]
+SMALL = (
+    "model.width=4",
+    "train.batch_size=16",
+    "train.eval_batch_size=16",
+    "train.epochs=2",
+    "train.ema=0.9",
+    "train.compile=false",
+    "train.precision=fp32",
+)
+
+
+@pytest.fixture
+def cfg(synth_dataset):
+    demo = ROOT / "configs" / "demo.toml"
+    return configs.load(demo, [*SMALL, f"data.path={synth_dataset}"])
+
+
+@pytest.fixture
+def trainer(cfg, tmp_path):
+    return Trainer(cfg, RunDir(tmp_path), make_accelerator(cfg))
+
+
+def test_the_clock_stops_at_the_target_and_every_run_is_kept(cfg):
+    easy = clock.race("reference", cfg, 0.0, runs=3)
+    hard = clock.race("reference", cfg, 1.01, runs=1)
+    runs = easy.records[0].details["runs"]
+    assert [len(run["top1"]) for run in runs] == [1, 1, 1] and all(run["reached"] for run in runs)
+    assert not hard.records[0].details["runs"][0]["reached"]
+    assert len(hard.records[0].details["runs"][0]["top1"]) == 2
+    assert "3 of 3" in clock.table(easy) and "0 of 1" in clock.table(hard)
+    assert "benchmarks.records.reference" in easy.command
+
+
+def test_a_run_starts_from_the_weights_of_its_seed(trainer):
+    clock.warm_up(trainer)
+    clock.restart(trainer, 5)
+    torch.manual_seed(5)
+    fresh = models.build(trainer.cfg.model, len(trainer.manifest.classes)).state_dict()
+    assert all(torch.equal(value, fresh[key]) for key, value in trainer.model.state_dict().items())
+    assert trainer.average.steps == 0 and not trainer.optimizer.optimizer.state
+
+
+def test_a_run_does_not_depend_on_those_before_it(trainer):
+    clock.warm_up(trainer)
+    first = clock.timed(trainer, 1, 1.01)["top1"]
+    clock.timed(trainer, 2, 1.01)
+    assert clock.timed(trainer, 1, 1.01)["top1"] == first
+
+
+@pytest.mark.parametrize(
+    ("script", "config"), [(reference, "resnet11.toml"), (sixty_six, "resnet18.toml")]
+)
+def test_recipes_are_valid(script, config):
+    sets = [f"{key}={clock.json.dumps(value)}" for key, value in script.RECIPE.items()]
+    cfg = configs.load(ROOT / "configs" / config, sets)
+    assert cfg.train.batch_size == 512 and 0 < script.TARGET < 1

@@ -1,0 +1,110 @@
+"""Inject faults into the real commands and count what they lead to.
+
+    python -m tests.faults --full      # everything, about an hour on two cores: `make faults`
+    python -m tests.faults             # a short version, minutes
+    python -m tests.faults --only images,kills
+
+Exit status 1 where anything but the correct result or a clear error came of a fault.
+"""
+
+import argparse
+import importlib.util
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.faults import disks, endurance, inputs, kills
+from tests.faults.outcomes import Tally
+
+# Of each kind: times in a full run, and in a short one.
+_INPUTS = {
+    "images": (700, 40),
+    "zips": (250, 16),
+    "tars": (250, 16),
+    "manifests": (250, 16),
+    "stored": (250, 12),
+    "configurations": (300, 40),
+    "checkpoints": (100, 6),
+    "runs": (150, 12),
+}
+
+
+def stages(seed: int, full: bool) -> dict[str, Callable[[Tally, Path, Path], None]]:
+    def times(many: int, few: int) -> int:
+        return many if full else few
+
+    def damaged(category: str) -> Callable[[Tally, Path, Path], None]:
+        count = times(*_INPUTS[category])
+        return lambda tally, base, scratch: inputs.run(
+            tally, base, scratch / "input", category, seed, count
+        )
+
+    def killed(tally: Tally, base: Path, scratch: Path) -> None:
+        kills.conversions(tally, base, scratch, seed, times(200, 3))
+
+    def stopped(tally: Tally, base: Path, scratch: Path) -> None:
+        kills.trainings(tally, base, scratch, seed, times(30, 1), 1)
+        kills.trainings(tally, base, scratch, seed, times(20, 1), 2)
+        kills.ranks(tally, base, scratch, seed, times(6, 1))
+
+    def unwritable(tally: Tally, base: Path, scratch: Path) -> None:
+        disks.full(tally, base, scratch, seed, times(40, 2))
+        disks.unusable(tally, base, scratch)
+        disks.vanishing(tally, base, scratch, times(5, 1))
+
+    def long(tally: Tally, base: Path, scratch: Path) -> None:
+        if full:
+            for engine, epochs in _engines().items():
+                print(endurance.run(tally, base, scratch, engine, epochs), flush=True)
+
+    return {
+        **{category: damaged(category) for category in _INPUTS},
+        "kills": killed,
+        "trainings": stopped,
+        "disks": unwritable,
+        "endurance": long,
+    }
+
+
+def _engines() -> dict[str, int]:
+    """Those that are installed, and for how many epochs to train by them."""
+    found = {"resident": 2000, "torchvision": 500}
+    if importlib.util.find_spec("ffcv"):
+        found["ffcv"] = 500
+    if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"):
+        found["dali"] = 500
+    return found
+
+
+def run(scratch: Path, seed: int, full: bool, only: list[str]) -> Tally:
+    tally = Tally()
+    base = scratch / "base"
+    inputs.prepare(base)
+    for name, stage in stages(seed, full).items():
+        if only and name not in only:
+            continue
+        started = time.monotonic()
+        folder = scratch / name
+        folder.mkdir()
+        stage(tally, base, folder)
+        print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
+    return tally
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="stages, separated by commas")
+    args = parser.parse_args()
+    only = [name for name in args.only.split(",") if name]
+    with tempfile.TemporaryDirectory(prefix="fastlab-faults-") as scratch:
+        tally = run(Path(scratch), args.seed, args.full, only)
+    print(tally.table())
+    print(*tally.unaccepted, sep="\n")
+    return 1 if tally.unaccepted else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,114 @@
+"""Outputs that cannot be written: full, read-only, gone, in the way."""
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from tests.faults.outcomes import Tally, judge
+from tests.training import ROOT, command, launch
+
+_SECONDS = 120
+
+
+def full(tally: Tally, base: Path, scratch: Path, seed: int, times: int) -> None:
+    """A limit on the size of files stands in for a full disk: the write fails half-way."""
+    random = np.random.default_rng([seed, 4])
+    for number in range(times):
+        limit = int(np.exp(random.uniform(np.log(500), np.log(1_500_000))))
+        if number % 2:
+            _conversion(tally, base, scratch / "full", limit)
+        else:
+            _training(tally, base, scratch / "full", limit)
+        shutil.rmtree(scratch / "full")
+
+
+def _conversion(tally: Tally, base: Path, folder: Path, limit: int) -> None:
+    folder.mkdir()
+    out = folder / "out"
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "fastlab", "convert", str(base / "tiny"), str(out)),
+            *("--formats", "array,tar", "--workers", "1"),
+        ],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    _, errors = process.communicate(timeout=_SECONDS)
+
+    def correct() -> str:
+        whole = base / "dataset" / "array"
+        same = all((out / "array" / p.name).read_bytes() == p.read_bytes() for p in whole.iterdir())
+        return "" if same else "another dataset"
+
+    outcome = judge(process.returncode, errors, correct, lambda: str(os.listdir(folder) or ""))
+    tally.add("full disk: convert", outcome, f"at {limit} bytes")
+
+
+def _training(tally: Tally, base: Path, folder: Path, limit: int) -> None:
+    """A run that goes on where there is room again ends as if nothing had happened."""
+    from tests.faults.kills import ended, same_run
+
+    folder.mkdir()
+    run = folder / "run"
+    arguments = command(base / "dataset", run, "train.epochs=2")
+    process = launch(
+        arguments,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    _, errors = process.communicate(timeout=_SECONDS)
+
+    def unharmed() -> str:
+        begun = (run / "config.toml").exists()
+        code, again = ended(launch(["--resume", str(run)] if begun else arguments), check=False)
+        return f"resuming: {code} {again[-300:]}" if code else same_run(run, base / "whole")
+
+    def correct() -> str:
+        return same_run(run, base / "whole")
+
+    outcome = judge(process.returncode, errors, correct, unharmed)
+    tally.add("full disk: train", outcome, f"at {limit} bytes")
+
+
+def unusable(tally: Tally, base: Path, scratch: Path) -> None:
+    """Every command that writes, to places where it cannot."""
+    from tests.faults.inputs import call
+
+    scratch.mkdir(parents=True, exist_ok=True)
+    (scratch / "file").write_text("in the way")
+    dataset, run = str(base / "dataset"), str(base / "whole")
+    for place in (scratch / "file" / "out", Path("/proc/nowhere/out"), Path("/dev/null/out")):
+        commands = {
+            "convert": ["convert", str(base / "tiny"), str(place)],
+            "synth": ["synth", str(place), "--classes", "2", "--per-class", "2"],
+            "train": ["train", *command(Path(dataset), place)],
+            "report": ["report", run, "--out", str(place)],
+            "inspect": ["inspect", dataset, "--show", f"{place}.png"],
+        }
+        for name, arguments in commands.items():
+            code, errors = call(arguments)
+            outcome = judge(code, errors, lambda: "it cannot be there", lambda: "")
+            tally.add(f"unusable output: {name}", outcome, str(place))
+
+
+def vanishing(tally: Tally, base: Path, scratch: Path, times: int) -> None:
+    """The run directory is removed while it is trained in."""
+    from tests.faults.kills import ended
+
+    for _ in range(times):
+        run = scratch / "vanishing"
+        process = launch(command(base / "dataset", run))
+        while process.poll() is None and not list((run / "checkpoints").glob("step-*")):
+            continue
+        shutil.rmtree(run, ignore_errors=True)
+        code, errors = ended(process, check=False)
+        outcome = judge(code, errors, lambda: "it was removed", lambda: "")
+        tally.add("output removed: train", outcome)
+        shutil.rmtree(run, ignore_errors=True)

@@ -1,0 +1,221 @@
+"""SIGKILL at random moments of a conversion and of a training; then the same command again."""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from blake3 import blake3
+
+from tests.faults.outcomes import CORRECT, Tally
+from tests.training import ROOT, command, launch, metrics, weights
+
+_SECONDS = 300  # that anything here may take
+
+
+def all_formats() -> str:
+    return "array,tar" + (",ffcv" if importlib.util.find_spec("ffcv") else "")
+
+
+def conversions(tally: Tally, base: Path, scratch: Path, seed: int, times: int) -> None:
+    """All formats at once, one added to an existing dataset, and a dataset replaced, in turn."""
+    random = np.random.default_rng([seed, 1])
+    whole = scratch / "whole"
+    seconds = _converted(base, whole, "--formats", all_formats())
+    for number in range(times):
+        way = ("new", "one more format", "replaced")[number % 3]
+        moment = random.uniform(0, seconds)
+        outcome = _killed_conversion(base, scratch, whole, way, moment)
+        tally.add(f"kill of convert: {way}", outcome, f"after {moment:.3f} s")
+
+
+def _killed_conversion(base: Path, scratch: Path, whole: Path, way: str, moment: float) -> str:
+    folder = scratch / "killed"
+    folder.mkdir()
+    out, options = folder / "out", ["--formats", all_formats()]
+    if way == "one more format":
+        _converted(base, out)
+    if way == "replaced":
+        _converted(base, out, "--limit-per-class", "3")
+        options.append("--force")
+    try:
+        process = _convert(base, out, *options)
+        time.sleep(moment)
+        process.kill()
+        process.communicate(timeout=_SECONDS)
+        if left := _survivors(str(out)):
+            return f"processes that outlive it: {left}"
+        again = _convert(base, out, *options)
+        _, errors = again.communicate(timeout=_SECONDS)
+        if again.returncode:
+            return f"the same command again: {again.returncode} {errors[-300:]}"
+        if os.listdir(folder) != ["out"]:
+            return f"left behind: {os.listdir(folder)}"
+        return CORRECT if digest(out) == digest(whole) else "another dataset"
+    finally:
+        shutil.rmtree(folder)
+
+
+def _convert(base: Path, out: Path, *options: str) -> subprocess.Popen:
+    arguments = [sys.executable, "-m", "fastlab", "convert", str(base / "tiny"), str(out)]
+    return subprocess.Popen(
+        [*arguments, "--workers", "2", *options],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _converted(base: Path, out: Path, *options: str) -> float:
+    """Seconds that it took."""
+    started = time.monotonic()
+    process = _convert(base, out, *options)
+    _, errors = process.communicate(timeout=_SECONDS)
+    assert process.returncode == 0, errors
+    return time.monotonic() - started
+
+
+def _survivors(argument: str) -> list[int]:
+    """Processes with `argument` on their command line, a second after it should have ended."""
+    deadline = time.monotonic() + 5
+    while (found := _running(argument)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return found
+
+
+def _running(argument: str) -> list[int]:
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            words = (folder / "cmdline").read_bytes().decode().split("\0")
+        except (OSError, UnicodeDecodeError):
+            continue
+        if argument in words:
+            found.append(int(folder.name))
+    return found
+
+
+def digest(dataset: Path) -> dict[str, str]:
+    """Of every file, but for what says when a dataset was made."""
+    found = {}
+    for path in sorted(p for p in dataset.rglob("*") if p.is_file()):
+        data = path.read_bytes()
+        if path.name == "manifest.json":
+            values = json.loads(data)
+            dated = ("created", "checksum")
+            data = json.dumps({k: v for k, v in values.items() if k not in dated}).encode()
+        found[str(path.relative_to(dataset))] = blake3(data).hexdigest()
+    return found
+
+
+def trainings(
+    tally: Tally, base: Path, scratch: Path, seed: int, times: int, processes: int
+) -> None:
+    """Killed as a whole; resumed, it ends as if nothing had happened."""
+    random = np.random.default_rng([seed, 2, processes])
+    whole = scratch / f"whole-{processes}"
+    started = time.monotonic()
+    ended(launch(command(base / "dataset", whole), processes))
+    seconds = time.monotonic() - started
+    for _ in range(times):
+        run = scratch / "killed"
+        moment = random.uniform(0, seconds)
+        outcome = _killed_training(base, run, whole, moment, processes)
+        tally.add(f"kill of training, {_processes(processes)}", outcome, f"after {moment:.3f} s")
+        shutil.rmtree(run, ignore_errors=True)
+
+
+def _killed_training(base: Path, run: Path, whole: Path, moment: float, processes: int) -> str:
+    arguments = command(base / "dataset", run)
+    process = launch(arguments, processes, start_new_session=True)
+    time.sleep(moment)
+    kill_group(process)
+    begun = (run / "config.toml").exists()
+    again = launch(["--resume", str(run)] if begun else arguments, processes)
+    code, errors = ended(again, check=False)
+    if code:
+        return f"resuming: {code} {errors[-300:]}"
+    return same_run(run, whole) or CORRECT
+
+
+def kill_group(process: subprocess.Popen) -> None:
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=_SECONDS)
+    # Workers of torchrun have sessions of their own.
+    for child in _running("--resume") + _running(str(ROOT / "fastlab" / "train.py")):
+        try:
+            os.kill(child, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def same_run(run: Path, whole: Path) -> str:
+    if metrics(run) != metrics(whole):
+        return "other metrics"
+    first, second = weights(run), weights(whole)
+    same = first.keys() == second.keys() and all(first[k].equal(second[k]) for k in first)
+    return "" if same else "other weights"
+
+
+def ended(process: subprocess.Popen, check: bool = True) -> tuple[int, str]:
+    """Exit status and standard error."""
+    try:
+        _, errors = process.communicate(timeout=_SECONDS)
+    except subprocess.TimeoutExpired:
+        kill_group(process)
+        return -1, f"hung for {_SECONDS} s"
+    assert not check or process.returncode == 0, errors
+    return process.returncode, errors
+
+
+def ranks(tally: Tally, base: Path, scratch: Path, seed: int, times: int) -> None:
+    """One of two processes is killed: the other stops within a minute, and the run can go on."""
+    random = np.random.default_rng([seed, 3])
+    whole = scratch / "whole-2"
+    if not whole.exists():
+        ended(launch(command(base / "dataset", whole), 2))
+    for _ in range(times):
+        run, victim = scratch / "killed", int(random.integers(2))
+        outcome = _killed_rank(base, run, whole, victim, random.uniform(0, 1))
+        tally.add("kill of one of two processes", outcome, f"process {victim}")
+        shutil.rmtree(run, ignore_errors=True)
+
+
+def _killed_rank(base: Path, run: Path, whole: Path, victim: int, later: float) -> str:
+    process = launch(command(base / "dataset", run, "train.epochs=3"), 2, start_new_session=True)
+    deadline = time.monotonic() + _SECONDS
+    while not list((run / "checkpoints").glob("step-*")) and process.poll() is None:
+        if time.monotonic() > deadline:
+            return "did not start"
+        time.sleep(0.02)
+    time.sleep(later)
+    if process.poll() is None:
+        for child in _of_rank(victim):
+            os.kill(child, signal.SIGKILL)
+        try:
+            process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            kill_group(process)
+            return "the others went on for a minute"
+    code, errors = ended(launch(["--resume", str(run)], 2), check=False)
+    return same_run(run, whole) or CORRECT if code == 0 else f"resuming: {code} {errors[-300:]}"
+
+
+def _of_rank(rank: int) -> list[int]:
+    found = []
+    for child in _running(str(ROOT / "fastlab" / "train.py")):
+        words = Path(f"/proc/{child}/environ").read_bytes().decode().split("\0")
+        if f"RANK={rank}" in words:
+            found.append(child)
+    return found
+
+
+def _processes(count: int) -> str:
+    return "one process" if count == 1 else f"{count} processes"

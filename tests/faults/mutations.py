@@ -1,0 +1,237 @@
+"""Seeded damage: to bytes, to JPEGs, to archives, to JSON."""
+
+import io
+import json
+import math
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+Random = np.random.Generator
+
+
+def truncated(data: bytes, random: Random) -> bytes:
+    return data[: random.integers(0, len(data))]
+
+
+def bit_flipped(data: bytes, random: Random) -> bytes:
+    found = bytearray(data)
+    for _ in range(random.integers(1, 4)):
+        found[random.integers(len(found))] ^= 1 << random.integers(8)
+    return bytes(found)
+
+
+def block_lost(data: bytes, random: Random) -> bytes:
+    """A stretch of zeros, as of a download with holes."""
+    start = int(random.integers(0, len(data)))
+    size = int(random.integers(1, max(2, len(data) // 4)))
+    hole = bytes(min(size, len(data) - start))
+    return data[:start] + hole + data[start + len(hole) :]
+
+
+def grown(data: bytes, random: Random) -> bytes:
+    return data + random.bytes(int(random.integers(1, 200)))
+
+
+def empty(data: bytes, random: Random) -> bytes:
+    return b""
+
+
+def noise(data: bytes, random: Random) -> bytes:
+    return random.bytes(int(random.integers(1, 4000)))
+
+
+BYTES: dict[str, Callable[[bytes, Random], bytes]] = {
+    "truncated": truncated,
+    "bits flipped": bit_flipped,
+    "block of zeros": block_lost,
+    "bytes appended": grown,
+    "empty": empty,
+    "noise": noise,
+}
+
+
+def picture(random: Random) -> np.ndarray:
+    """uint8 [64, 64, 3], smooth enough for JPEG."""
+    coarse = Image.fromarray(random.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+    return np.asarray(coarse.resize((64, 64), Image.Resampling.BICUBIC))
+
+
+def jpeg(pixels: np.ndarray, **options: Any) -> bytes:
+    return _saved(Image.fromarray(pixels), "JPEG", quality=90, **options)
+
+
+def _saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def image_file(kind: str, random: Random) -> bytes:
+    """The bytes of an image, of one of `IMAGES`, to be called ``.jpg`` whatever it is."""
+    pixels = picture(random)
+    if kind in BYTES:
+        options = {"progressive": bool(random.integers(2)), "subsampling": int(random.integers(3))}
+        return BYTES[kind](jpeg(pixels, **options), random)
+    return IMAGES[kind](Image.fromarray(pixels), random)
+
+
+def _png_bomb(image: Image.Image, random: Random) -> bytes:
+    """20,000 x 20,000 pixels in some hundred bytes."""
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    packed = zlib.compress(bytes(10_000))
+    chunks = [(b"IHDR", header), (b"IDAT", packed), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in chunks
+    )
+
+
+def _jpeg_bomb(image: Image.Image, random: Random) -> bytes:
+    data = bytearray(_saved(image, "JPEG"))
+    frame = data.index(b"\xff\xc0")
+    data[frame + 5 : frame + 9] = struct.pack(">HH", 20_000, 20_000)
+    return bytes(data)
+
+
+def _other_size(image: Image.Image, random: Random) -> bytes:
+    size = tuple(int(v) for v in random.integers(1, 200, 2))
+    return _saved(image.resize(size), "JPEG")
+
+
+def _wrong_size_in_header(image: Image.Image, random: Random) -> bytes:
+    data = bytearray(_saved(image, "JPEG"))
+    frame = data.index(b"\xff\xc0")
+    data[frame + 5 : frame + 9] = struct.pack(">HH", *(int(v) for v in random.integers(0, 300, 2)))
+    return bytes(data)
+
+
+def _sixteen_bits(image: Image.Image, random: Random) -> bytes:
+    values = random.integers(0, 65536, (64, 64), dtype=np.uint16)
+    return _saved(Image.fromarray(values), "PNG")
+
+
+IMAGES: dict[str, Callable[[Image.Image, Random], bytes]] = {
+    "CMYK": lambda image, random: _saved(image.convert("CMYK"), "JPEG"),
+    "greyscale": lambda image, random: _saved(image.convert("L"), "JPEG"),
+    "16 bits": _sixteen_bits,
+    "PNG by another name": lambda image, random: _saved(image, "PNG"),
+    "GIF by another name": lambda image, random: _saved(image, "GIF"),
+    "PNG bomb": _png_bomb,
+    "JPEG bomb": _jpeg_bomb,
+    "another size": _other_size,
+    "another size in the header": _wrong_size_in_header,
+    "text": lambda image, random: b"<html><body>404 Not Found</body></html>",
+}
+
+
+def zip_file(files: dict[str, bytes], kind: str, random: Random) -> bytes:
+    stream = io.BytesIO()
+    method = zipfile.ZIP_DEFLATED if random.integers(2) else zipfile.ZIP_STORED
+    with zipfile.ZipFile(stream, "w", method) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+        victim = _any(list(files), random)
+        if kind == "path traversal":
+            archive.writestr(f"../../{victim}", b"outside")
+            archive.writestr("/tmp/fastlab-was-here", b"outside")
+        if kind == "duplicate names":
+            archive.writestr(archive.getinfo(victim).filename, b"another")
+    data = stream.getvalue()
+    if kind == "encrypted":
+        return _encrypted(data, random)
+    return BYTES[kind](data, random) if kind in BYTES else data
+
+
+def _encrypted(data: bytes, random: Random) -> bytes:
+    """With the flag that says so set on every member, here and in the directory."""
+    found = bytearray(data)
+    for mark, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        at = found.find(mark)
+        while at >= 0:
+            found[at + flags] |= 1
+            at = found.find(mark, at + 4)
+    return bytes(found)
+
+
+def tar_file(files: dict[str, bytes], kind: str, random: Random) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        for name, data in files.items():
+            _add(archive, name, data)
+        victim = _any(list(files), random)
+        if kind == "path traversal":
+            _add(archive, f"../../{victim}", b"outside")
+            _add(archive, "/tmp/fastlab-was-here", b"outside")
+        if kind == "links":
+            link = tarfile.TarInfo(victim)
+            link.type = tarfile.SYMTYPE if random.integers(2) else tarfile.LNKTYPE
+            link.linkname = "/etc/passwd" if random.integers(2) else "../../../etc/passwd"
+            archive.addfile(link)
+    data = stream.getvalue()
+    if kind == "header damaged":
+        found = bytearray(data)
+        headers = [at for at in range(0, len(data), 512) if data[at + 257 : at + 262] == b"ustar"]
+        found[_any(headers, random) + int(random.integers(500))] ^= 1 << random.integers(8)
+        return bytes(found)
+    return BYTES[kind](data, random) if kind in BYTES else data
+
+
+def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    archive.addfile(member, io.BytesIO(data))
+
+
+ZIPS = ("truncated", "bits flipped", "block of zeros", "empty", "noise", "path traversal")
+ZIPS += ("duplicate names", "encrypted")
+TARS = ("truncated", "header damaged", "empty", "noise", "path traversal", "links")
+
+
+def json_damaged(text: str, random: Random) -> str:
+    """One value replaced, one key renamed, or one taken away, anywhere."""
+    root = json.loads(text)
+    places = list(_places(root))
+    holder, key = places[random.integers(len(places))]
+    action = random.integers(3)
+    if action == 0:
+        holder[key] = _any(ODD_VALUES, random)
+    elif action == 1 and isinstance(holder, dict):
+        holder[f"{key}x"] = holder.pop(key)
+    else:
+        del holder[key]
+    return json.dumps(root)
+
+
+def _places(node: Any) -> Any:
+    keys = list(node) if isinstance(node, dict) else range(len(node))
+    for key in keys:
+        yield node, key
+        if isinstance(node[key], dict | list):
+            yield from _places(node[key])
+
+
+ODD_VALUES: list[Any] = [
+    *(None, True, False, -1, 0, 1, 2**31, 2**63, 2**70, -0.5, 1e308, math.nan, math.inf),
+    *("", "x", "../../etc/passwd", "\x00", "é" * 300, [], {}, [[]], {"a": []}),
+]
+
+
+def tree_files(folder: Path) -> dict[str, bytes]:
+    """Path in `folder` -> bytes."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def _any(choices: Any, random: Random) -> Any:
+    return choices[random.integers(len(choices))]

@@ -1,0 +1,49 @@
+"""The short, seeded version of ``python -m tests.faults``; ``make faults`` runs the full one."""
+
+import pytest
+
+from tests.faults.__main__ import run, stages
+from tests.faults.endurance import Sample, compare
+from tests.faults.outcomes import CLEAR, CORRECT, Tally, judge
+
+STAGES = [name for name in stages(0, False) if name != "endurance"]
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_fault_leads_to_the_correct_result_or_one_clear_line(stage, tmp_path):
+    tally = run(tmp_path, 0, full=False, only=[stage])
+    assert tally.counts and not tally.unaccepted, "\n".join(tally.unaccepted)
+
+
+def test_the_judge_accepts_nothing_else():
+    def fine():
+        return ""
+
+    def bad():
+        return "bad"
+
+    assert judge(0, "", fine, fine) == CORRECT
+    assert judge(2, "fastlab: no\n", fine, fine) == CLEAR
+    for outcome in (
+        judge(0, "", bad, fine),
+        judge(2, "fastlab: no\n", fine, bad),
+        judge(2, "fastlab: no\nfastlab: more\n", fine, fine),
+        judge(2, "Traceback\n", fine, fine),
+        judge(2, "", fine, fine),
+        judge(1, "fastlab: no\n", fine, fine),
+        judge(-11, "", fine, fine),
+    ):
+        tally = Tally()
+        tally.add("fault", outcome)
+        assert tally.unaccepted
+
+
+def test_growth_is_noticed():
+    level = [Sample(100 * 2**20, 5, 9, 1)] * 40
+    rising = [Sample((100 + n) * 2**20, 5, 9, 1) for n in range(40)]
+    assert not compare(level, [0.1] * 40)[0]
+    assert "memory" in compare(rising, [0.1] * 40)[0]
+    assert "descriptors" in compare(level[:20] + [Sample(0, 5, 10, 1)] * 20, [0.1] * 40)[0]
+    assert "time" in compare(level, [0.1] * 20 + [0.2] * 20)[0]

@@ -1,0 +1,61 @@
+"""The pages that fastlab writes, in a real browser."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastlab.cli import main
+from tests import browser
+from tests.training import command
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(browser.CHROMIUM is None, reason="needs chromium"),
+]
+
+
+@pytest.fixture(scope="module")
+def run(synth_dataset, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "profiled"
+    profile = ("profile.enabled=true", "profile.wait=2", "profile.warmup=1", "profile.active=3")
+    assert main(["train", *command(synth_dataset, out, *profile)]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def pages(run, synth_dataset, tmp_path_factory) -> dict[str, Path]:
+    from benchmarks.ablations import main as ablations
+
+    folder = tmp_path_factory.mktemp("pages")
+    assert main(["report", str(run), "--out", str(folder / "report.html")]) == 0
+    assert main(["trace", str(run), "--out", str(folder / "trace.html")]) == 0
+    study = folder / "study.toml"
+    base = json.dumps(str(run / "config.toml"))
+    study.write_text(
+        f'title = "Flip"\nbase = {base}\nfactor = "augment.flip"\n'
+        "values = [true, false]\nseeds = [0, 1]\n"
+    )
+    out = folder / "study"
+    more = ["--epochs", "1", "--set", "profile.enabled=false"]
+    assert ablations([str(study), "--out", str(out), *more]) == 0
+    return {
+        "report": folder / "report.html",
+        "trace": folder / "trace.html",
+        "study": out / "report.html",
+    }
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("page", ["report", "trace", "study"])
+def test_a_page_opens_without_complaint_and_fits_the_window(page, width, pages):
+    seen = browser.look(pages[page], width)
+    assert seen.complaints == []
+    assert 0 < seen.width <= width
+
+
+def test_a_complaint_and_an_overflow_are_seen(tmp_path):
+    page = tmp_path / "bad.html"
+    page.write_text("<div style='width:3000px'>x</div><script>nothing.there</script>")
+    seen = browser.look(page, 800)
+    assert seen.complaints and seen.width >= 3000
