@@ -190,6 +190,19 @@ def _dies(source, name, split, folder, tick):
     os.kill(os.getpid(), 9)
 
 
+def _gone(process):
+    """Within seconds: a killed process takes a moment to end."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.01)
+    return False
+
+
 @pytest.mark.parametrize(
     ("writer", "message"),
     [
@@ -213,8 +226,7 @@ def test_a_failing_writer_leaves_the_dataset_as_it_was(
     assert not (tmp_path / "dataset.partial").exists()
     grandchild = tmp_path / "grandchild"
     if grandchild.exists():
-        state = Path(f"/proc/{grandchild.read_text()}/stat")
-        assert not state.exists() or state.read_text().split()[2] == "Z"
+        assert _gone(grandchild.read_text())
 
 
 def test_jpeg_encoding_needs_jpegs_of_the_size(synth_source, tmp_path):
