@@ -131,7 +131,7 @@ def open_array(directory: Path, manifest: Manifest, split: str) -> tuple[np.ndar
     try:
         images = np.load(folder / f"{split}-images.npy", mmap_mode="r", allow_pickle=False)
         labels = np.load(folder / f"{split}-labels.npy", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{folder}: damaged ({error}); convert again with --force") from None
     count, side = manifest.splits[split].images, manifest.image_size
     if images.shape != (count, side, side, 3) or images.dtype != np.uint8:

@@ -17,13 +17,17 @@ _SECONDS = 120
 
 def full(tally: Tally, base: Path, scratch: Path, seed: int, times: int) -> None:
     """A limit on the size of files stands in for a full disk: the write fails half-way."""
+    from tests.faults.kills import ended
+
     random = np.random.default_rng([seed, 4])
+    whole = scratch / "whole"
+    ended(launch(command(base / "dataset", whole, "train.epochs=2")))
     for number in range(times):
         limit = int(np.exp(random.uniform(np.log(500), np.log(1_500_000))))
         if number % 2:
             _conversion(tally, base, scratch / "full", limit)
         else:
-            _training(tally, base, scratch / "full", limit)
+            _training(tally, base, scratch / "full", whole, limit)
         shutil.rmtree(scratch / "full")
 
 
@@ -52,7 +56,7 @@ def _conversion(tally: Tally, base: Path, folder: Path, limit: int) -> None:
     tally.add("full disk: convert", outcome, f"at {limit} bytes")
 
 
-def _training(tally: Tally, base: Path, folder: Path, limit: int) -> None:
+def _training(tally: Tally, base: Path, folder: Path, whole: Path, limit: int) -> None:
     """A run that goes on where there is room again ends as if nothing had happened."""
     from tests.faults.kills import ended, same_run
 
@@ -68,10 +72,10 @@ def _training(tally: Tally, base: Path, folder: Path, limit: int) -> None:
     def unharmed() -> str:
         begun = (run / "config.toml").exists()
         code, again = ended(launch(["--resume", str(run)] if begun else arguments), check=False)
-        return f"resuming: {code} {again[-300:]}" if code else same_run(run, base / "whole")
+        return f"resuming: {code} {again[-300:]}" if code else same_run(run, whole)
 
     def correct() -> str:
-        return same_run(run, base / "whole")
+        return same_run(run, whole)
 
     outcome = judge(process.returncode, errors, correct, unharmed)
     tally.add("full disk: train", outcome, f"at {limit} bytes")

@@ -356,7 +356,9 @@ def prepare(base: Path) -> None:
             shutil.copytree(base / "whole", base / "stopped")
 
     checkpoint.save = save_and_copy
-    arguments = command(base / "dataset", base / "whole", "train.epochs=2")
+    arguments = command(
+        base / "dataset", base / "whole", *("train.epochs=2", "train.checkpoint_every=1")
+    )
     assert call(["train", *arguments]) == (0, "")
     checkpoint.save = save
 
