@@ -47,7 +47,7 @@ def render(name: str) -> str:
 def origin(found: Session) -> str:
     """Command, machine, date and versions, in one line."""
     machine, versions = found.machine, found.versions
-    devices = ", ".join(machine["gpus"]) or "no GPU"
+    devices = ", ".join(machine.get("gpus", [])) or "no GPU"
     names = ", ".join(f"{name} {version}" for name, version in versions.items())
     return (
         f"`{found.command}`; {machine['cores']} cores of {machine['cpu']}, {devices}; "

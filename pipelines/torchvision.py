@@ -50,6 +50,8 @@ class TorchvisionEngine:
             persistent_workers=True,
             timeout=_TIMEOUT,
             multiprocessing_context="fork",
+            # It draws its workers' seeds; from the global generator, that would shift dropout's.
+            generator=torch.Generator(),
         )
 
     def batches(self, rows: np.ndarray) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -122,6 +122,16 @@ def test_training_takes_the_batches_of_resident(dataset, engine, world):
 
 
 @engines
+def test_an_epoch_draws_nothing_from_the_global_generators(dataset, engine):
+    """Dropout's numbers would be others by each engine."""
+    data = pipeline(dataset, engine, augment=AUGMENT)
+    before, numbers = torch.get_rng_state(), np.random.get_state()[1].copy()
+    taken(data.epoch(0))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert np.array_equal(np.random.get_state()[1], numbers)
+
+
+@engines
 def test_an_epoch_left_early_leaves_nothing_behind(dataset, engine):
     data = pipeline(dataset, engine, augment=AUGMENT)
     expected = taken(data.epoch(9))
