@@ -1,6 +1,6 @@
 """Pictures of a run's trace review and of TensorBoard's profiler page, by a headless Chromium.
 
-    python -m tests.screenshots runs/profiled docs
+python -m tests.screenshots runs/profiled docs
 """
 
 import socket
