@@ -10,6 +10,25 @@ def norm(config: ModelConfig, channels: int) -> nn.Module:
     return nn.BatchNorm2d(channels) if config.batch_norm else nn.Identity()
 
 
+class Pointwise(nn.Conv2d):
+    """1x1 convolution, of any stride.
+
+    With under 8 input channels on a CPU it takes the strided positions first, then convolves with
+    stride 1, which is the same function: on CPUs without AVX-512, oneDNN's backward of a strided
+    one in channels-last writes outside its buffers there (seen with torch 2.14: wrong gradients,
+    segmentation faults, hangs).
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int, *, bias: bool = True) -> None:
+        super().__init__(inputs, outputs, 1, stride, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.in_channels >= 8 or x.device.type != "cpu":
+            return super().forward(x)
+        rows, columns = self.stride
+        return nn.functional.conv2d(x[..., ::rows, ::columns], self.weight, self.bias)
+
+
 class Block(nn.Module):
     """Residual block of the report: its shortcut is always a 1x1 convolution."""
 
@@ -22,9 +41,7 @@ class Block(nn.Module):
         self.norm2 = norm(config, outputs)
         self.shortcut = None
         if config.shortcuts:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride), norm(config, outputs)
-            )
+            self.shortcut = nn.Sequential(Pointwise(inputs, outputs, stride), norm(config, outputs))
         self.dropout2 = nn.Dropout(config.dropout_conv)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -81,7 +98,7 @@ class BasicBlock(nn.Module):
         self.shortcut = nn.Identity() if config.shortcuts else None
         if config.shortcuts and (stride != 1 or inputs != outputs):
             self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=not config.batch_norm),
+                Pointwise(inputs, outputs, stride, bias=not config.batch_norm),
                 norm(config, outputs),
             )
 

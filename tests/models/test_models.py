@@ -181,6 +181,25 @@ def test_logits_have_a_row_an_image_and_a_column_a_class(name, classes):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("width", [2, 4, 7, 8])
+@pytest.mark.parametrize("name", ["resnet11", "resnet18"])
+def test_gradients_of_narrow_models_in_channels_last_are_those_in_fp64(name, width):
+    """They are not where oneDNN has a strided 1x1 convolution of few channels (see Pointwise)."""
+    model = shaken(build(ModelConfig(name=name, width=width), 5)).eval()
+    exact = copy.deepcopy(model).double()
+    model.to(memory_format=torch.channels_last)
+    batch = images(16)
+    exact(batch.double()).square().sum().backward()
+    for _ in range(3):
+        model.zero_grad()
+        model(batch.contiguous(memory_format=torch.channels_last)).square().sum().backward()
+        for (key, found), expected in zip(
+            model.named_parameters(), exact.parameters(), strict=True
+        ):
+            error = (found.grad - expected.grad).norm() / expected.grad.norm()
+            assert error < 0.01, key
+
+
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 @pytest.mark.parametrize(("name", "plain"), [("resnet11", plain_resnet11), ("cnn8", plain_cnn8)])
 def test_forward_pass_is_that_of_the_description_with_each_dropout_in_its_place(
