@@ -185,7 +185,7 @@ def test_logits_have_a_row_an_image_and_a_column_a_class(name, classes):
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("inputs", [2, 4, 7, 8])
 def test_pointwise_convolution_in_channels_last_has_the_gradients_of_fp64(inputs, stride):
-    """Left to oneDNN with few channels, the strided one ends in a segmentation fault on some CPUs."""
+    """Left to oneDNN with few channels, the strided one ends in a crash on some CPUs."""
     layer = Pointwise(inputs, 2 * inputs, stride)
     exact = nn.Conv2d(inputs, 2 * inputs, 1, stride, dtype=torch.float64)
     exact.load_state_dict(layer.state_dict())
