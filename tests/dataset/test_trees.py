@@ -1,0 +1,78 @@
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from fastlab.dataset import trees
+from fastlab.dataset.trees import TarTree
+from fastlab.errors import UserError
+
+LONG = "folder/" * 18 + "image.png"  # 135 characters: ustar splits it, GNU and pax extend
+FILES = {"a/one.png": b"1" * 700, "a/b/two.png": b"", "./three.png": b"3" * 512, LONG: b"4"}
+FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+
+
+def write(path: Path, layout: int, files=FILES, mtime: float = 1_700_000_000) -> Path:
+    with tarfile.open(path, "w", format=layout) as archive:
+        folder = tarfile.TarInfo("a")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size, member.mtime = len(data), mtime
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+def contents(tree: TarTree, names) -> dict:
+    return {name: tree.read(name.removeprefix("./")) for name in names}
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("mtime", [0, 1_700_000_000, 1_700_000_000.5])
+def test_a_tar_holds_what_tarfile_reads(tmp_path, layout, mtime):
+    path = write(tmp_path / "x.tar", FORMATS[layout], mtime=mtime)
+    found = contents(TarTree(path), FILES)
+    assert {name: data for name, (data, _) in found.items()} == FILES
+    assert {stamp.version for _, stamp in found.values()} == {int(mtime)}
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_the_quick_listing_is_tarfiles(tmp_path, monkeypatch, layout):
+    path = write(tmp_path / "x.tar", FORMATS[layout], {"a/one.png": b"1", "b": b"2" * 5000})
+    quick = TarTree(path)
+    assert trees._plain_members(quick._bytes) is not None
+    monkeypatch.setattr(trees, "_plain_members", lambda data: None)
+    slow = TarTree(path)
+    assert quick._members == slow._members and quick._folders == slow._folders
+    assert slow.names("a") == ["one.png"]
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("where", [0, 100, 124, 136, 148, 300])
+def test_a_damaged_header_is_refused(tmp_path, layout, where):
+    path = write(tmp_path / "x.tar", FORMATS[layout], {f"{i}.png": bytes(9) for i in range(9)})
+    data = bytearray(path.read_bytes())
+    data[512 + 3 * 1024 + where] ^= 5  # in the header of the fourth file
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="damaged archive"):
+        trees.open_tree(path, tmp_path)
+
+
+@pytest.mark.parametrize("end", [0, 100, 512, 700, 1024, 1536])
+def test_a_cut_is_refused(tmp_path, end):
+    path = write(tmp_path / "x.tar", tarfile.GNU_FORMAT, {"one.png": bytes(600)})
+    path.write_bytes(path.read_bytes()[:end])
+    with pytest.raises(UserError, match="damaged archive"):
+        trees.open_tree(path, tmp_path)
+
+
+def test_a_later_file_of_the_same_name_replaces_the_first(tmp_path):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as archive:
+        for data in (b"old", b"newer"):
+            member = tarfile.TarInfo("one.png")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    assert TarTree(path).read("one.png")[0] == b"newer"
