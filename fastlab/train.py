@@ -293,6 +293,12 @@ def make_accelerator(cfg: Config) -> Accelerator:
 def open_dataset(cfg: Config) -> Manifest:
     manifest = read_manifest(Path(cfg.data.path))
     check_sizes(Path(cfg.data.path), manifest)
+    smallest = models.SMALLEST_IMAGE.get(cfg.model.name, 1)
+    if manifest.image_size < smallest:
+        raise UserError(
+            f"{cfg.data.path}: images of {manifest.image_size} pixels a side are too small for "
+            f"{cfg.model.name}; convert with --image-size {smallest}, or take another model.name"
+        )
     return manifest
 
 

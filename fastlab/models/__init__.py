@@ -21,6 +21,9 @@ MODELS: dict[str, Callable[[ModelConfig, int], nn.Module]] = {
     "resnet18": ResNet18,
 }
 
+# Pixels a side: each stage of a CNN halves them once more. The ResNets take any.
+SMALLEST_IMAGE = {"cnn8": 16, "cnn10": 32, "cnn12": 64}
+
 
 def build(config: ModelConfig, classes: int) -> nn.Module:
     """The model `config` names, with `classes` outputs, on the CPU, in fp32.

@@ -11,7 +11,7 @@ from torch import nn
 
 from fastlab.config import MODEL_NAMES, ModelConfig
 from fastlab.errors import UserError
-from fastlab.models import MODELS, build, count_parameters
+from fastlab.models import MODELS, SMALLEST_IMAGE, build, count_parameters
 from fastlab.models.resnet import Pointwise
 
 CNN_HIDDEN = {"cnn8": 256, "cnn10": 512, "cnn12": 1024}
@@ -180,6 +180,15 @@ def test_logits_have_a_row_an_image_and_a_column_a_class(name, classes):
     assert logits.shape == (3, classes)
     logits.square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", SMALLEST_IMAGE)
+def test_a_cnn_takes_images_down_to_the_smallest_named(name):
+    model = build(ModelConfig(name=name, width=2), 5)
+    smallest = SMALLEST_IMAGE[name]
+    assert model(images(2, smallest)).shape == (2, 5)
+    with pytest.raises(RuntimeError, match="too small"):
+        model(images(2, smallest - 1))
 
 
 @pytest.mark.parametrize("stride", [1, 2])
