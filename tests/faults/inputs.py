@@ -332,7 +332,12 @@ CATEGORIES: dict[str, Callable[[Path, Path, np.random.Generator], tuple[str, str
 
 def prepare(base: Path) -> None:
     """What all inputs are made from: an image folder, a generated source, its dataset in all
-    formats, a run, and the same run as a kill left it."""
+    formats, a run, and the same run as a kill left it. In a process of its own, as the resumed
+    runs are: what a process did before may change the last bits of its sums."""
+    subprocess.run([sys.executable, "-m", "tests.faults.inputs", str(base)], cwd=ROOT, check=True)
+
+
+def _prepare(base: Path) -> None:
     from fastlab import checkpoint
     from fastlab.dataset.synth import synthesise
 
@@ -414,6 +419,9 @@ def _in_process(
 
 
 def main() -> None:
+    if len(sys.argv) == 2:
+        _prepare(Path(sys.argv[1]))
+        return
     base, category, seed, first, count, scratch = sys.argv[1:7]
     numbers = (int(seed), int(first), int(count))
     for line in try_all(Path(base), Path(scratch), category, *numbers):
