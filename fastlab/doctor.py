@@ -63,13 +63,13 @@ def _devices() -> list[Finding]:
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
     detail = compiler or "needs a C++ compiler: install g++, or set train.compile = false"
     found.append(Finding("devices", "compile", compiler is not None, f"torch.compile: {detail}"))
-    bf16 = torch.cuda.is_available() or _has_bf16()
+    bf16 = torch.cuda.is_available() or has_bf16()
     detail = "in hardware" if bf16 else "works, but not in hardware: slower than fp32"
     return [*found, Finding("devices", "bf16", bf16, detail)]
 
 
-def _has_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices."""
+def has_bf16() -> bool:
+    """Whether this CPU has instructions that multiply bfloat16 matrices."""
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:

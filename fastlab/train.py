@@ -28,6 +28,7 @@ from tqdm import tqdm
 from fastlab import checkpoint, config, memory, models
 from fastlab.config import Config
 from fastlab.dataset.manifest import Manifest, check_sizes, read_manifest
+from fastlab.doctor import has_bf16
 from fastlab.errors import UserError
 from fastlab.metrics import Figures, Sums
 from fastlab.models.norm import synchronise
@@ -46,6 +47,10 @@ DTYPES = {
 }
 # Steps of a process that compile, tune and fill caches: not counted in images/s.
 _WARMUP_STEPS = 5
+_SLOW_BF16 = (
+    'train.precision = "bf16" is slow on this CPU, which has no instructions for it; '
+    "with --set train.precision=fp32 it trains faster"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -342,6 +347,8 @@ def train(trainer: Trainer) -> int:
         # The weights are alike by now; dropout is not to be alike on every process.
         torch.manual_seed(trainer.cfg.train.seed + 7919 * (accelerator.process_index + 1))
     write_summary(trainer, "running")
+    if trainer.device.type == "cpu" and trainer.cfg.train.precision == "bf16" and not has_bf16():
+        accelerator.print(_SLOW_BF16)
     status = 0
     with signals_to(trainer), tensorboard(trainer) as board, trainer.tracer:
         try:

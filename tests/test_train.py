@@ -136,6 +136,19 @@ def test_a_rate_that_diverges_is_refused(synth_dataset, tmp_path, capsys):
     assert "not a finite number at step" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("hardware", "said"), [(True, 0), (False, 1)])
+def test_bf16_is_named_as_slow_where_the_cpu_has_it_not(
+    synth_dataset, tmp_path, capsys, monkeypatch, hardware, said
+):
+    from fastlab import train as training
+    from fastlab.cli import main
+
+    monkeypatch.setattr(training, "has_bf16", lambda: hardware)
+    short = ("train.precision=bf16", "train.epochs=1")
+    assert main(["train", *command(synth_dataset, tmp_path / "run", *short)]) == 0
+    assert capsys.readouterr().out.count("train.precision=fp32") == said
+
+
 def test_a_dataset_without_arrays_is_trained_on_to_the_end(synth_source, tmp_path):
     """Sample predictions too come by the engine of the run."""
     from fastlab.cli import main
