@@ -47,6 +47,8 @@ _SCALE = {
 }
 _REFERENCE_SCALE = {
     "classes": 200,
+    "pixels a side": 64,
+    "training images": 100_000,
     "validation images": 10_000,
     "base width": 64,
     "epochs": 100,
@@ -373,6 +375,8 @@ def scale_note(runs: list[RunResult]) -> str:
         found["images a batch"].add(run.task.config.train.batch_size)
         if run.run and run.run.summary:
             found["classes"].add(run.run.summary["classes"])
+            found["pixels a side"].add(run.run.summary["image_size"])
+            found["training images"].add(run.run.summary["counts"].get("train"))
             found["validation images"].add(run.run.summary["counts"].get("val"))
     parts = []
     for name, values in found.items():

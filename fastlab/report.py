@@ -186,6 +186,7 @@ def _read_summary(path: Path) -> dict[str, Any]:
         return {
             "parameters": _finite(summary.get("parameters")),
             "classes": _finite(dataset.get("classes")),
+            "image_size": _finite(dataset.get("image_size")),
             "dataset": dataset.get("path"),
             "counts": counts,
             "skipped": _finite(dataset.get("skipped")),

@@ -560,6 +560,7 @@ def write_summary(trainer: Trainer, status: str) -> None:
             "dataset": {
                 "path": trainer.cfg.data.path,
                 "classes": len(trainer.manifest.classes),
+                "image_size": trainer.manifest.image_size,
                 "counts": counts,
                 "skipped": len(trainer.manifest.skipped),
             },

@@ -176,7 +176,8 @@ def make_run(folder: StudyDir, task: Task, top1: float, status: str = "finished"
         figures = {"epoch": epoch, **dict.fromkeys(FIGURES, value), "val_loss": 2 - value}
         lines.append({**figures, "val_top5": 2 * value, "images_per_second": 100.0, "seconds": 2.0})
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    dataset = {"path": "d", "classes": 10, "counts": {"train": 100, "val": 500}}
+    dataset = {"path": "d", "classes": 10, "image_size": 32}
+    dataset["counts"] = {"train": 100, "val": 500}
     summary = {"parameters": 1, "dataset": dataset, "status": status, "train_seconds": 6.0}
     (run / "summary.json").write_text(json.dumps(summary))
 
@@ -329,6 +330,8 @@ def test_the_page_of_a_partial_study(partial):
     notes = " ".join(p["text"] for p in page.all("p") if p.get("class") == "note")
     assert "seed 1 failed: out of <memory>; seed 2 interrupted" in notes
     assert "Not at the reference’s scale" in text and "classes 10 (reference: 200)" in text
+    assert "pixels a side 32 (reference: 64)" in text
+    assert "training images 100 (reference: 100,000)" in text
     assert "Mine & <more>" in next(h["text"] for h in page.all("h2") if "Mine" in h["text"])
     assert sum("lies above" in li["text"] and "holds" in li["text"] for li in page.all("li")) == 1
 
