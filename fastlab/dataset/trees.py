@@ -215,7 +215,7 @@ class TarTree(_Members):
 
 
 def _plain_members(data: mmap.mmap) -> dict[str, tuple[int, Stamp]] | None:
-    """The files of a tar of nothing but files and folders with short names, in a fifteenth of
+    """The files of a tar of nothing but files and folders with short names, in a fraction of
     tarfile's time; None for any other tar, and wherever something is not as it should be."""
     members: dict[str, tuple[int, Stamp]] = {}
     headers: list[int] = []
