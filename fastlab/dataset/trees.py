@@ -14,6 +14,7 @@ import tarfile
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,8 +35,7 @@ _DAMAGE = (
     ValueError,
 )
 _HEADER = 512  # bytes, of a tar's header and of its blocks
-_CHECKSUM = slice(148, 156)  # in a header
-_USTAR, _GNU = b"ustar\x0000", b"ustar  \0"
+_USTAR, _GNU = (np.frombuffer(magic, np.uint8) for magic in (b"ustar\x0000", b"ustar  \0"))
 COMPRESSED_TAR = (".tar.xz", ".txz", ".tar.gz", ".tgz", ".tar.bz2")
 
 
@@ -174,8 +174,8 @@ def _inflate(data: bytes, member: zipfile.ZipInfo) -> bytes:
 class TarTree(_Members):
     def __init__(self, path: Path) -> None:
         self._bytes = _map(path)
-        # None for a link that leads nowhere in the archive.
-        self._members: dict[str, tuple[int, Stamp] | None] = _plain_members(self._bytes) or {}
+        # Start, size, time of change; None for a link that leads nowhere in the archive.
+        self._members: dict[str, tuple[int, int, int] | None] = _plain_members(self._bytes) or {}
         if not self._members:
             self._read_members(path)
         super().__init__(list(self._members))
@@ -185,8 +185,7 @@ class TarTree(_Members):
             for member in archive:
                 name = member.name.removeprefix("./")
                 if member.isfile():
-                    stamp = Stamp(member.size, int(member.mtime))
-                    self._members[name] = (member.offset_data, stamp)
+                    self._members[name] = (member.offset_data, member.size, int(member.mtime))
                 elif member.islnk():  # a further name of a file that came before
                     self._members[name] = self._members.get(member.linkname.removeprefix("./"))
                 elif member.issym():
@@ -196,16 +195,16 @@ class TarTree(_Members):
                 raise tarfile.ReadError("cut short, or a damaged header")
 
     def read(self, path: str) -> tuple[bytes, Stamp]:
-        start, stamp = self._member(path)
-        data = self._bytes[start : start + stamp.size]
-        if len(data) != stamp.size:
+        start, size, changed = self._member(path)
+        data = self._bytes[start : start + size]
+        if len(data) != size:
             raise DamagedMember("cut short")
-        return data, stamp
+        return data, Stamp(size, changed)
 
     def _stamp(self, path: str) -> Stamp:
-        return self._member(path)[1]
+        return Stamp(*self._member(path)[1:])
 
-    def _member(self, path: str) -> tuple[int, Stamp]:
+    def _member(self, path: str) -> tuple[int, int, int]:
         if path not in self._members:
             raise DamagedMember("no such file in the archive")
         found = self._members[path]
@@ -214,45 +213,61 @@ class TarTree(_Members):
         return found
 
 
-def _plain_members(data: mmap.mmap) -> dict[str, tuple[int, Stamp]] | None:
+def _plain_members(data: mmap.mmap) -> dict[str, tuple[int, int, int]] | None:
     """The files of a tar of nothing but files and folders with short names, in a fraction of
     tarfile's time; None for any other tar, and wherever something is not as it should be."""
-    members: dict[str, tuple[int, Stamp]] = {}
-    headers: list[int] = []
-    start = 0
+    starts: list[int] = []
+    end = 0
     try:
-        while (header := data[start : start + _HEADER]) != bytes(_HEADER):
-            kind, magic = header[156:157], header[257:265]
-            if kind not in (b"\0", b"0", b"5") or magic not in (_USTAR, _GNU):
-                return None
-            name = header[:100].partition(b"\0")[0]
-            if magic == _USTAR and header[345] != 0:
-                name = header[345:500].partition(b"\0")[0] + b"/" + name
-            size = int(header[124:136].strip(b" \0"), 8)
-            headers.append(start)
-            start += _HEADER
-            if kind != b"5" and not name.endswith(b"/"):
-                path = name.decode("utf-8", "surrogateescape").removeprefix("./")
-                stamp = Stamp(size, int(header[136:148].strip(b" \0"), 8))
-                members[path] = (start, stamp)
-                start += -(-size // _HEADER) * _HEADER
-            elif size:
-                return None
-        return members if _checksums_agree(data, np.array(headers, dtype=np.int64)) else None
-    except (ValueError, IndexError):  # a number in another form; the end, without its empty block
+        while (size := data[end + 124 : end + 135]) != bytes(11):
+            starts.append(end)
+            end += _HEADER + -(-int(size, 8) // _HEADER) * _HEADER
+        if data[end : end + _HEADER] != bytes(_HEADER):
+            return None
+        blocks = np.lib.stride_tricks.sliding_window_view(np.frombuffer(data, np.uint8), _HEADER)
+        members: dict[str, tuple[int, int, int]] = {}
+        for first in range(0, len(starts), 1024):
+            some = np.array(starts[first : first + 1024])
+            members.update(_plain_files(blocks[some], some))
+    except ValueError:  # of this module, or of a size in another form
         return None
+    return members
 
 
-def _checksums_agree(data: mmap.mmap, headers: np.ndarray) -> bool:
-    blocks = np.lib.stride_tricks.sliding_window_view(np.frombuffer(data, np.uint8), _HEADER)
-    for first in range(0, len(headers), 1024):
-        found = blocks[headers[first : first + 1024]]
-        texts = found[:, _CHECKSUM].copy().view("S8")[:, 0].tolist()
-        found[:, _CHECKSUM] = ord(" ")  # as POSIX has it
-        stated = [int(text.strip(b" \0"), 8) for text in texts]
-        if found.sum(axis=1, dtype=np.int64).tolist() != stated:
-            return False
-    return True
+def _plain_files(
+    headers: np.ndarray, starts: np.ndarray
+) -> Iterator[tuple[str, tuple[int, int, int]]]:
+    """`headers`: uint8 [n, 512]. Raises ValueError where one is not plain, or not whole."""
+    sizes, times, sums = _octal(headers, 124, 11), _octal(headers, 136, 11), _octal(headers, 148, 6)
+    headers[:, 148:156] = ord(" ")  # as POSIX sums them
+    folders = headers[:, 156] == ord("5")
+    posix = (headers[:, 257:265] == _USTAR).all(axis=1)
+    if not (
+        (headers.sum(axis=1, dtype=np.int64) == sums).all()
+        and (folders | (headers[:, 156] == ord("0"))).all()
+        and (posix | (headers[:, 257:265] == _GNU).all(axis=1)).all()
+        and not sizes[folders].any()
+        and not (posix & (headers[:, 345] != 0)).any()  # the start of a name over 100 characters
+    ):
+        raise ValueError("not plain")
+    files = ~folders
+    names = np.ascontiguousarray(headers[files, :100]).view("S100")[:, 0].tolist()
+    texts = b"/\n".join(names).decode("utf-8", "surrogateescape").split("/\n")
+    places = (starts[files] + _HEADER).tolist(), sizes[files].tolist(), times[files].tolist()
+    return zip(
+        (text.partition("\0")[0].removeprefix("./") for text in texts),
+        zip(*places, strict=True),
+        strict=True,
+    )
+
+
+def _octal(headers: np.ndarray, first: int, digits: int) -> np.ndarray:
+    """The numbers of that many octal digits at `first`. Raises ValueError for any other form."""
+    found = headers[:, first : first + digits] - np.uint8(ord("0"))
+    after = headers[:, first + digits]
+    if (found > 7).any() or not ((after == 0) | (after == ord(" "))).all():
+        raise ValueError("a number")
+    return found @ (8 ** np.arange(digits - 1, -1, -1, dtype=np.int64))
 
 
 def open_tree(source: Path, scratch: Path) -> Tree:
