@@ -442,10 +442,10 @@ def _decode_block(task: _Task, slot: int) -> _Block:
     stamps = np.zeros((len(paths), 2), dtype=np.int64)
     greyscale = 0
     corrupt = []
-    for i, path in enumerate(paths):
+    for path, out, stamp in zip(paths, pixels, stamps, strict=True):
         try:
-            data, stamps[i] = tree.read(path)
-            greyscale += decode_into(data, pixels[i])
+            data, stamp[:] = tree.read(path)
+            greyscale += decode_into(data, out)
         except (CorruptImage, OSError, ValueError) as error:
             corrupt.append((path, str(error)))
     sums = _channel_sums(pixels) if task.split == "train" else np.zeros((2, 3), dtype=np.int64)

@@ -40,7 +40,8 @@ def decode_into(data: bytes, out: np.ndarray) -> bool:
         if any(damage in str(error) for damage in _DAMAGE):
             raise CorruptImage(str(error)) from None
         return _decode_with_pillow(data, out)  # corrupt, or only to this decoder
-    if b"Exif\0\0" in data:
+    # Metadata comes before the scan, which is most of the bytes.
+    if data.find(b"Exif\0\0", 0, data.find(b"\xff\xda", frame.end())) >= 0:
         return _decode_with_pillow(data, out)  # it may have to be turned
     if pixels.shape != out.shape:
         out[:] = _fit(Image.fromarray(pixels), out.shape[0])
