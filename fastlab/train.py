@@ -340,6 +340,11 @@ def signals_to(trainer: Trainer) -> Iterator[None]:
             signal.signal(name, handler)
 
 
+def slow_bf16(device: torch.device, precision: str) -> bool:
+    """Whether bf16 is asked of a CPU without instructions for it."""
+    return device.type == "cpu" and precision == "bf16" and not has_bf16()
+
+
 def train(trainer: Trainer) -> int:
     """All epochs that are left. Returns the exit status: 0, or 128 and the signal's number."""
     progress, accelerator = trainer.progress, trainer.accelerator
@@ -347,7 +352,7 @@ def train(trainer: Trainer) -> int:
         # The weights are alike by now; dropout is not to be alike on every process.
         torch.manual_seed(trainer.cfg.train.seed + 7919 * (accelerator.process_index + 1))
     write_summary(trainer, "running")
-    if trainer.device.type == "cpu" and trainer.cfg.train.precision == "bf16" and not has_bf16():
+    if slow_bf16(trainer.device, trainer.cfg.train.precision):
         accelerator.print(_SLOW_BF16)
     status = 0
     with signals_to(trainer), tensorboard(trainer) as board, trainer.tracer:

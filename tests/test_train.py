@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.training import ROOT, assert_same_weights, command, launch, metrics, train
@@ -136,17 +137,15 @@ def test_a_rate_that_diverges_is_refused(synth_dataset, tmp_path, capsys):
     assert "not a finite number at step" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("hardware", "said"), [(True, 0), (False, 1)])
-def test_bf16_is_named_as_slow_where_the_cpu_has_it_not(
-    synth_dataset, tmp_path, capsys, monkeypatch, hardware, said
-):
+def test_bf16_is_slow_only_on_a_cpu_without_instructions_for_it(monkeypatch):
     from fastlab import train as training
-    from fastlab.cli import main
 
-    monkeypatch.setattr(training, "has_bf16", lambda: hardware)
-    short = ("train.precision=bf16", "train.epochs=1")
-    assert main(["train", *command(synth_dataset, tmp_path / "run", *short)]) == 0
-    assert capsys.readouterr().out.count("train.precision=fp32") == said
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(training, "has_bf16", lambda: False)
+    assert training.slow_bf16(cpu, "bf16")
+    assert not training.slow_bf16(cpu, "fp32") and not training.slow_bf16(gpu, "bf16")
+    monkeypatch.setattr(training, "has_bf16", lambda: True)
+    assert not training.slow_bf16(cpu, "bf16")
 
 
 def test_a_dataset_without_arrays_is_trained_on_to_the_end(synth_source, tmp_path):
