@@ -220,6 +220,8 @@ def _plain_members(data: mmap.mmap) -> dict[str, tuple[int, int, int]] | None:
     end = 0
     try:
         while (size := data[end + 124 : end + 135]) != bytes(11):
+            if not size.isdigit():  # a sign would lead back, and round and round
+                return None
             starts.append(end)
             end += _HEADER + -(-int(size, 8) // _HEADER) * _HEADER
         if data[end : end + _HEADER] != bytes(_HEADER):

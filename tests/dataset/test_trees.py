@@ -76,3 +76,13 @@ def test_a_later_file_of_the_same_name_replaces_the_first(tmp_path):
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
     assert TarTree(path).read("one.png")[0] == b"newer"
+
+
+@pytest.mark.timeout(20)
+def test_a_negative_size_does_not_lead_round_and_round(tmp_path):
+    path = write(tmp_path / "x.tar", tarfile.GNU_FORMAT, {f"{i}.png": bytes(9) for i in range(3)})
+    data = bytearray(path.read_bytes())
+    data[512 + 1024 + 124 : 512 + 1024 + 135] = b"-0000003000"  # the second file's: 1,536 back
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="damaged archive"):
+        trees.open_tree(path, tmp_path)
