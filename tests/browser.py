@@ -42,14 +42,18 @@ def look(page: Path, width: int) -> Seen:
     return Seen(_complaints(log), int(found[1]) if found else -1)
 
 
-def shoot(address: str, out: Path, width: int, height: int, patience: int = 5) -> list[str]:
-    """A picture of `address` after `patience` seconds of its own time; returns its complaints."""
+def shoot(
+    address: str, out: Path, width: int, height: int, *options: str, patience: int = 5
+) -> list[str]:
+    """A picture of `address` after `patience` seconds of its own time; returns its complaints.
+    `options` are Chromium's."""
     _, log = _run(
         address,
         width,
         height,
         f"--screenshot={out.resolve()}",
         f"--virtual-time-budget={1000 * patience}",
+        *options,
     )
     return _complaints(log)
 
