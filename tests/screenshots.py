@@ -2,8 +2,8 @@
 
 python -m tests.screenshots runs/profiled docs
 
-torch-tb-profiler draws by Google Charts, which a browser gets from gstatic.com. Where that cannot be
-reached, a stand-in writes each chart's values as a list: the page's own tables and texts are real.
+torch-tb-profiler draws by Google Charts, which a browser gets from gstatic.com. Where that cannot
+be reached, a stand-in writes each chart's values as a list: all else on the page is the page's own.
 """
 
 import contextlib
@@ -89,12 +89,9 @@ class _StandIn(http.server.BaseHTTPRequestHandler):
 
 def _certified(folder: Path) -> ssl.SSLContext:
     files = folder / "key.pem", folder / "certificate.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"]
-        + ["-subj", "/CN=www.gstatic.com", "-keyout", str(files[0]), "-out", str(files[1])],
-        check=True,
-        capture_output=True,
-    )
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=www.gstatic.com"
+    target = ["-keyout", str(files[0]), "-out", str(files[1])]
+    subprocess.run([*command.split(), *target], check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(files[1], files[0])
     return context
