@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: setup extras wheels demo test faults lint clean
+.PHONY: setup extras wheels demo test faults audit lint clean
 
 setup: $(VENV)/.installed
 
@@ -51,6 +51,11 @@ test: setup lint
 # All faults, about an hour; `make test` has a short version.
 faults: setup
 	$(BIN)/python -m tests.faults --full
+
+# Known vulnerabilities of what is installed. Asks pypi.org: without network it fails, and CI has none.
+audit: extras
+	$(BIN)/pip install --quiet pip-audit
+	$(BIN)/pip-audit --strict --skip-editable --progress-spinner off
 
 clean:
 	rm -rf $(DEMO) .pytest_cache .ruff_cache

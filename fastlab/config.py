@@ -16,7 +16,7 @@ from typing import Any
 
 import tomli_w
 
-from fastlab.errors import UserError
+from fastlab.errors import UserError, printable
 
 MODEL_NAMES = ("cnn8", "cnn10", "cnn12", "resnet11", "resnet15", "resnet19", "resnet18")
 
@@ -214,7 +214,9 @@ def _check_tables(tables: dict[str, Any], where: str) -> dict[str, dict[str, Any
     for section, table in tables.items():
         _known(section, SECTIONS, where, "section", "")
         if not isinstance(table, dict):
-            raise UserError(f"{where}: {section}: expected a section, [{section}], got {table!r}")
+            raise UserError(
+                f"{where}: {section}: expected a section, [{section}], got {_show(table)}"
+            )
         values[section] = {
             key: _check_value(section, key, value, where) for key, value in table.items()
         }
@@ -234,6 +236,8 @@ def _check_value(section: str, key: str, value: Any, where: str) -> Any:
     if (
         type(value) is not kind
         or (kind is float and not math.isfinite(value))
+        or (kind is int and abs(value) >= 2**63)
+        or (kind is str and not _is_text(value))
         or not allowed(value)
     ):
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
@@ -245,12 +249,21 @@ def _check_value(section: str, key: str, value: Any, where: str) -> Any:
 def _show(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return f'"{_line(value)}"' if isinstance(value, str) else repr(value)
+    if isinstance(value, str):
+        return f'"{printable(value)}"'
+    try:
+        return repr(value)
+    except (ValueError, RecursionError):  # thousands of digits, or of tables in each other
+        return "a value too long to show"
 
 
-def _line(text: str) -> str:
-    """`text`, escaped where it would break a message's one line."""
-    return text if text.isprintable() else repr(text)[1:-1]
+def _is_text(value: str) -> bool:
+    """Whether it can be saved: a shell's argument that is not UTF-8 cannot."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _known(name: str, valid: Iterable[str], where: str, kind: str, prefix: str) -> None:
@@ -259,20 +272,22 @@ def _known(name: str, valid: Iterable[str], where: str, kind: str, prefix: str) 
         return
     near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     hint = f"nearest valid {kind}: {prefix}{near[0]}" if near else f"valid: {', '.join(valid)}"
-    raise UserError(f"{where}: {prefix}{_line(name)}: unknown {kind}; {hint}")
+    raise UserError(f"{where}: {prefix}{printable(name)}: unknown {kind}; {hint}")
 
 
 def _parse_override(text: str) -> tuple[str, str, Any]:
     # On one line: a newline could smuggle a second key into the TOML below.
     match = re.fullmatch(r"([^.=\s]+)\.([^.=\s]+)=(.*)", text)
     if not match:
-        raise UserError(f"--set {_line(text)}: expected section.key=value, such as optim.lr=0.1")
+        raise UserError(
+            f"--set {printable(text)}: expected section.key=value, such as optim.lr=0.1"
+        )
     section, key, value = match.groups()
     _known(section, SECTIONS, "--set", "section", "")
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except (ValueError, RecursionError):
         if not re.fullmatch(r"[\w./~+-]+", value):
-            raise UserError(f"--set {_line(text)}: {value!r} is not a TOML value") from None
+            raise UserError(f"--set {printable(text)}: {value!r} is not a TOML value") from None
         parsed = value  # a shell eats the quotes of --set model.name="cnn8"
     return section, key, parsed

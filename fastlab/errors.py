@@ -1,5 +1,10 @@
-"""The one exception for mistakes that a user can mend."""
+"""The one exception for mistakes that a user can mend, and how its line stays one."""
 
 
 class UserError(Exception):
     """Bad input, told in one line: what, where, what to do. The command exits with 2."""
+
+
+def printable(text: str) -> str:
+    """`text`, escaped where it would break a message's one line or cannot be printed at all."""
+    return text if text.isprintable() else repr(text)[1:-1]

@@ -61,8 +61,8 @@ class TorchvisionEngine:
                 if problem:
                     raise UserError(f"{self._where}: {problem}; convert again with --force")
                 yield images, labels
-        except RuntimeError as error:  # a worker was killed, or says nothing
-            first = str(error).splitlines()[0]
+        except (RuntimeError, OSError, EOFError) as error:  # a worker was killed, or says nothing
+            first = str(error).splitlines()[0] if str(error) else repr(error)
             raise UserError(f"{self._where}: a decoding worker failed ({first})") from None
 
 

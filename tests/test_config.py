@@ -1,15 +1,20 @@
 """Configurations: what is shipped, what survives a round trip, what is refused and how."""
 
-from dataclasses import asdict, fields
+import math
+import string
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hypothesis import given, settings
+import tomli_w
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastlab.config import SECTIONS, Config, dump, load
 from fastlab.errors import UserError
 
+FUZZ = settings(max_examples=120, deadline=None, database=None, derandomize=True)
 CONFIGS = Path(__file__).parent.parent / "configs"
 REFERENCE = ("cnn8", "cnn10", "cnn12", "resnet11", "resnet15", "resnet19")
 
@@ -215,6 +220,10 @@ def test_unknown_name_is_refused_with_the_nearest_valid_one(
         ("train.precision", '"fp8"'),
         ("data.pipeline", '"a\\nb"'),
         ("model.name", '""'),
+        # too long or too deep to print
+        pytest.param("train.seed", "0x" + "f" * 5000, id="5000 digits"),
+        pytest.param("train.seed", "[0x" + "f" * 5000 + "]", id="5000 digits in an array"),
+        pytest.param("data.path", "{" + "a." * 3000 + "a = 1}", id="3000 tables"),
     ],
 )
 def test_impossible_value_is_refused_in_a_file_and_on_the_command_line(complaint, key, value):
@@ -225,8 +234,9 @@ def test_impossible_value_is_refused_in_a_file_and_on_the_command_line(complaint
     assert f"--set: {key}: expected " in on_command_line
 
 
-def test_scalar_where_a_section_belongs_is_refused(complaint):
-    assert "some.toml: optim: expected a section" in complaint("optim = 1")
+@pytest.mark.parametrize("value", ["1", pytest.param("0x" + "f" * 5000, id="5000 digits")])
+def test_scalar_where_a_section_belongs_is_refused(complaint, value):
+    assert "some.toml: optim: expected a section" in complaint(f"optim = {value}")
 
 
 @pytest.mark.parametrize(
@@ -338,3 +348,131 @@ def test_whole_number_is_taken_for_a_float(tmp_path):
     path = tmp_path / "some.toml"
     path.write_text("[optim]\nlr = 1\n")
     assert type(load(path).optim.lr) is float
+
+
+PLACES = [(section, key) for section, table in VALUES.items() for key in table]
+ANY_TEXT = st.text(st.characters(exclude_categories=()))
+"""Lone surrogates too: what Python makes of arguments that are not UTF-8."""
+
+
+def toml(value: Any) -> str:
+    return tomli_w.dumps({"value": value}).removeprefix("value = ").removesuffix("\n")
+
+
+def misspelt(name: str) -> st.SearchStrategy[str]:
+    """`name`, or one near it."""
+    place, new = st.integers(0, len(name)), st.text(string.ascii_letters + "_", max_size=1)
+    return st.builds(lambda i, c, n: name[:i] + c + name[i + n :], place, new, st.integers(0, 1))
+
+
+def settings_of(place: tuple[str, str]) -> st.SearchStrategy[tuple[str, str, Any]]:
+    return st.tuples(st.just(place[0]), st.just(place[1]), VALUES[place[0]][place[1]])
+
+
+SCALARS = st.one_of(
+    st.booleans(), st.integers(), st.floats(), ANY_TEXT, st.dates(), st.datetimes(), st.times()
+).map(toml)
+VALUE_TEXTS = st.one_of(
+    SCALARS,
+    st.lists(SCALARS, max_size=3).map(lambda values: f"[{', '.join(values)}]"),
+    st.sampled_from(["", "inf", "-nan", "1e999", "-0.0", "0x_f", "1 # one", "cnn8", "sgd", "auto"]),
+    ANY_TEXT,
+)
+LONG = st.sampled_from([20, 400, 5000])
+LONG_VALUE_TEXTS = st.one_of(
+    LONG.map(lambda n: "1" * n),
+    LONG.map(lambda n: "0x" + "f" * n),
+    LONG.map(lambda n: "[" * n + "]" * n),
+    LONG.map(lambda n: "{" + "a." * n + "a = 1}"),
+)
+KEYS = st.sampled_from(PLACES)
+
+
+def assignment(place: tuple[str, str], value: str) -> str:
+    return f"{'.'.join(place)}={value}"
+
+
+OVERRIDES = st.one_of(
+    ANY_TEXT,
+    st.text("az.=1'\"[\n\r\u2028 "),
+    st.builds(assignment, KEYS, VALUE_TEXTS),
+    st.builds(assignment, KEYS, LONG_VALUE_TEXTS),
+    st.builds(assignment, KEYS.flatmap(lambda place: st.tuples(*map(misspelt, place))), SCALARS),
+    # Acceptable, so that this side is seen too.
+    KEYS.flatmap(settings_of).map(lambda found: assignment(found[:2], toml(found[2]))),
+)
+
+
+def outcome(path: Path | None, *overrides: str) -> Config | str:
+    """What `load` gives, or the one line that it says."""
+    try:
+        return load(path, overrides)
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1
+        return str(error)
+
+
+def saved_and_loaded(config: Config, folder: Path) -> Config:
+    path = folder / "saved.toml"
+    path.write_text(dump(config), encoding="utf-8")
+    return load(path)
+
+
+@settings(FUZZ, max_examples=300)
+@given(text=OVERRIDES)
+@example(text="train.epochs=0x" + "f" * 5000)
+@example(text='data.path="\udcff"')
+def test_any_override_is_obeyed_or_refused_in_one_line(text, tmp_path_factory):
+    found = outcome(None, text)
+    if isinstance(found, str):
+        assert found.startswith("--set")
+        return
+    section, _, key = text.partition("=")[0].partition(".")
+    value = getattr(getattr(found, section), key)
+    declared = next(f for f in fields(SECTIONS[section]) if f.name == key)
+    _, allowed = declared.metadata.get("check", ("", lambda v: True))
+    assert type(value) is declared.type
+    assert allowed(value)
+    assert not isinstance(value, float) or math.isfinite(value)
+    assert saved_and_loaded(found, tmp_path_factory.getbasetemp()) == found
+
+
+@FUZZ
+@given(config=configurations(), found=KEYS.flatmap(settings_of))
+def test_override_replaces_one_value_of_any_configuration(config, found, tmp_path_factory):
+    section, key, value = found
+    path = tmp_path_factory.getbasetemp() / "base.toml"
+    path.write_text(dump(config), encoding="utf-8")
+    table = replace(getattr(config, section), **{key: value})
+    loaded = load(path, [f"{section}.{key}={toml(value)}"])
+    assert loaded == replace(config, **{section: table})
+    assert type(getattr(getattr(loaded, section), key)) is type(value)
+
+
+EDITS = st.lists(
+    st.tuples(
+        st.integers(0, 5000),
+        st.integers(0, 2),
+        st.sampled_from("[]{}=.,\"'#\\\n\r\t\0_-+exn019").map(str.encode)
+        | st.characters().map(str.encode)
+        | st.binary(max_size=2),
+    ),
+    min_size=1,
+    max_size=3,
+)
+
+
+@FUZZ
+@given(config=configurations(), edits=EDITS)
+def test_mutated_file_loads_or_is_refused_in_one_line(config, edits, tmp_path_factory):
+    data = dump(config).encode()
+    for place, removed, new in edits:
+        place %= len(data) + 1
+        data = data[:place] + new + data[place + removed :]
+    path = tmp_path_factory.getbasetemp() / "mutated.toml"
+    path.write_bytes(data)
+    found = outcome(path)
+    if isinstance(found, str):
+        assert found.startswith(f"{path}: ")
+    else:
+        assert saved_and_loaded(found, path.parent) == found

@@ -59,7 +59,8 @@ class Manifest:
     def to_json(self) -> str:
         values = asdict(self)
         values["checksum"] = _checksum(values)
-        return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+        # As ASCII: paths of images that were left out need not be valid Unicode.
+        return json.dumps(values, indent=1) + "\n"
 
 
 def _checksum(values: dict[str, Any]) -> str:
@@ -99,7 +100,7 @@ def read_manifest(directory: Path) -> Manifest:
 
 def _from_json(raw: dict[str, Any]) -> Manifest:
     if raw["fastlab_format"] != FORMAT_VERSION:
-        raise ValueError(f"format {raw['fastlab_format']}, this fastlab reads {FORMAT_VERSION}")
+        raise ValueError(f"format {raw['fastlab_format']!r}, this fastlab reads {FORMAT_VERSION}")
     if raw.pop("checksum") != _checksum(raw):
         raise ValueError("does not match its checksum")
     formats = {

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fastlab.dataset.trees import Tree
-from fastlab.errors import UserError
+from fastlab.errors import UserError, printable
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 
@@ -139,14 +139,16 @@ def select_classes(originals: Originals, choice: str) -> Originals:
     chosen = _only_chosen(originals, choice)
     for name, split in chosen.splits.items():
         if not split.paths:
-            raise UserError(f"--classes {choice}: split {name} has no image of these classes")
+            raise UserError(
+                f"--classes {printable(choice)}: split {name} has no image of these classes"
+            )
     return chosen
 
 
 def _only_chosen(originals: Originals, choice: str) -> Originals:
     ids = [c.id for c in originals.classes]
     if choice.isdecimal():
-        count = int(choice)
+        count = int(choice) if len(choice) < 20 else 0
         if not 1 <= count <= len(ids):
             raise UserError(f"--classes {choice}: expected 1 to {len(ids)}")
         return originals.only(range(count))

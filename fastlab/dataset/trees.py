@@ -109,18 +109,26 @@ class _Members(Tree):
 
     def __init__(self, paths: list[str]) -> None:
         folders: dict[str, set[str]] = {}
-        seen: set[str] = set()
         for path in paths:
-            # Each prefix once: most members share their folder with the one before.
-            while path and path not in seen:
-                seen.add(path)
-                parent, _, name = path.rpartition("/")
-                folders.setdefault(parent, set()).add(name)
-                path = parent
+            folder, _, name = path.rpartition("/")
+            if folder not in folders:
+                _add_folder(folders, folder)
+            folders[folder].add(name)
         self._folders = {folder: sorted(names) for folder, names in folders.items()}
 
     def names(self, folder: str) -> list[str]:
         return self._folders.get(folder.rstrip("/"), [])
+
+
+def _add_folder(folders: dict[str, set[str]], folder: str) -> None:
+    """`folder`, and its name in each folder above it."""
+    folders[folder] = set()
+    while folder:
+        folder, _, name = folder.rpartition("/")
+        known = folder in folders
+        folders.setdefault(folder, set()).add(name)
+        if known:
+            return
 
 
 class ZipTree(_Members):

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from fastlab.dataset.manifest import Manifest
-from fastlab.errors import UserError
+from fastlab.errors import UserError, printable
 
 _ROWS, _COLUMNS, _SCALE, _CAPTION = 4, 6, 2, 16
 
@@ -34,7 +34,7 @@ def table(manifest: Manifest) -> str:
         lines.append(f"{name:<8}{len(files):>10}{total:>17,}")
     if manifest.skipped:
         lines += ["", f"{len(manifest.skipped)} corrupt images were left out:"]
-        lines += [f"  {path} ({why})" for path, why in manifest.skipped.items()]
+        lines += [f"  {printable(path)} ({why})" for path, why in manifest.skipped.items()]
     return "\n".join(lines)
 
 

@@ -65,6 +65,16 @@ def test_pixels_labels_and_statistics(synth_source, synth_dataset):
     assert np.load(synth_dataset / "array" / "val-labels.npy").tolist() == expected
 
 
+@pytest.mark.parametrize("side", [8, 9, 37, 96])
+def test_statistics_at_any_size(side, synth_source, tmp_path):
+    """More images than a stripe has rows, and widths of every kind."""
+    manifest, _ = convert(synth_source, tmp_path / "out", Options(image_size=side))
+    pixels = np.load(tmp_path / "out" / "array" / "train-images.npy")
+    assert pixels.shape[1:] == (side, side, 3)
+    assert manifest.mean == pytest.approx(pixels.mean((0, 1, 2)) / 255, abs=1e-9)
+    assert manifest.std == pytest.approx(pixels.std((0, 1, 2)) / 255, abs=1e-9)
+
+
 def test_image_folder_of_many_kinds(tmp_path):
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (90, 120, 3), dtype=np.uint8)
@@ -225,6 +235,23 @@ def test_corrupt_images_are_left_out_when_asked_and_counted(tmp_path, capsys):
     assert (out / "manifest.json").stat().st_mtime_ns == before
     assert main(convert_) == 2
     assert "--on-corrupt skip" in capsys.readouterr().err
+
+
+def test_names_that_are_not_utf8_are_told_and_kept(tmp_path, capsys):
+    bad = os.fsdecode(b"train/a/\xff\n.jpg")
+    source = folder_with({bad: b"text"}, tmp_path / os.fsdecode(b"s\xff"))
+    convert_ = ["convert", str(source), str(tmp_path / "out")]
+    assert main(convert_) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert r"train/a/\udcff\n.jpg" in line
+    assert main([*convert_, "--on-corrupt", "skip"]) == 0
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert list(manifest["skipped"]) == [bad]
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    assert r"train/a/\udcff\n.jpg" in shown
+    shown.encode()  # as a terminal does
+    assert main([*convert_, "--on-corrupt", "skip", "--formats", "tar"]) == 0
 
 
 def test_a_class_of_corrupt_images_alone_cannot_be_left_out(tmp_path, capsys):

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.base import Shard, epoch_order, eval_rows, eval_steps, train_rows
+from pipelines.base import Schedule, Shard, epoch_order, eval_rows, eval_steps, train_rows
 
 QUICK = settings(max_examples=100, deadline=None, database=None, derandomize=True)
 SEEDS = st.integers(0, 2**31 - 1)
@@ -91,3 +91,48 @@ def test_every_process_makes_the_same_number_of_steps_and_none_is_empty(images, 
     assert len(steps) == 1
     _, mask = eval_rows(images, steps.pop() - 1, batch, Shard(0, world))
     assert mask.any()
+
+
+def divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+@QUICK
+@given(
+    images=st.integers(1, 400), batch=st.integers(1, 48), seed=SEEDS, epoch=EPOCHS, data=st.data()
+)
+def test_resumed_epoch_is_the_rest_of_the_whole_on_any_number_of_processes(
+    images, batch, seed, epoch, data
+):
+    steps = images // batch
+    order = epoch_order(images, seed, epoch)
+    whole = [train_rows(order, step, batch, Shard()).tolist() for step in range(steps)]
+    taken = [row for rows in whole for row in rows]
+    assert len(taken) == len(set(taken)) == steps * batch
+    start = data.draw(st.integers(0, steps))
+    for world in divisors(batch):
+        shards = [Shard(rank, world) for rank in range(world)]
+        fresh = epoch_order(images, seed, epoch)
+        assert [
+            [row for shard in shards for row in train_rows(fresh, step, batch, shard).tolist()]
+            for step in range(start, steps)
+        ] == whole[start:]
+        for shard in shards:
+            schedule = Schedule(images, batch, shard, seed, train=True)
+            all_rows, _ = schedule.rows(epoch, 0)
+            rows, mask = schedule.rows(epoch, start)
+            assert schedule.steps() == steps
+            assert rows.tolist() == all_rows.tolist()[start:]
+            assert mask.shape == rows.shape and mask.all()
+
+
+@QUICK
+@given(
+    images=st.integers(1, 300), batch=st.integers(1, 64), world=st.integers(1, 7), data=st.data()
+)
+def test_resumed_evaluation_is_the_rest_of_the_whole(images, batch, world, data):
+    shard = Shard(data.draw(st.integers(0, world - 1)), world)
+    schedule = Schedule(images, batch, shard, seed=0, train=False)
+    start = data.draw(st.integers(0, schedule.steps()))
+    for whole, rest in zip(schedule.rows(0, 0), schedule.rows(0, start), strict=True):
+        assert rest.tolist() == whole.tolist()[start:]

@@ -1,0 +1,219 @@
+"""Manifests: what survives a round trip, and which damage is noticed."""
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from blake3 import blake3
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from fastlab.dataset.manifest import (
+    FORMAT_VERSION,
+    NAME,
+    FileInfo,
+    Manifest,
+    SplitInfo,
+    check_hashes,
+    check_sizes,
+    read_manifest,
+)
+from fastlab.dataset.originals import ImageClass
+from fastlab.errors import UserError
+
+FUZZ = settings(max_examples=80, deadline=None, database=None, derandomize=True)
+
+TEXT = st.text(max_size=8)
+SIZE = st.integers(0, 2**63)
+FLOATS = st.floats(allow_nan=False)  # a NaN equals nothing
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | FLOATS | TEXT,
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(TEXT, values, max_size=3),
+    max_leaves=8,
+)
+
+
+def tables(values: st.SearchStrategy, most: int = 2) -> st.SearchStrategy[dict]:
+    return st.dictionaries(TEXT, values, max_size=most)
+
+
+MANIFESTS = st.builds(
+    Manifest,
+    name=TEXT,
+    classes=st.lists(st.builds(ImageClass, TEXT, TEXT), max_size=3),
+    image_size=SIZE,
+    splits=tables(st.builds(SplitInfo, *[SIZE] * 6)),
+    mean=st.lists(FLOATS, max_size=3),
+    std=st.lists(FLOATS, max_size=3),
+    formats=tables(tables(st.builds(FileInfo, SIZE, TEXT))),
+    settings=tables(tables(JSON)),
+    skipped=tables(TEXT),
+    request=tables(JSON, 3),
+    versions=tables(TEXT),
+    created=TEXT,
+)
+
+
+def write(manifest: Manifest, folder: Path) -> None:
+    (folder / NAME).write_text(manifest.to_json(), encoding="utf-8")
+
+
+def complaint(call: Callable, *args) -> str:
+    with pytest.raises(UserError) as caught:
+        call(*args)
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+@FUZZ
+@given(manifest=MANIFESTS)
+def test_written_then_read_gives_the_same_manifest(manifest, tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp()
+    write(manifest, folder)
+    found = read_manifest(folder)
+    assert found == manifest
+    assert found.to_json() == manifest.to_json()  # types too: 1 == 1.0 == True
+
+
+def test_names_that_are_not_utf8_survive(tmp_path):
+    """A source's directory and its corrupt images may have such names."""
+    manifest = Manifest(
+        "a\udcff", [], 64, {}, [], [], {}, skipped={"train/a/\udcff.jpg": "cut"}, request={}
+    )
+    write(manifest, tmp_path)
+    assert read_manifest(tmp_path) == manifest
+
+
+@settings(FUZZ, max_examples=150)
+@given(
+    manifest=MANIFESTS,
+    place=st.integers(0, 5000),
+    removed=st.integers(0, 1),
+    new=st.just(b"")
+    | st.sampled_from(" \n\t\"',:{}[]\\-+.eE0123456789abcdef").map(str.encode)
+    | st.characters().map(str.encode)
+    | st.binary(min_size=1, max_size=1),
+)
+def test_any_one_change_is_harmless_or_refused(manifest, place, removed, new, tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp()
+    data = manifest.to_json().encode()
+    place %= len(data) + 1
+    (folder / NAME).write_bytes(data[:place] + new + data[place + removed :])
+    try:
+        assert read_manifest(folder).to_json() == manifest.to_json()
+    except UserError as error:
+        assert str(error).startswith(f"{folder / NAME}: ")
+        assert len(str(error).splitlines()) == 1
+
+
+def test_a_digit_in_place_of_any_character_is_refused(tmp_path):
+    info = SplitInfo(10, 2, 3, 1, 1000, 90)
+    files = {"array": {"array/val-images.npy": FileInfo(12, "ab")}}
+    manifest = Manifest(
+        "é",
+        [ImageClass("a", "b")],
+        64,
+        {"val": info},
+        [0.5],
+        [0.25],
+        files,
+        {"seed": 0},
+        {"numpy": "2.0"},
+        "2026-01-02",
+        settings={"array": {"a": True}},
+        skipped={"train/a/b.jpg": "cut"},
+    )
+    write(manifest, tmp_path)
+    text = manifest.to_json()
+    for place, old in enumerate(text):
+        changed = text[:place] + ("7" if old != "7" else "8") + text[place + 1 :]
+        (tmp_path / NAME).write_text(changed, encoding="utf-8")
+        assert complaint(read_manifest, tmp_path).startswith(f"{tmp_path / NAME}: ")
+
+
+@FUZZ
+@given(
+    value=JSON
+    | st.fixed_dictionaries(
+        {"fastlab_format": st.just(FORMAT_VERSION) | JSON, "checksum": JSON},
+        optional={"classes": JSON, "formats": JSON, "splits": JSON},
+    )
+)
+@example(value={"fastlab_format": "3\nof 4"})
+def test_any_other_json_is_refused(value, tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp()
+    (folder / NAME).write_text(json.dumps(value), encoding="utf-8")
+    assert complaint(read_manifest, folder).startswith(f"{folder / NAME}: ")
+
+
+@FUZZ
+@given(data=st.binary() | st.text().map(str.encode))
+@example(data=b"[" * 100_000)
+@example(data=b"1" * 5000)
+def test_any_other_bytes_are_refused(data, tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp()
+    (folder / NAME).write_bytes(data)
+    assert complaint(read_manifest, folder).startswith(f"{folder / NAME}: ")
+
+
+FILES = st.dictionaries(
+    st.sampled_from([f"{name}/{index}" for name in ("array", "tar") for index in range(3)]),
+    st.binary(max_size=200),
+    min_size=1,
+)
+
+
+def laid_out(files: dict[str, bytes], folder: Path) -> Manifest:
+    formats: dict[str, dict[str, FileInfo]] = {}
+    for path, data in files.items():
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_bytes(data)
+        name = path.partition("/")[0]
+        formats.setdefault(name, {})[path] = FileInfo(len(data), blake3(data).hexdigest())
+    return Manifest("", [], 64, {}, [], [], formats, {})
+
+
+@settings(FUZZ, max_examples=60)
+@given(files=FILES)
+def test_whole_files_pass(files):
+    with tempfile.TemporaryDirectory() as folder:
+        manifest = laid_out(files, Path(folder))
+        check_sizes(Path(folder), manifest)
+        assert check_hashes(Path(folder), manifest) == len(files)
+
+
+@FUZZ
+@given(
+    files=FILES,
+    kind=st.sampled_from(["flipped", "cut", "grown", "removed", "folder"]),
+    bit=st.integers(0, 7),
+    data=st.data(),
+)
+def test_one_damaged_file_is_refused_by_name(files, kind, bit, data):
+    usable = sorted(path for path in files if files[path] or kind not in ("flipped", "cut"))
+    if not usable:
+        return
+    path = data.draw(st.sampled_from(usable))
+    whole = files[path]
+    place = data.draw(st.integers(0, max(0, len(whole) - 1)))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        manifest = laid_out(files, folder)
+        file = folder / path
+        if kind == "flipped":
+            changed = bytes([whole[place] ^ (1 << bit)])
+            file.write_bytes(whole[:place] + changed + whole[place + 1 :])
+            check_sizes(folder, manifest)
+        elif kind == "cut":
+            file.write_bytes(whole[:place])
+        elif kind == "grown":
+            file.write_bytes(whole + b"\0")
+        else:
+            file.unlink()
+            if kind == "folder":
+                file.mkdir()
+        if kind != "flipped":
+            assert complaint(check_sizes, folder, manifest).startswith(f"{file}: ")
+        assert complaint(check_hashes, folder, manifest).startswith(f"{file}: ")
