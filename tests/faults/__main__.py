@@ -41,7 +41,7 @@ def stages(seed: int, full: bool) -> dict[str, Callable[[Tally, Path, Path], Non
         )
 
     def killed(tally: Tally, base: Path, scratch: Path) -> None:
-        kills.conversions(tally, base, scratch, seed, times(200, 3))
+        kills.conversions(tally, base, scratch, seed, times(200, 4))
 
     def stopped(tally: Tally, base: Path, scratch: Path) -> None:
         kills.trainings(tally, base, scratch, seed, times(30, 1), 1)
@@ -87,8 +87,10 @@ def run(scratch: Path, seed: int, full: bool, only: list[str]) -> Tally:
         started = time.monotonic()
         folder = scratch / name
         folder.mkdir()
+        before = tally.total()
         stage(tally, base, folder)
-        print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
+        count, seconds = tally.total() - before, time.monotonic() - started
+        print(f"{name}: {count} faults, {seconds:.0f} s", *tally.unaccepted, sep="\n", flush=True)
     return tally
 
 

@@ -23,6 +23,9 @@ class Tally:
         if outcome not in ACCEPTED:
             self.unaccepted.append(f"{fault} {where}: {outcome}")
 
+    def total(self) -> int:
+        return sum(found.total() for found in self.counts.values())
+
     def table(self) -> str:
         """Markdown: a row a fault."""
         lines = [
@@ -32,8 +35,7 @@ class Tally:
         for fault, found in self.counts.items():
             cells = (found.total(), found[CORRECT], found[CLEAR], found["other"])
             lines.append(f"| {fault} | {' | '.join(str(cell) for cell in cells)} |")
-        total = sum(found.total() for found in self.counts.values())
-        return "\n".join([*lines, f"| all | {total} | | | {len(self.unaccepted)} |"])
+        return "\n".join([*lines, f"| all | {self.total()} | | | {len(self.unaccepted)} |"])
 
 
 def judge(code: int, errors: str, correct: Check, unharmed: Check) -> str:
