@@ -45,8 +45,12 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# The tests, and what they ran of each module.
 test: setup lint
-	$(BIN)/pytest
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage combine --quiet
+	$(BIN)/python -m tests.covered
 
 # All faults, about an hour; `make test` has a short version.
 faults: setup

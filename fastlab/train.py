@@ -241,7 +241,7 @@ def run(args: argparse.Namespace) -> int:
             directory.create(cfg, accelerator.num_processes)
         accelerator.wait_for_everyone()
         try:
-            with memory.explained(trainer), disk_explained(trainer):
+            with memory.explained(trainer), disk_explained(trainer), worker_explained(trainer):
                 return train(trainer)
         finally:
             accelerator.end_training()
@@ -258,6 +258,21 @@ def disk_explained(trainer: Trainer) -> Iterator[None]:
         raise UserError(
             f"{trainer.run.path}: cannot be written ({error.strerror or error}); mend that, then "
             f"go on with: --resume {trainer.run.path}"
+        ) from None
+
+
+@contextmanager
+def worker_explained(trainer: Trainer) -> Iterator[None]:
+    """A decoding worker that was killed becomes a `UserError` wherever PyTorch notices: its signal
+    handler raises at whatever line runs then."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"a decoding worker failed ({str(error).splitlines()[0].strip()}); go on with: "
+            f"--resume {trainer.run.path}"
         ) from None
 
 

@@ -1,6 +1,7 @@
 import base64
 import io
 import json
+import os
 import signal
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fastlab.dataset.convert import Options, convert
 from tests.training import ROOT, assert_same_weights, command, launch, metrics, train
 
 
@@ -162,3 +164,41 @@ def test_a_dataset_without_arrays_is_trained_on_to_the_end(synth_source, tmp_pat
     for sample, row in zip(samples, rows, strict=True):
         drawn = Image.open(io.BytesIO(base64.b64decode(sample["png"])))
         assert np.array_equal(np.asarray(drawn), np.asarray(Image.open(files[row]).convert("RGB")))
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_killed_decoding_worker_is_one_line_and_the_run_goes_on(synth_source, tmp_path):
+    dataset, run = tmp_path / "dataset", tmp_path / "run"
+    convert(synth_source, dataset, Options(formats=("array", "tar")))
+    sets = ("data.pipeline=torchvision", "data.workers=2", "train.epochs=500")
+    process = launch(command(dataset, run, *sets))
+    try:
+        deadline = time.monotonic() + 120
+        while not (run / "metrics.jsonl").exists() and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(forks(process.pid)[-1], signal.SIGKILL)
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 2, errors
+    (line,) = [line for line in errors.splitlines() if line.startswith("fastlab: ")]
+    assert "a decoding worker failed" in line and "Traceback" not in errors
+    kept = len(metrics(run))
+    resumed = launch(["--resume", str(run)])
+    try:
+        while len(metrics(run)) <= kept and resumed.poll() is None:
+            assert time.monotonic() < deadline + 120
+            time.sleep(0.05)
+        assert resumed.poll() is None
+    finally:
+        resumed.kill()
+        resumed.communicate()
+
+
+def forks(process: int) -> list[int]:
+    """Children that run what `process` itself runs."""
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    own = Path(f"/proc/{process}/cmdline").read_bytes()
+    return [int(c) for c in children if Path(f"/proc/{c}/cmdline").read_bytes() == own]

@@ -4,8 +4,8 @@ import sys
 import pytest
 import torch
 
-from benchmarks import convert, loaders, scaling, tables, training
-from benchmarks.measurements import Record, in_process, interleave, load, save, session
+from benchmarks import agreement, convert, loaders, scaling, tables, training
+from benchmarks.measurements import Record, Session, in_process, interleave, load, save, session
 from fastlab import config as configs
 from fastlab.dataset.convert import Options
 from fastlab.dataset.convert import convert as convert_dataset
@@ -145,3 +145,26 @@ def test_a_page_is_rewritten_from_the_records(tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", tables.PAGES)
 def test_the_tables_of_the_pages_are_current(page):
     assert not tables.update(tables.ROOT / page, write=False), "run python -m benchmarks.tables"
+
+
+def a_run(**rounds: list[float]) -> Session:
+    records = [Record(case, "images/s", values) for case, values in rounds.items()]
+    return Session("loaders", records, "", "", {}, {})
+
+
+def test_runs_agree_by_ratios_to_their_own_first_case():
+    # Twice as fast a machine, the same ratios but for the last case.
+    first = a_run(limit=[100, 110, 90], half=[50, 55, 46], tenth=[10, 11, 9])
+    second = a_run(limit=[200, 220, 180], half=[101, 110, 90], tenth=[30, 33, 27])
+    half, tenth = agreement.compare(first, second)
+    assert half.first.median == pytest.approx(0.5)
+    assert half.first.spread == pytest.approx((46 / 90 - 0.5) / 2 / 0.5)
+    assert half.agrees
+    assert not tenth.agrees
+    rows = agreement.table([half, tenth]).splitlines()[2:]
+    assert [row.split("|")[-2].strip() for row in rows] == ["yes", "NO"]
+
+
+def test_runs_of_different_kinds_are_not_compared():
+    with pytest.raises(ValueError, match="same first case"):
+        agreement.compare(a_run(limit=[1.0]), a_run(other=[1.0]))
