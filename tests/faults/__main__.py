@@ -9,6 +9,7 @@ Exit status 1 where anything but the correct result or a clear error came of a f
 
 import argparse
 import importlib.util
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -87,10 +88,11 @@ def run(scratch: Path, seed: int, full: bool, only: list[str]) -> Tally:
         started = time.monotonic()
         folder = scratch / name
         folder.mkdir()
-        before = tally.total()
+        before, bad = tally.total(), len(tally.unaccepted)
         stage(tally, base, folder)
         count, seconds = tally.total() - before, time.monotonic() - started
-        print(f"{name}: {count} faults, {seconds:.0f} s", *tally.unaccepted, sep="\n", flush=True)
+        print(f"{name}: {count} faults, {seconds:.0f} s", *tally.unaccepted[bad:], sep="\n")
+        sys.stdout.flush()
     return tally
 
 

@@ -37,6 +37,8 @@ def call(arguments: list[str]) -> tuple[int, str]:
     """Exit status and standard error of ``fastlab ARGUMENTS``, here; 70 for a traceback."""
     from fastlab.cli import main
 
+    if "accelerate" in sys.modules:  # it keeps the precision that a process first asked for
+        sys.modules["accelerate"].state.AcceleratorState._reset_state(reset_partial_state=True)
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
         try:
