@@ -3,7 +3,7 @@
     coverage run -m pytest; coverage combine; python -m tests.covered
 
 Exit status 1 where a module has less than `ENOUGH` of its lines covered and `uncovered.toml` gives
-no reason, or gives one for a module that needs none.
+no reason, or gives one for a module that there is not.
 """
 
 import json
@@ -13,7 +13,7 @@ import tempfile
 import tomllib
 from pathlib import Path
 
-ENOUGH = 95  # per cent
+ENOUGH = 90  # per cent
 
 
 def main() -> int:

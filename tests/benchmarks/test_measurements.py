@@ -1,5 +1,7 @@
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from fastlab.dataset.convert import convert as convert_dataset
 from fastlab.dataset.synth import synthesise
 from fastlab.models import build
 from pipelines.base import Batch
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -168,3 +172,29 @@ def test_runs_agree_by_ratios_to_their_own_first_case():
 def test_runs_of_different_kinds_are_not_compared():
     with pytest.raises(ValueError, match="same first case"):
         agreement.compare(a_run(limit=[1.0]), a_run(other=[1.0]))
+
+
+def test_the_command_says_by_its_status_whether_runs_agree(tmp_path, monkeypatch, capsys):
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    save(a_run(limit=[100, 110], half=[50, 55]), first)
+    save(a_run(limit=[100, 110], half=[70, 77]), second)
+    for other, status in ((first, 0), (second, 1)):
+        monkeypatch.setattr(sys, "argv", ["agreement", str(first), str(other)])
+        assert agreement.main() == status
+    assert "| half | 0.500 ± 0% | 0.700 ± 0% | NO |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_scaling_measures_each_number_of_processes(dataset, tmp_path):
+    out = tmp_path / "scaling.json"
+    command = [sys.executable, "-m", "benchmarks.scaling", "--config", "configs/demo.toml"]
+    command += ["--set", f"data.path={dataset}", "--set", "model.width=4", "--batch", "16"]
+    command += ["--processes", "1,2", "--seconds", "0.2", "--rounds", "1", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    one, two = load(out).records
+    assert (one.details["processes"], two.details["processes"]) == (1, 2)
+    assert one.details["cores"] == two.details["cores"]  # of each process, or it is no comparison
+    assert len(one.rounds) == len(two.rounds) == 1 and min(one.rounds + two.rounds) > 0
+    assert scaling.table(load(out)) in done.stdout
