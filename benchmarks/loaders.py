@@ -76,7 +76,7 @@ def run_all(args: argparse.Namespace) -> Session:
     records = [
         Record(name, "images/s", found, {"cores": int(name.rpartition(", ")[2]), **details[name]})
         for name, found in rates.items()
-        if name in details
+        if name.rpartition(", ")[0] not in problems
     ]
     return session("loaders", records)
 
