@@ -18,6 +18,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fastlab.processes import die_with_launcher
+
+if __name__ == "__main__":
+    die_with_launcher()  # before the imports, which take seconds
+
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed

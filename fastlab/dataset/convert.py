@@ -44,9 +44,9 @@ from fastlab.dataset.originals import (
     read_originals,
     select_classes,
 )
-from fastlab.dataset.processes import die_with_parent
 from fastlab.dataset.trees import Tree, open_tree
 from fastlab.errors import UserError, printable
+from fastlab.processes import die_with_parent
 
 # Options that do not change what is converted, only how or to which formats.
 _NO_IDENTITY = ("force", "workers", "formats", "settings", "on_corrupt")

@@ -20,10 +20,10 @@ import numpy as np
 import simplejpeg
 
 from fastlab.dataset.originals import Originals, Split
-from fastlab.dataset.processes import die_with_parent
 from fastlab.dataset.shards import Shards, index_head, index_line
 from fastlab.dataset.trees import Tree
 from fastlab.errors import UserError
+from fastlab.processes import die_with_parent
 
 FORMATS = ("array", "ffcv", "tar")
 ENCODINGS = ("raw", "jpeg")

@@ -141,7 +141,8 @@ def _killed_training(base: Path, run: Path, whole: Path, moment: float, processe
     arguments = command(base / "dataset", run)
     process = launch(arguments, processes, start_new_session=True)
     time.sleep(moment)
-    kill_group(process)
+    if left := kill_group(process):
+        return f"processes that outlive it: {left}"
     begun = (run / "config.toml").exists()
     again = launch(["--resume", str(run)] if begun else arguments, processes)
     code, errors = ended(again, check=False)
@@ -150,15 +151,18 @@ def _killed_training(base: Path, run: Path, whole: Path, moment: float, processe
     return same_run(run, whole) or CORRECT
 
 
-def kill_group(process: subprocess.Popen) -> None:
-    os.killpg(process.pid, signal.SIGKILL)
+def kill_group(process: subprocess.Popen) -> list[int]:
+    """Kill what `launch` started, as a scheduler does; return what of the training outlived that.
+    Workers of torchrun are not in its group."""
+    if os.getpgid(process.pid) == process.pid:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    option = "--resume" if "--resume" in process.args else "--out"
+    survivors = _survivors(process.args[process.args.index(option) + 1])
+    for child in survivors:
+        os.kill(child, signal.SIGKILL)
     process.communicate(timeout=_SECONDS)
-    # Workers of torchrun have sessions of their own.
-    for child in _running("--resume") + _running(str(ROOT / "fastlab" / "train.py")):
-        try:
-            os.kill(child, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+    return survivors
 
 
 def same_run(run: Path, whole: Path) -> str:

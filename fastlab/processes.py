@@ -1,4 +1,4 @@
-"""Child processes that do not outlive a conversion that was killed."""
+"""Processes that do not outlive the one that started them."""
 
 import ctypes
 import functools
@@ -11,6 +11,14 @@ _PR_SET_PDEATHSIG = 1
 def die_with_parent() -> None:
     """Have the kernel kill this process when its parent dies (Linux; elsewhere nothing)."""
     _once(os.getpid())
+
+
+def die_with_launcher() -> None:
+    """A training of several processes dies with torchrun's agent, which holds the store that they
+    meet at: without it, those that still start would wait for half an hour. Their sessions are
+    their own, so that a kill of the agent's group does not reach them."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
 
 
 @functools.cache
