@@ -202,3 +202,20 @@ def forks(process: int) -> list[int]:
     children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
     own = Path(f"/proc/{process}/cmdline").read_bytes()
     return [int(c) for c in children if Path(f"/proc/{c}/cmdline").read_bytes() == own]
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_processes_that_start_die_with_torchruns_agent(synth_dataset, tmp_path):
+    """They would wait half an hour for the store that it held."""
+    agent = launch(command(synth_dataset, tmp_path / "run"), 2)
+    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children")
+    deadline = time.monotonic() + 120
+    try:
+        while len(workers := children.read_text().split()) < 2:
+            assert time.monotonic() < deadline and agent.poll() is None
+            time.sleep(0.02)
+        time.sleep(1)  # they import for seconds
+    finally:
+        agent.kill()
+    agent.communicate(timeout=60)  # which ends when the workers have left its pipes
