@@ -212,7 +212,7 @@ def test_processes_that_start_die_with_torchruns_agent(synth_dataset, tmp_path):
     children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children")
     deadline = time.monotonic() + 120
     try:
-        while len(workers := children.read_text().split()) < 2:
+        while len(children.read_text().split()) < 2:
             assert time.monotonic() < deadline and agent.poll() is None
             time.sleep(0.02)
         time.sleep(1)  # they import for seconds
