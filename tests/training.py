@@ -38,9 +38,7 @@ def launch(arguments: list[str], processes: int = 1, **kwargs) -> subprocess.Pop
         env=environment,
         cwd=ROOT,
         text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        **kwargs,
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **kwargs},
     )
 
 

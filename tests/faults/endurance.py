@@ -6,6 +6,7 @@ python -m tests.faults.endurance BASE SCRATCH EPOCHS ENGINE
 import json
 import os
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -43,7 +44,8 @@ def run(tally: Tally, base: Path, scratch: Path, engine: str, epochs: int) -> st
     """A training of so many epochs by `engine`, watched; returns what was seen, in a line."""
     out = scratch / f"endurance-{engine}"
     sets = (f"train.epochs={epochs}", f"data.pipeline={engine}", "train.checkpoint_every=0")
-    process = launch(command(base / "dataset", out, *sets, "data.workers=1"))
+    arguments = command(base / "dataset", out, *sets, "data.workers=1")
+    process = launch(arguments, stdout=subprocess.DEVNULL)  # a pipe fills after 500 epochs
     samples: list[Sample] = []
     while process.poll() is None:
         time.sleep(0.5)
