@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,15 @@ from fastlab.errors import UserError
 
 
 def save(
-    folder: Path, step: int, model: nn.Module, state: dict[str, Any], accelerator: Any
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    state: dict[str, Any],
+    accelerator: Any,
+    own: Sequence[torch.Tensor] = (),
 ) -> None:
-    """Write the checkpoint of `step` and drop older ones. Every process calls this.
+    """Write the checkpoint of `step` and drop older ones. Every process calls this: `state` is
+    the main one's, `own` are further tensors of each.
 
     Raises OSError where it cannot be written; the one before is then as it was.
     """
@@ -36,7 +43,7 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    _write(_rank_state(model), partial / f"rank-{accelerator.process_index}.pt")
+    _write(_rank_state(model, own), partial / f"rank-{accelerator.process_index}.pt")
     if accelerator.is_main_process:
         save_weights(model, partial / "model.safetensors")
         _write(state, partial / "state.pt")
@@ -109,8 +116,9 @@ def last(folder: Path) -> Path | None:
     return max(folder.glob("step-*"), default=None)
 
 
-def load(path: Path, model: nn.Module, rank: int) -> dict[str, Any]:
-    """Restore weights, running statistics and random state; return the rest.
+def load(path: Path, model: nn.Module, rank: int) -> tuple[dict[str, Any], Sequence[torch.Tensor]]:
+    """Restore weights, running statistics and random state; return the rest: the main process's
+    state, and this one's own tensors (none, if it has no state of its own).
 
     Tensors of the rest are on the CPU: `load_state_dict` puts them where they belong. On another
     number of processes than wrote it, a process without a state of its own keeps the main one's
@@ -118,25 +126,26 @@ def load(path: Path, model: nn.Module, rank: int) -> dict[str, Any]:
     """
     load_weights(model, path / "model.safetensors")
     try:
-        own = path / f"rank-{rank}.pt"
-        if own.exists():
-            _restore_rank(model, _read(own))
-        return _read(path / "state.pt")
+        file = path / f"rank-{rank}.pt"
+        own = _restore_rank(model, _read(file)) if file.exists() else ()
+        return _read(path / "state.pt"), own
     except Exception as error:  # torch.load raises many kinds on damaged bytes
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path}: damaged checkpoint ({reason})") from None
 
 
-def _rank_state(model: nn.Module) -> dict[str, Any]:
-    state = {"cpu": torch.get_rng_state(), "buffers": dict(model.named_buffers())}
+def _rank_state(model: nn.Module, own: Sequence[torch.Tensor]) -> dict[str, Any]:
+    buffers = dict(model.named_buffers())
+    state = {"cpu": torch.get_rng_state(), "buffers": buffers, "own": list(own)}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
 
-def _restore_rank(model: nn.Module, state: dict[str, Any]) -> None:
+def _restore_rank(model: nn.Module, state: dict[str, Any]) -> list[torch.Tensor]:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
     for name, buffer in model.named_buffers():
         buffer.copy_(state["buffers"][name])
+    return state.get("own", [])  # checkpoints before this had none

@@ -77,6 +77,12 @@ class WeightAverage:
         self._live = [t for t in model.state_dict(keep_vars=True).values() if t.is_floating_point()]
         self._decay = decay
         self.average = [t.detach().clone() for t in self._live]
+        self.buffers = [
+            average
+            for average, live in zip(self.average, self._live, strict=True)
+            if not isinstance(live, nn.Parameter)
+        ]
+        """Of the running statistics, which differ between processes; the rest does not."""
         self.steps = 0
 
     @torch.no_grad()

@@ -170,17 +170,20 @@ class Trainer:
         self.refuse_divergence()
         done = self.progress.epoch * self.train_data.steps() + self.progress.step
         state = self.state_dict()
-        checkpoint.save(self.run.checkpoints, done, self.model, state, self.accelerator)
+        own = self.average.buffers if self.average else ()
+        checkpoint.save(self.run.checkpoints, done, self.model, state, self.accelerator, own)
 
     def restore(self) -> None:
         path = checkpoint.last(self.run.checkpoints)
         if path is not None:
-            state = checkpoint.load(path, self.model, self.accelerator.process_index)
+            state, own = checkpoint.load(path, self.model, self.accelerator.process_index)
             self.progress = Progress(**state["progress"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
             if self.average:
                 self.average.load_state_dict(state["average"])
+                for buffer, value in zip(self.average.buffers, own, strict=False):
+                    buffer.copy_(value)
             if self.accelerator.scaler:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             if self.accelerator.is_main_process:
@@ -491,10 +494,10 @@ def evaluate(net: nn.Module, data: Pipeline, accelerator: Accelerator) -> Figure
 
 
 def average_buffers(trainer: Trainer) -> None:
-    """Running statistics become their mean over the processes."""
+    """Running statistics, and their moving averages, become their mean over the processes."""
     if trainer.accelerator.num_processes == 1:
         return
-    for buffer in trainer.model.buffers():
+    for buffer in (*trainer.model.buffers(), *(trainer.average.buffers if trainer.average else ())):
         if buffer.is_floating_point():
             buffer.copy_(trainer.accelerator.reduce(buffer, "mean"))
 

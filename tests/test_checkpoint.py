@@ -68,7 +68,8 @@ def test_training_goes_on_bit_for_bit(tmp_path, name):
 
     resumed, other = fresh()
     torch.manual_seed(99)
-    found = checkpoint.load(checkpoint.last(tmp_path), resumed, 0)
+    found, own = checkpoint.load(checkpoint.last(tmp_path), resumed, 0)
+    assert len(own) == 0
     assert found["progress"] == {"epoch": 3, "rates": [1.5, 2.25]}
     assert same(resumed.state_dict(), saved)
     assert torch.equal(torch.get_rng_state(), random)
@@ -179,7 +180,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_path, kill
             break
         except Killed:
             model = small()
-            state = checkpoint.load(checkpoint.last(folder), model, 0)
+            state, _ = checkpoint.load(checkpoint.last(folder), model, 0)
             assert content(model) == state["value"] in (70, 80)
             checkpoint.save(folder, 9, small(90), {}, ALONE)
             assert list(folder.iterdir()) == [checkpoint.last(folder)]

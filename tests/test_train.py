@@ -219,3 +219,23 @@ def test_processes_that_start_die_with_torchruns_agent(synth_dataset, tmp_path):
     finally:
         agent.kill()
     agent.communicate(timeout=60)  # which ends when the workers have left its pipes
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_processes_killed_within_an_epoch_resume_bit_for_bit(synth_dataset, tmp_path):
+    """With a moving average: its running statistics differ between the processes by then."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    train(command(synth_dataset, whole), 2)
+    agent = launch(command(synth_dataset, run), 2)
+    deadline = time.monotonic() + 120
+    try:
+        while not (run / "checkpoints" / "step-00000002").exists() and agent.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+    finally:
+        agent.kill()
+    agent.communicate(timeout=60)
+    train(["--resume", str(run)], 2)
+    assert metrics(run) == metrics(whole)
+    assert_same_weights(run, whole)
