@@ -9,25 +9,17 @@ where one does not.
 """
 
 import argparse
-import statistics
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.measurements import Session, load
-
-
-class Ratio(NamedTuple):
-    """To the run's first case, over the rounds."""
-
-    median: float
-    spread: float
-    """Half of the range, as a share of the median."""
+from benchmarks.measurements import Record, Session, load
 
 
 class Pair(NamedTuple):
     case: str
-    first: Ratio
-    second: Ratio
+    first: Record
+    second: Record
 
     @property
     def agrees(self) -> bool:
@@ -40,7 +32,11 @@ def main() -> int:
     parser.add_argument("first", type=Path)
     parser.add_argument("second", type=Path)
     args = parser.parse_args()
-    pairs = compare(load(args.first), load(args.second))
+    try:
+        pairs = compare(load(args.first), load(args.second))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        print(f"{args.first}, {args.second}: cannot be compared ({error})", file=sys.stderr)
+        return 2
     print(table(pairs))
     return 0 if all(pair.agrees for pair in pairs) else 1
 
@@ -53,18 +49,17 @@ def compare(first: Session, second: Session) -> list[Pair]:
     return [Pair(case, before[case], after[case]) for case in before if case in after]
 
 
-def ratios(found: Session) -> dict[str, Ratio]:
+def ratios(found: Session) -> dict[str, Record]:
+    """Of each case to the run's first, round by round."""
     limit, *cases = found.records
-    shares = {
-        record.case: [a / b for a, b in zip(record.rounds, limit.rounds, strict=True)]
+    return {
+        record.case: Record(
+            record.case,
+            "ratio",
+            [a / b for a, b in zip(record.rounds, limit.rounds, strict=True)],
+        )
         for record in cases
     }
-    return {case: _ratio(rounds) for case, rounds in shares.items()}
-
-
-def _ratio(rounds: list[float]) -> Ratio:
-    median = statistics.median(rounds)
-    return Ratio(median, (max(rounds) - min(rounds)) / 2 / median)
 
 
 def table(pairs: list[Pair]) -> str:

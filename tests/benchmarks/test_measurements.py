@@ -169,9 +169,12 @@ def test_runs_agree_by_ratios_to_their_own_first_case():
     assert [row.split("|")[-2].strip() for row in rows] == ["yes", "NO"]
 
 
-def test_runs_of_different_kinds_are_not_compared():
+def test_runs_of_different_kinds_are_not_compared(tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="same first case"):
         agreement.compare(a_run(limit=[1.0]), a_run(other=[1.0]))
+    monkeypatch.setattr(sys, "argv", ["agreement", str(tmp_path / "none"), str(tmp_path)])
+    assert agreement.main() == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_the_command_says_by_its_status_whether_runs_agree(tmp_path, monkeypatch, capsys):
