@@ -1,5 +1,7 @@
 """The short, seeded version of ``python -m tests.faults``; ``make faults`` runs the full one."""
 
+import os
+
 import pytest
 
 from tests.faults.__main__ import run, stages
@@ -7,6 +9,13 @@ from tests.faults.endurance import Sample, compare
 from tests.faults.outcomes import CLEAR, CORRECT, Tally, judge
 
 STAGES = [name for name in stages(0, False) if name != "endurance"]
+
+
+@pytest.fixture(autouse=True)
+def unmeasured(monkeypatch):
+    """A command whose disk is full, or that is killed, cannot write down its coverage as well."""
+    for name in [name for name in os.environ if name.startswith("COVERAGE_PROCESS")]:
+        monkeypatch.delenv(name)
 
 
 @pytest.mark.slow
