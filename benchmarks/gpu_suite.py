@@ -74,14 +74,16 @@ def environment(suite: Suite) -> list[Step]:
 def correctness(suite: Suite) -> list[Step]:
     report = suite.out / "gpu-tests.xml"
     # On a CPU the same tests skip; what they are about is tested there by others.
-    tests = ["tests", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}"]
-    return [Step("gpu-tests", suite.module("pytest", "-q", *tests), report)]
+    tests = "tests/pipelines/test_augment.py" if suite.tiny else "tests"
+    options = ["-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    return [Step("gpu-tests", suite.module("pytest", "-q", tests, *options), report)]
 
 
 def loaders(suite: Suite) -> list[Step]:
     seconds, rounds = ("0.2", "1") if suite.tiny else ("3", "5")
-    only = "memory gather, no augmentation;fastlab resident;fastlab torchvision;fastlab dali"
-    only += ";fastlab ffcv, raw"
+    only = "memory gather, no augmentation;fastlab resident"
+    if not suite.tiny:
+        only += ";fastlab torchvision;fastlab dali;fastlab ffcv, raw"
     arguments = [str(suite.data), "--seconds", seconds, "--rounds", rounds, "--only", only]
     return [suite.measured("loaders", "benchmarks.loaders", *arguments)]
 
@@ -120,7 +122,8 @@ def ablations(suite: Suite) -> list[Step]:
     study = suite.out / "study"
     arguments = [*studies, "--out", str(study), "--set", f"data.path={json.dumps(str(suite.data))}"]
     if suite.tiny:
-        arguments = [studies[0], *arguments[len(studies) :], "--epochs", "1", "--seeds", "1"]
+        short = "configs/ablations/resnet-normalization.toml"
+        arguments = [short, *arguments[len(studies) :], "--epochs", "1", "--seeds", "1"]
         arguments += ["--set", "model.width=4", "--set", "train.compile=false"]
         arguments += ["--set", 'train.precision="fp32"', "--set", "train.batch_size=32"]
     else:
