@@ -3,7 +3,8 @@
     python -m benchmarks.tables            # rewrite them
     python -m benchmarks.tables --check    # exit 1 where one is not current
 
-A page marks each table: ``<!-- table: cpu-2026-11-24/loaders -->`` … ``<!-- end -->``.
+A page marks each table: ``<!-- table: cpu-2026-11-24/loaders -->`` … ``<!-- end -->``. Two records
+give the table of their ratios: ``<!-- table: DATE/loaders DATE/loaders-again -->``.
 """
 
 import argparse
@@ -11,11 +12,12 @@ import importlib
 import re
 from pathlib import Path
 
+from benchmarks import agreement
 from benchmarks.measurements import Session, load
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "benchmarks/README.md", "pipelines/README.md")
-_MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_MARKED = re.compile(r"(<!-- table: (\S+)(?: (\S+))? -->\n).*?<!-- end -->", re.DOTALL)
 
 
 def main() -> int:
@@ -31,17 +33,24 @@ def main() -> int:
 def update(page: Path, write: bool) -> bool:
     """Whether `page` differs from what the records give; rewrite it if asked."""
     before = page.read_text(encoding="utf-8")
-    after = _MARKED.sub(lambda m: f"{m[1]}{render(m[2])}\n{m[3]}", before)
+    after = _MARKED.sub(lambda m: m[1] + render(m[2], m[3]) + "\n<!-- end -->", before)
     if write and after != before:
         page.write_text(after, encoding="utf-8")
     return after != before
 
 
-def render(name: str) -> str:
-    """The table of ``benchmarks/results/<name>.json`` and what made it, in Markdown."""
-    found = load(ROOT / "benchmarks" / "results" / f"{name}.json")
+def render(name: str, again: str | None = None) -> str:
+    """The table of ``benchmarks/results/<name>.json`` and what made it, in Markdown; or that of how
+    its ratios agree with those of `again`."""
+    found = _load(name)
+    if again:
+        return agreement.table(agreement.compare(found, _load(again)))
     table = importlib.import_module(f"benchmarks.{found.benchmark}").table(found)
     return f"{table}\n\n{origin(found)}"
+
+
+def _load(name: str) -> Session:
+    return load(ROOT / "benchmarks" / "results" / f"{name}.json")
 
 
 def origin(found: Session) -> str:

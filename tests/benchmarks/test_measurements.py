@@ -146,6 +146,20 @@ def test_a_page_is_rewritten_from_the_records(tmp_path, monkeypatch):
     assert not tables.update(page, write=True)
 
 
+def test_two_records_give_the_table_of_their_ratios(tmp_path, monkeypatch):
+    for name, second in (("one", 8.0), ("two", 9.0)):
+        records = [
+            Record(f"{n} processes", "images/s", [rate, rate], {"processes": n})
+            for n, rate in ((1, 5.0), (2, second))
+        ]
+        save(session("scaling", records), tmp_path / "benchmarks" / "results" / f"{name}.json")
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table: one two -->\n<!-- end -->\n")
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    assert tables.update(page, write=True)
+    assert "| 2 processes | 1.600 ± 0% | 1.800 ± 0% | NO |" in page.read_text().splitlines()
+
+
 @pytest.mark.parametrize("page", tables.PAGES)
 def test_the_tables_of_the_pages_are_current(page):
     assert not tables.update(tables.ROOT / page, write=False), "run python -m benchmarks.tables"
