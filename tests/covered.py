@@ -13,7 +13,7 @@ import tempfile
 import tomllib
 from pathlib import Path
 
-ENOUGH = 70  # per cent
+ENOUGH = 75  # per cent
 
 
 def main() -> int:
