@@ -30,8 +30,8 @@ wheels: setup
 	$(BIN)/pip download --quiet --dest wheels --no-deps --only-binary=:all: \
 	  --python-version $(WHEELS_PYTHON) --platform manylinux_2_28_x86_64 \
 	  --platform manylinux2014_x86_64 --platform any \
-	  blake3 braceexpand jinja2 llvmlite markupsafe numba pillow pluggy iniconfig pytest \
-	  pytest-timeout simplejpeg tomli-w webdataset pyyaml
+	  braceexpand jinja2 llvmlite markupsafe numba pillow pluggy iniconfig pytest \
+	  pytest-timeout simplejpeg tomli-w webdataset pyyaml xxhash
 
 demo: setup
 	rm -rf $(DEMO)/run

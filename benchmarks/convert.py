@@ -23,7 +23,7 @@ import numpy as np
 import simplejpeg
 
 from benchmarks.measurements import Record, Session, interleave, save, session
-from fastlab.dataset.convert import BLOCK
+from fastlab.dataset.blocks import block_size
 from fastlab.dataset.originals import read_originals
 from fastlab.dataset.trees import Tree, open_tree
 
@@ -127,13 +127,13 @@ def _decode_all(data: list[bytes], ready: Callable) -> int:
 
 def _read_decode(share: tuple[Tree, list[str], Path | None], ready: Callable) -> int:
     tree, paths, target = share
-    out = np.empty((BLOCK, SIDE, SIDE, 3), dtype=np.uint8)
+    out = np.empty((block_size(SIDE), SIDE, SIDE, 3), dtype=np.uint8)
     if target:
         target.unlink(missing_ok=True)
     with open(target or os.devnull, "wb", buffering=0) as file:
         ready()
-        for first in range(0, len(paths), BLOCK):
-            block = paths[first : first + BLOCK]
+        for first in range(0, len(paths), len(out)):
+            block = paths[first : first + len(out)]
             for path, pixels in zip(block, out, strict=False):
                 simplejpeg.decode_jpeg(tree.read(path)[0], "RGB", buffer=pixels)
             if target:

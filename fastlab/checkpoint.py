@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
+from xxhash import xxh3_128
 
 from fastlab.errors import UserError
+
+_HASH = "xxh128"  # of the metadata of a safetensors file
 
 
 def save(
@@ -76,7 +78,7 @@ def _read(path: Path) -> dict[str, Any]:
 def save_weights(model: nn.Module, path: Path) -> None:
     """safetensors, in place of `path` at once. Raises OSError."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    data = safetensors_bytes(tensors, {"blake3": _digest(tensors)})
+    data = safetensors_bytes(tensors, {_HASH: _digest(tensors)})
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(data)
     os.replace(partial, path)
@@ -87,7 +89,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            written = (file.metadata() or {}).get("blake3")
+            written = (file.metadata() or {}).get(_HASH)
     except FileNotFoundError:
         raise UserError(
             f"{path}: no such checkpoint; the run ended before it was written"
@@ -103,7 +105,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def _digest(tensors: dict[str, torch.Tensor]) -> str:
-    digest = blake3()
+    digest = xxh3_128()
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())

@@ -1,34 +1,28 @@
 """Originals to a dataset directory: decoded once, in parallel, whole or not at all.
 
-Workers decode blocks into shared memory; the parent hashes and writes what is finished, in order,
-while they go on. Everything is written under ``OUT.partial`` and renamed when complete.
+Workers decode blocks; the parent hashes and writes what is finished, in order, while they go on.
+Everything is written under ``OUT.partial`` and renamed when complete.
 """
 
 import contextlib
 import fcntl
-import functools
 import io
-import math
 import mmap
-import multiprocessing
 import os
 import platform
 import shutil
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 import fastlab
 from fastlab.dataset import manifest as manifests
-from fastlab.dataset.decode import CorruptImage, decode_into
+from fastlab.dataset.blocks import Block, decoded_blocks
+from fastlab.dataset.direct import ALIGNMENT, DirectFile
 from fastlab.dataset.formats import (
     ENCODINGS,
     FORMATS,
@@ -38,6 +32,7 @@ from fastlab.dataset.formats import (
     write_format,
 )
 from fastlab.dataset.manifest import FileInfo, Manifest, SplitInfo
+from fastlab.dataset.moments import mean_and_std
 from fastlab.dataset.originals import (
     Originals,
     check_counts,
@@ -46,13 +41,9 @@ from fastlab.dataset.originals import (
 )
 from fastlab.dataset.trees import Tree, open_tree
 from fastlab.errors import UserError, printable
-from fastlab.processes import die_with_parent
 
 # Options that do not change what is converted, only how or to which formats.
 _NO_IDENTITY = ("force", "workers", "formats", "settings", "on_corrupt")
-BLOCK = 256  # images a task: some milliseconds of work
-_PIECE = 1 << 17  # bytes that are still in the second-level cache after their hash
-_STRIPE = 128  # rows: the fewer, the more calls; 16 bits hold the sum of 257 values
 
 
 @dataclass(frozen=True)
@@ -195,7 +186,7 @@ def _request(originals: Originals, stamps: dict[str, np.ndarray], options: Optio
         digest.update(split.labels.tobytes())
         digest.update(stamps[name].tobytes())
     kept = {k: v for k, v in asdict(options).items() if k not in _NO_IDENTITY}
-    return {"layout": originals.layout, **kept, "originals_blake3": digest.hexdigest()}
+    return {"layout": originals.layout, **kept, "originals_xxh128": digest.hexdigest()}
 
 
 def _existing(out: Path, request: dict) -> Manifest:
@@ -274,34 +265,6 @@ def _restore(out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-class _Task(NamedTuple):
-    split: str
-    start: int
-    stop: int
-
-
-class _Block(NamedTuple):
-    """What a worker tells of a finished task; its pixels are in the shared memory."""
-
-    sums: np.ndarray  # [2, 3] int64: of the channels' values and of their squares
-    greyscale: int
-    stamps: np.ndarray  # [images, 2] int64
-    corrupt: list[tuple[str, str]]  # path, and what is wrong
-
-
-@dataclass
-class _Job:
-    """What forked workers inherit instead of receiving it with every task."""
-
-    tree: Tree
-    originals: Originals
-    slots: np.ndarray
-    """uint8 [slots, BLOCK, S, S, 3], shared by all processes."""
-
-
-_job: _Job  # set before the workers are forked
-
-
 def _write_array(
     tree: Tree, originals: Originals, source: Path, options: Options, partial: Path
 ) -> Manifest:
@@ -320,7 +283,8 @@ def _write_array(
         blocks, hashed = _write_images(tree, originals, side, workers, partial)
     hashed |= _write_labels(originals, partial)
     stamps = {name: np.concatenate([b.stamps for b in part]) for name, part in blocks.items()}
-    mean, std = _moments(blocks["train"], len(originals.splits["train"].paths) * side * side)
+    pixels = len(originals.splits["train"].paths) * side * side
+    mean, std = mean_and_std(sum(block.sums for block in blocks["train"]), pixels)
     return Manifest(
         name=_dataset_name(source),
         classes=originals.classes,
@@ -341,16 +305,16 @@ def _write_array(
 
 def _write_images(
     tree: Tree, originals: Originals, side: int, workers: int, partial: Path
-) -> tuple[dict[str, list[_Block]], dict[str, FileInfo]]:
+) -> tuple[dict[str, list[Block]], dict[str, FileInfo]]:
     """What the workers tell of each split, and the files; not whole where an image is corrupt."""
     shutil.rmtree(partial / "array", ignore_errors=True)
     (partial / "array").mkdir()
-    blocks: dict[str, list[_Block]] = {name: [] for name in originals.splits}
+    blocks: dict[str, list[Block]] = {name: [] for name in originals.splits}
     with _Writers(originals, side, partial) as writers:
-        for task, block, pixels in _decoded(tree, originals, side, workers):
-            blocks[task.split].append(block)
+        for split, block, pixels in decoded_blocks(tree, originals, side, workers):
+            blocks[split].append(block)
             if not block.corrupt:
-                writers.write(task.split, pixels)
+                writers.write(split, pixels)
         return blocks, writers.finish()
 
 
@@ -358,11 +322,10 @@ class _Writers:
     """The ``.npy`` file of each split, written and hashed front to back."""
 
     def __init__(self, originals: Originals, side: int, partial: Path) -> None:
-        self._partial = partial
-        self._files: dict[str, tuple[str, BinaryIO, Any]] = {}
+        self._files: dict[str, tuple[str, DirectFile, Any]] = {}
         for name, split in originals.splits.items():
             path = f"array/{name}-images.npy"
-            self._files[name] = path, (partial / path).open("wb", buffering=0), manifests.new_hash()
+            self._files[name] = path, DirectFile(partial / path), manifests.new_hash()
             self.write(name, _npy_header(len(split.paths), side))
 
     def __enter__(self) -> "_Writers":
@@ -374,60 +337,27 @@ class _Writers:
 
     def write(self, name: str, data: bytes | np.ndarray) -> None:
         _, file, digest = self._files[name]
-        whole = memoryview(data).cast("B")
-        for first in range(0, len(whole), _PIECE):
-            view = whole[first : first + _PIECE]
-            digest.update(view)
-            while view:
-                view = view[file.write(view) :]
+        view = memoryview(data).cast("B")
+        digest.update(view)
+        file.write(view)
 
     def finish(self) -> dict[str, FileInfo]:
         return {
-            path: FileInfo(file.tell(), digest.hexdigest())
+            path: FileInfo(file.size, digest.hexdigest())
             for path, file, digest in self._files.values()
         }
 
 
-def _npy_header(images: int, side: int) -> bytes:
+def _npy_header(images: int, side: int) -> np.ndarray:
+    """uint8 [ALIGNMENT]: padded so that the pixels start on a page, as direct writing needs."""
     stream = io.BytesIO()
     layout = {"descr": "|u1", "fortran_order": False, "shape": (images, side, side, 3)}
     np.lib.format.write_array_header_1_0(stream, layout)
-    return stream.getvalue()
-
-
-def _decoded(
-    tree: Tree, originals: Originals, side: int, workers: int
-) -> Iterator[tuple[_Task, _Block, np.ndarray]]:
-    """Every block in order, with its pixels, which stay valid until the next is asked for."""
-    global _job
-    tasks = [
-        _Task(name, start, min(start + BLOCK, len(split.paths)))
-        for name, split in originals.splits.items()
-        for start in range(0, len(split.paths), BLOCK)
-    ]
-    shape = (2 * workers + 2, BLOCK, side, side, 3)
-    shared = mmap.mmap(-1, int(np.prod(shape)))
-    slots = np.frombuffer(shared, dtype=np.uint8).reshape(shape)
-    _job = _Job(tree, originals, slots)
-    fork = multiprocessing.get_context("fork")
-    bar = tqdm(total=sum(task.stop - task.start for task in tasks), unit="img", disable=None)
-    with bar, ProcessPoolExecutor(workers, mp_context=fork, initializer=die_with_parent) as pool:
-        free, waiting = list(range(len(slots))), deque[tuple[_Task, int, Future]]()
-        try:
-            for task in tasks:
-                waiting.append((task, slot := free.pop(), pool.submit(_decode_block, task, slot)))
-                while waiting and (not free or task is tasks[-1]):
-                    done, slot, future = waiting.popleft()
-                    count = done.stop - done.start
-                    yield done, future.result(), slots[slot, :count]
-                    bar.update(count)
-                    free.append(slot)
-        except BrokenProcessPool:
-            raise UserError(
-                "a conversion worker died (out of memory, or killed); run again with --workers 1"
-            ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+    text = stream.getvalue()[10:].rstrip()
+    whole = np.lib.format.magic(1, 0) + (ALIGNMENT - 10).to_bytes(2, "little") + text
+    header = np.frombuffer(mmap.mmap(-1, ALIGNMENT), dtype=np.uint8)
+    header[:] = np.frombuffer(whole.ljust(ALIGNMENT - 1) + b"\n", dtype=np.uint8)
+    return header
 
 
 def _refuse(corrupt: dict[str, str]) -> None:
@@ -437,59 +367,6 @@ def _refuse(corrupt: dict[str, str]) -> None:
         f"{len(corrupt)} corrupt images: {shown}{more}; mend them, or leave them out with "
         f"--on-corrupt skip"
     )
-
-
-def _decode_block(task: _Task, slot: int) -> _Block:
-    tree = _job.tree
-    paths = _job.originals.splits[task.split].paths[task.start : task.stop]
-    pixels = _job.slots[slot, : len(paths)]
-    stamps = np.zeros((len(paths), 2), dtype=np.int64)
-    greyscale = 0
-    corrupt = []
-    for path, out, stamp in zip(paths, pixels, stamps, strict=True):
-        try:
-            data, stamp[:] = tree.read(path)
-            greyscale += decode_into(data, out)
-        except (CorruptImage, OSError, ValueError) as error:
-            corrupt.append((path, str(error)))
-    sums = _channel_sums(pixels) if task.split == "train" else np.zeros((2, 3), dtype=np.int64)
-    return _Block(sums, greyscale, stamps, corrupt)
-
-
-def _channel_sums(pixels: np.ndarray) -> np.ndarray:
-    """[2, 3] int64: sums of each channel and of its squares, exact; `pixels` is uint8 [n, S, S, 3].
-
-    In lanes as narrow as they go, since numpy widens slowly while it sums.
-    """
-    side = pixels.shape[1]
-    rows = pixels.reshape(-1, 3 * side * math.gcd(side, 64))
-    width = rows.shape[1]
-    values = _stripe(width + width % 2)
-    sums = np.zeros((2, values.shape[1]), dtype=np.int64)
-    for first in range(0, len(rows), _STRIPE):
-        stripe = rows[first : first + _STRIPE]
-        value = values[: len(stripe)]
-        value[:, :width] = stripe
-        sums[0] += value.sum(axis=0, dtype=np.uint16)
-        sums[1] += _column_sums(np.multiply(value, value, out=value))
-    return sums[:, :width].reshape(2, -1, 3).sum(axis=1)
-
-
-@functools.cache
-def _stripe(width: int) -> np.ndarray:
-    """Kept: fresh pages for every block would cost as much as a pass over it."""
-    return np.zeros((_STRIPE, width), dtype=np.uint16)
-
-
-def _column_sums(values: np.ndarray) -> np.ndarray:
-    """[width] uint32: `values`, uint16 [n, width] of even width, are changed; n is below 65,536.
-
-    Two columns in one lane of 32 bits: their sum modulo 2^32 less that of the upper one.
-    """
-    pairs = values.view("<u4")
-    both = pairs.sum(axis=0, dtype=np.uint32)
-    upper = np.right_shift(pairs, 16, out=pairs).sum(axis=0, dtype=np.uint32)
-    return np.stack([both - (upper << 16), upper], axis=1).reshape(-1)
 
 
 def _write_labels(originals: Originals, partial: Path) -> dict[str, FileInfo]:
@@ -506,14 +383,8 @@ def _write_labels(originals: Originals, partial: Path) -> dict[str, FileInfo]:
     return written
 
 
-def _moments(blocks: list[_Block], pixels: int) -> tuple[list[float], list[float]]:
-    first, second = sum(block.sums for block in blocks) / pixels
-    std = np.sqrt(np.maximum(second - first**2, 0))
-    return [float(v) for v in first / 255], [float(v) for v in std / 255]
-
-
 def _split_info(
-    originals: Originals, name: str, blocks: list[_Block], stamps: np.ndarray
+    originals: Originals, name: str, blocks: list[Block], stamps: np.ndarray
 ) -> SplitInfo:
     counts = np.bincount(originals.splits[name].labels, minlength=len(originals.classes))
     return SplitInfo(

@@ -1,5 +1,6 @@
 """Encoded bytes to uint8 pixels, [S, S, 3]; greyscale, palettes and CMYK become RGB."""
 
+import contextlib
 import io
 import re
 import warnings
@@ -16,6 +17,12 @@ MAX_PIXELS = 64_000_000
 _DAMAGE = ("Corrupt JPEG data", "Premature end of JPEG file")
 
 
+# The images of a dataset come from one encoder and share a header or two. Headers of the first ones
+# that need no second look: bytes up to the scan -> whether it is greyscale.
+_plain: dict[bytes, bool] = {}
+_FEW = 4
+
+
 class CorruptImage(ValueError):
     """Bytes that are no whole, readable image."""
 
@@ -28,26 +35,38 @@ def decode_into(data: bytes, out: np.ndarray) -> bool:
     as its EXIF says. Other sizes are resized, bicubic, the shorter side to S, the centre kept.
     Raises `CorruptImage`.
     """
+    for header, grey in _plain.items():
+        if data.startswith(header):
+            with contextlib.suppress(ValueError):
+                if simplejpeg.decode_jpeg(data, "RGB", buffer=out).shape == out.shape:
+                    return grey
+            break
+    return _decode_with_care(data, out)
+
+
+def _decode_with_care(data: bytes, out: np.ndarray) -> bool:
     frame = data[:2] == b"\xff\xd8" and _FRAMES.search(data)
     if not frame:
         return _decode_with_pillow(data, out)
     fits = frame[1] == out.shape[0].to_bytes(2) * 2
     try:
-        if not fits:
-            _check_pixels(*simplejpeg.decode_jpeg_header(data)[:2])
+        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+        _check_pixels(height, width)
         pixels = simplejpeg.decode_jpeg(data, "RGB", buffer=out if fits else None)
     except ValueError as error:
         if any(damage in str(error) for damage in _DAMAGE):
             raise CorruptImage(str(error)) from None
         return _decode_with_pillow(data, out)  # corrupt, or only to this decoder
     # Metadata comes before the scan, which is most of the bytes.
-    if data.find(b"Exif\0\0", 0, data.find(b"\xff\xda", frame.end())) >= 0:
+    scan = data.find(b"\xff\xda", frame.end())
+    if data.find(b"Exif\0\0", 0, scan) >= 0:
         return _decode_with_pillow(data, out)  # it may have to be turned
+    grey = space == "Gray"
     if pixels.shape != out.shape:
         out[:] = _fit(Image.fromarray(pixels), out.shape[0])
-    # What was found may be no frame, but bytes that look like one.
-    maybe_grey = not fits or frame[2] == b"\1"
-    return maybe_grey and simplejpeg.decode_jpeg_header(data)[2] == "Gray"
+    elif scan > 0 and len(_plain) < _FEW:
+        _plain[data[: scan + 2]] = grey
+    return grey
 
 
 def _check_pixels(height: int, width: int) -> None:

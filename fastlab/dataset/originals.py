@@ -6,6 +6,7 @@ Two layouts are known: Tiny ImageNet's own, and any image folder with ``train/<c
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 
 import numpy as np
 
@@ -171,8 +172,13 @@ def _folder(path: str) -> str:
     return f"{path}/" if path else ""
 
 
-def _is_image(name: str) -> bool:
-    return not name.startswith(".") and name.lower().endswith(SUFFIXES)
+def _images(names: list[str]) -> list[str]:
+    lowered = map(str.lower, names)
+    return [
+        name
+        for name, low in zip(names, lowered, strict=True)
+        if low.endswith(SUFFIXES) and low[0] != "."
+    ]
 
 
 def _read_tiny_imagenet(tree: Tree, root: str, where: str) -> Originals:
@@ -181,8 +187,9 @@ def _read_tiny_imagenet(tree: Tree, root: str, where: str) -> Originals:
         raise UserError(f"{where}: wnids.txt names a class twice")
     known = {}
     if "words.txt" in tree.names(root):
-        lines = tree.text(f"{root}words.txt").splitlines()
-        known = dict(line.split("\t", 1) for line in lines if "\t" in line)
+        wanted = frozenset(ids)  # of 82,115
+        lines = map(str.partition, tree.text(f"{root}words.txt").splitlines(), repeat("\t"))
+        known = {wnid: words for wnid, tab, words in lines if tab and wnid in wanted}
     folders = [f"{root}train/{name}/images/" for name in ids]
     train = _from_folders(tree, folders)
     val = _read_annotations(tree, root, ids, where)
@@ -192,7 +199,7 @@ def _read_tiny_imagenet(tree: Tree, root: str, where: str) -> Originals:
 
 def _read_annotations(tree: Tree, root: str, ids: list[str], where: str) -> Split:
     number = {name: index for index, name in enumerate(ids)}
-    present = {name for name in tree.names(f"{root}val/images") if _is_image(name)}
+    present = set(_images(tree.names(f"{root}val/images")))
     if "val_annotations.txt" not in tree.names(f"{root}val"):
         raise UserError(f"{where}: val/val_annotations.txt is missing; unpack the archive again")
     label = {}
@@ -241,7 +248,7 @@ def _from_folders(tree: Tree, folders: list[str]) -> Split:
     paths: list[str] = []
     counts = []
     for folder in folders:
-        names = [name for name in tree.names(folder) if _is_image(name)]
+        names = _images(tree.names(folder))
         paths += [folder + name for name in names]
         counts.append(len(names))
     return Split(paths, np.repeat(np.arange(len(folders), dtype=np.int64), counts))

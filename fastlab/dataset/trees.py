@@ -5,6 +5,7 @@ Paths are relative, with "/" between their parts. A tree may be used in forked w
 
 import bz2
 import gzip
+import itertools
 import lzma
 import mmap
 import os
@@ -14,7 +15,7 @@ import tarfile
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +36,9 @@ _DAMAGE = (
     ValueError,
 )
 _HEADER = 512  # bytes, of a tar's header and of its blocks
-_USTAR, _GNU = (np.frombuffer(magic, np.uint8) for magic in (b"ustar\x0000", b"ustar  \0"))
+_MAGIC = slice(257, 265)  # where in the header
+_USTAR, _GNU = b"ustar\x0000", b"ustar  \0"
+_MARK = slice(260, 264)  # the part of it that is a word of 32 bits
 COMPRESSED_TAR = (".tar.xz", ".txz", ".tar.gz", ".tgz", ".tar.bz2")
 
 
@@ -59,6 +62,19 @@ class Tree(ABC):
     @abstractmethod
     def read(self, path: str) -> tuple[bytes, Stamp]:
         """The bytes of a file and its stamp. Raises OSError."""
+
+    def read_many(self, paths: list[str]) -> tuple[list[bytes | OSError], np.ndarray]:
+        """For each path its bytes, or why there are none, and its stamp: int64 [paths, 2]."""
+        found: list[bytes | OSError] = []
+        stamps = []
+        for path in paths:
+            try:
+                data, stamp = self.read(path)
+            except OSError as error:
+                data, stamp = error, Stamp(0, 0)
+            found.append(data)
+            stamps.append(stamp)
+        return found, np.array(stamps, dtype=np.int64).reshape(-1, 2)
 
     @abstractmethod
     def _stamp(self, path: str) -> Stamp:
@@ -108,27 +124,23 @@ class _Members(Tree):
     """The folders of an archive, from the names of its files."""
 
     def __init__(self, paths: list[str]) -> None:
-        folders: dict[str, set[str]] = {}
-        for path in paths:
-            folder, _, name = path.rpartition("/")
-            if folder not in folders:
-                _add_folder(folders, folder)
-            folders[folder].add(name)
-        self._folders = {folder: sorted(names) for folder, names in folders.items()}
+        folders: dict[str, list[str]] = {}
+        parts = map(str.rpartition, paths, itertools.repeat("/"))
+        # Archives keep the files of a folder together; otherwise the groups are many, no more.
+        for folder, group in itertools.groupby(parts, itemgetter(0)):
+            folders.setdefault(folder, []).extend(map(itemgetter(2), group))
+        for folder in list(folders):
+            _add_to_parents(folders, folder)
+        self._folders = {folder: sorted(set(names)) for folder, names in folders.items()}
 
     def names(self, folder: str) -> list[str]:
         return self._folders.get(folder.rstrip("/"), [])
 
 
-def _add_folder(folders: dict[str, set[str]], folder: str) -> None:
-    """`folder`, and its name in each folder above it."""
-    folders[folder] = set()
+def _add_to_parents(folders: dict[str, list[str]], folder: str) -> None:
     while folder:
         folder, _, name = folder.rpartition("/")
-        known = folder in folders
-        folders.setdefault(folder, set()).add(name)
-        if known:
-            return
+        folders.setdefault(folder, []).append(name)
 
 
 class ZipTree(_Members):
@@ -182,93 +194,132 @@ def _inflate(data: bytes, member: zipfile.ZipInfo) -> bytes:
 class TarTree(_Members):
     def __init__(self, path: Path) -> None:
         self._bytes = _map(path)
-        # Start, size, time of change; None for a link that leads nowhere in the archive.
-        self._members: dict[str, tuple[int, int, int] | None] = _plain_members(self._bytes) or {}
-        if not self._members:
-            self._read_members(path)
-        super().__init__(list(self._members))
-
-    def _read_members(self, path: Path) -> None:
-        with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                name = member.name.removeprefix("./")
-                if member.isfile():
-                    self._members[name] = (member.offset_data, member.size, int(member.mtime))
-                elif member.islnk():  # a further name of a file that came before
-                    self._members[name] = self._members.get(member.linkname.removeprefix("./"))
-                elif member.issym():
-                    self._members[name] = None
-            # tarfile takes a cut between two members, or a damaged header, for the end.
-            if self._bytes[archive.offset : archive.offset + 512] != bytes(512):
-                raise tarfile.ReadError("cut short, or a damaged header")
+        found = _plain_members(self._bytes) or _any_members(path, self._bytes)
+        self._rows = dict(zip(found.names, range(len(found.names)), strict=True))
+        self._places = np.vstack([found.places, (-1, 0, 0)])  # the last: of what is not there
+        super().__init__(list(self._rows))
 
     def read(self, path: str) -> tuple[bytes, Stamp]:
-        start, size, changed = self._member(path)
+        start, size, changed = self._place(path)
         data = self._bytes[start : start + size]
         if len(data) != size:
             raise DamagedMember("cut short")
         return data, Stamp(size, changed)
 
+    def read_many(self, paths: list[str]) -> tuple[list[bytes | OSError], np.ndarray]:
+        places = self._places[[self._rows.get(path, -1) for path in paths]]
+        stops = places[:, 0] + places[:, 1]
+        if places[:, 0].min() < 0 or stops.max() > len(self._bytes):
+            return super().read_many(paths)  # which says what is wrong with each
+        bounds = zip(places[:, 0].tolist(), stops.tolist(), strict=True)
+        return [self._bytes[start:stop] for start, stop in bounds], places[:, 1:]
+
     def _stamp(self, path: str) -> Stamp:
-        return Stamp(*self._member(path)[1:])
+        return Stamp(*self._place(path)[1:])
 
-    def _member(self, path: str) -> tuple[int, int, int]:
-        if path not in self._members:
+    def _place(self, path: str) -> tuple[int, int, int]:
+        if path not in self._rows:
             raise DamagedMember("no such file in the archive")
-        found = self._members[path]
-        if found is None:
+        start, size, changed = self._places[self._rows[path]].tolist()
+        if start < 0:
             raise DamagedMember("a link; pack the archive again with tar --dereference")
-        return found
+        return start, size, changed
 
 
-def _plain_members(data: mmap.mmap) -> dict[str, tuple[int, int, int]] | None:
+class _TarMembers(NamedTuple):
+    """The files of a tar; of several with the same name the last counts."""
+
+    names: list[str]
+    places: np.ndarray
+    """int64 [files, 3]: start (-1 for a link that leads nowhere in the archive), size, time of
+    change."""
+
+
+def _any_members(path: Path, data: mmap.mmap) -> _TarMembers:
+    members: dict[str, tuple[int, int, int]] = {}
+    nowhere = (-1, 0, 0)
+    with tarfile.open(path, "r:") as archive:
+        for member in archive:
+            name = member.name.removeprefix("./")
+            if member.isfile():
+                members[name] = (member.offset_data, member.size, int(member.mtime))
+            elif member.islnk():  # a further name of a file that came before
+                members[name] = members.get(member.linkname.removeprefix("./"), nowhere)
+            elif member.issym():
+                members[name] = nowhere
+        # tarfile takes a cut between two members, or a damaged header, for the end.
+        if data[archive.offset : archive.offset + _HEADER] != bytes(_HEADER):
+            raise tarfile.ReadError("cut short, or a damaged header")
+    return _TarMembers(list(members), np.array(list(members.values()), np.int64).reshape(-1, 3))
+
+
+def _plain_members(data: mmap.mmap) -> _TarMembers | None:
     """The files of a tar of nothing but files and folders with short names, in a fraction of
     tarfile's time; None for any other tar, and wherever something is not as it should be."""
-    starts: list[int] = []
-    end = 0
+    blocks = np.frombuffer(data, np.uint8, len(data) // _HEADER * _HEADER).reshape(-1, _HEADER)
+    words = blocks.view(np.uint32)[:, _MARK.start // 4].copy()
+    posix, gnu = (np.frombuffer(magic[3:7], np.uint32) for magic in (_USTAR, _GNU))
+    headers = np.flatnonzero((words == posix) | (words == gnu))
+    names: list[str] = []
+    places = []
+    end = 0  # block where the next header has to be
     try:
-        while (size := data[end + 124 : end + 135]) != bytes(11):
-            if not size.isdigit():  # a sign would lead back, and round and round
-                return None
-            starts.append(end)
-            end += _HEADER + -(-int(size, 8) // _HEADER) * _HEADER
-        if data[end : end + _HEADER] != bytes(_HEADER):
-            return None
-        blocks = np.lib.stride_tricks.sliding_window_view(np.frombuffer(data, np.uint8), _HEADER)
-        members: dict[str, tuple[int, int, int]] = {}
-        for first in range(0, len(starts), 1024):
-            some = np.array(starts[first : first + 1024])
-            members.update(_plain_files(blocks[some], some))
-    except ValueError:  # of this module, or of a size in another form
+        for first in range(0, len(headers), 1024):
+            some = headers[first : first + 1024]
+            found = _plain_files(blocks[some], some * _HEADER)
+            ends = some + 1 + -(-found.sizes // _HEADER)
+            if some[0] != end or (some[1:] != ends[:-1]).any():
+                return None  # something else is between them, or looks like one of them
+            end = ends[-1]
+            names += found.names
+            places.append(found.places)
+    except ValueError:
         return None
-    return members
+    if not places or end >= len(blocks) or blocks[end].any():
+        return None
+    return _TarMembers(names, np.concatenate(places))
 
 
-def _plain_files(
-    headers: np.ndarray, starts: np.ndarray
-) -> Iterator[tuple[str, tuple[int, int, int]]]:
+class _PlainFiles(NamedTuple):
+    sizes: np.ndarray  # int64 [headers], of folders too
+    names: list[str]  # of files alone
+    places: np.ndarray
+
+
+def _plain_files(headers: np.ndarray, starts: np.ndarray) -> _PlainFiles:
     """`headers`: uint8 [n, 512]. Raises ValueError where one is not plain, or not whole."""
     sizes, times, sums = _octal(headers, 124, 11), _octal(headers, 136, 11), _octal(headers, 148, 6)
     headers[:, 148:156] = ord(" ")  # as POSIX sums them
     folders = headers[:, 156] == ord("5")
-    posix = (headers[:, 257:265] == _USTAR).all(axis=1)
+    magic = np.ascontiguousarray(headers[:, _MAGIC]).view("S8")[:, 0]
+    posix = magic == _USTAR
     if not (
-        (headers.sum(axis=1, dtype=np.int64) == sums).all()
+        (_row_sums(headers) == sums).all()
         and (folders | (headers[:, 156] == ord("0"))).all()
-        and (posix | (headers[:, 257:265] == _GNU).all(axis=1)).all()
+        and (posix | (magic == _GNU.rstrip(b"\0"))).all()
         and not sizes[folders].any()
         and not (posix & (headers[:, 345] != 0)).any()  # the start of a name over 100 characters
     ):
         raise ValueError("not plain")
     files = ~folders
     names = np.ascontiguousarray(headers[files, :100]).view("S100")[:, 0].tolist()
-    texts = b"/\n".join(names).decode("utf-8", "surrogateescape").split("/\n")
-    places = (starts[files] + _HEADER).tolist(), sizes[files].tolist(), times[files].tolist()
-    return zip(
-        (text.partition("\0")[0].removeprefix("./") for text in texts),
-        zip(*places, strict=True),
-        strict=True,
-    )
+    text = b"/\n".join(names).decode("utf-8", "surrogateescape")
+    places = np.stack([starts[files] + _HEADER, sizes[files], times[files]], axis=1)
+    return _PlainFiles(sizes, _names(text) if names else [], places)
+
+
+def _names(text: str) -> list[str]:
+    names = text.split("/\n")
+    if "\0" in text or "./" in text:
+        names = [name.partition("\0")[0].removeprefix("./") for name in names]
+    return names
+
+
+def _row_sums(rows: np.ndarray) -> np.ndarray:
+    """uint64 [n]: of uint8 [n, 512], four sums of 16 bits side by side in each word."""
+    words, low = rows.view(np.uint64), np.uint64(0x00FF00FF00FF00FF)
+    lanes = ((words & low) + ((words >> np.uint64(8)) & low)).sum(axis=1)
+    return lanes.view(np.uint16).reshape(-1, 4).sum(axis=1, dtype=np.uint64)
 
 
 def _octal(headers: np.ndarray, first: int, digits: int) -> np.ndarray:
@@ -277,7 +328,8 @@ def _octal(headers: np.ndarray, first: int, digits: int) -> np.ndarray:
     after = headers[:, first + digits]
     if (found > 7).any() or not ((after == 0) | (after == ord(" "))).all():
         raise ValueError("a number")
-    return found @ (8 ** np.arange(digits - 1, -1, -1, dtype=np.int64))
+    # 11 digits are 33 bits: exact in double precision, which numpy multiplies much faster.
+    return (found @ 8.0 ** np.arange(digits - 1, -1, -1)).astype(np.int64)
 
 
 def open_tree(source: Path, scratch: Path) -> Tree:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from blake3 import blake3
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from xxhash import xxh3_128
 
 from fastlab.dataset.manifest import (
     FORMAT_VERSION,
@@ -171,7 +171,7 @@ def laid_out(files: dict[str, bytes], folder: Path) -> Manifest:
         (folder / path).parent.mkdir(exist_ok=True)
         (folder / path).write_bytes(data)
         name = path.partition("/")[0]
-        formats.setdefault(name, {})[path] = FileInfo(len(data), blake3(data).hexdigest())
+        formats.setdefault(name, {})[path] = FileInfo(len(data), xxh3_128(data).hexdigest())
     return Manifest("", [], 64, {}, [], [], formats, {})
 
 

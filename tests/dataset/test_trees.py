@@ -1,7 +1,9 @@
 import io
 import tarfile
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fastlab.dataset import trees
@@ -45,7 +47,9 @@ def test_the_quick_listing_is_tarfiles(tmp_path, monkeypatch, layout):
     assert trees._plain_members(quick._bytes) is not None
     monkeypatch.setattr(trees, "_plain_members", lambda data: None)
     slow = TarTree(path)
-    assert quick._members == slow._members and quick._folders == slow._folders
+    assert quick._rows == slow._rows and quick._folders == slow._folders
+    assert np.array_equal(quick._places, slow._places)
+    assert quick.read_many(["b", "a/one.png"])[0] == [b"2" * 5000, b"1"]
     assert slow.names("a") == ["one.png"]
 
 
@@ -86,3 +90,50 @@ def test_a_negative_size_does_not_lead_round_and_round(tmp_path):
     path.write_bytes(data)
     with pytest.raises(UserError, match="damaged archive"):
         trees.open_tree(path, tmp_path)
+
+
+def test_a_tar_within_a_tar_is_a_file(tmp_path):
+    inner = write(tmp_path / "inner.tar", tarfile.GNU_FORMAT).read_bytes()
+    path = write(tmp_path / "x.tar", tarfile.GNU_FORMAT, {"inner.tar": inner, "b.png": b"b"})
+    tree = TarTree(path)
+    assert tree.names("") == ["b.png", "inner.tar"]
+    assert tree.read("inner.tar")[0] == inner
+
+
+@pytest.mark.parametrize("kind", ["directory", "zip", "tar"])
+def test_many_files_are_read_as_one_by_one(tmp_path, kind):
+    files = {f"a/{i}.png": bytes([i]) * i for i in range(5)}
+    folder = tmp_path / "tree"
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    if kind == "zip":
+        with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+            for name, data in files.items():
+                archive.writestr(name, data)
+    source = {
+        "directory": lambda: folder,
+        "zip": lambda: tmp_path / "x.zip",
+        "tar": lambda: write(tmp_path / "x.tar", tarfile.GNU_FORMAT, files),
+    }[kind]()
+    tree = trees.open_tree(source, tmp_path)
+    paths = ["a/3.png", "a/0.png", "a/4.png"]
+    found, stamps = tree.read_many(paths)
+    assert found == [files[path] for path in paths]
+    assert [tuple(stamp) for stamp in stamps.tolist()] == [tree.stamp(path) for path in paths]
+    found, stamps = tree.read_many(["a/3.png", "a/none.png", "a/4.png"])
+    assert found[0] == files["a/3.png"] and found[2] == files["a/4.png"]
+    assert isinstance(found[1], OSError) and stamps.shape == (3, 2)
+
+
+def test_a_link_that_leads_nowhere_is_told(tmp_path):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w") as archive:
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/elsewhere.png"
+        archive.addfile(link)
+        member = tarfile.TarInfo("one.png")
+        member.size = 3
+        archive.addfile(member, io.BytesIO(b"one"))
+    found, _ = TarTree(path).read_many(["one.png", "link.png"])
+    assert found[0] == b"one" and "--dereference" in str(found[1])

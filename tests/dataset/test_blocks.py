@@ -1,0 +1,73 @@
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastlab.dataset import blocks
+from fastlab.dataset.convert import Options, convert
+from fastlab.dataset.moments import channel_sums
+from fastlab.dataset.originals import read_originals
+from fastlab.dataset.trees import open_tree
+from fastlab.errors import UserError
+
+
+def decoded(source, workers, folder):
+    tree = open_tree(source, folder)
+    originals = read_originals(tree, str(source))
+    found = {name: [] for name in originals.splits}
+    for split, block, pixels in blocks.decoded_blocks(tree, originals, 64, workers):
+        assert len(block.stamps) == len(pixels) and not block.corrupt
+        found[split].append(pixels.copy())
+    return originals, {name: np.concatenate(parts) for name, parts in found.items()}
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_many_small_blocks_come_in_order(synth_source, tmp_path, monkeypatch, workers):
+    """More of them than the workers have slots, and a last one that is not full."""
+    monkeypatch.setattr(blocks, "_BLOCK", 3)
+    originals, found = decoded(synth_source, workers, tmp_path)
+    assert sum(len(split.paths) for split in originals.splits.values()) > 2 * 3 * 3 * workers
+    for name, split in originals.splits.items():
+        assert len(split.paths) % 3
+        plain = [np.asarray(Image.open(synth_source / p).convert("RGB")) for p in split.paths]
+        assert np.array_equal(found[name], np.stack(plain))
+
+
+def test_more_workers_than_blocks(synth_source, synth_dataset, tmp_path):
+    convert(synth_source, tmp_path / "out", Options(workers=32))
+    for split in ("train", "val"):
+        name = f"array/{split}-images.npy"
+        assert (tmp_path / "out" / name).read_bytes() == (synth_dataset / name).read_bytes()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("death", [lambda: os._exit(1), lambda: os.kill(os.getpid(), 9)])
+def test_a_worker_that_dies_is_told_and_leaves_nothing(synth_source, tmp_path, monkeypatch, death):
+    whole = blocks._decode
+    monkeypatch.setattr(blocks, "_BLOCK", 4)
+    monkeypatch.setattr(
+        blocks, "_decode", lambda *args: death() if args[2].start >= 8 else whole(*args)
+    )
+    with pytest.raises(UserError, match="worker died"):
+        convert(synth_source, tmp_path / "out", Options(workers=2))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_block_of_large_images_takes_no_more_memory():
+    for side in (8, 64, 65, 224, 1024, 4000):
+        size = blocks.block_size(side)
+        assert 1 <= size <= 512
+        assert size == 1 or size * 3 * side * side <= 6 << 20
+    assert blocks.block_size(64) * 3 * 64 * 64 % 4096 == 0
+
+
+@pytest.mark.parametrize("value", [0, 255, None])
+@pytest.mark.parametrize(("images", "side"), [(1, 8), (40, 64), (7, 63), (3, 130)])
+def test_channel_sums(images, side, value):
+    shape = (images, side, side, 3)
+    pixels = np.random.default_rng(side).integers(0, 256, shape, dtype=np.uint8)
+    if value is not None:
+        pixels[:] = value
+    plain = pixels.reshape(-1, 3).astype(np.int64)
+    assert np.array_equal(channel_sums(pixels), [plain.sum(axis=0), (plain**2).sum(axis=0)])
