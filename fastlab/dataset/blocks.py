@@ -1,5 +1,6 @@
 """Blocks of images, decoded by worker processes into memory that they share with the parent."""
 
+import contextlib
 import math
 import mmap
 import multiprocessing
@@ -11,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from fastlab.dataset.decode import CorruptImage, decode_into
+from fastlab.dataset.decode import decode_into
 from fastlab.dataset.moments import channel_sums
 from fastlab.dataset.originals import Originals
 from fastlab.dataset.trees import Tree
@@ -76,10 +77,6 @@ def decoded_blocks(
             pipes.append(ours)
             processes.append(process)
         yield from _in_order(tasks, pipes, slots)
-    except (EOFError, ConnectionError):
-        raise UserError(
-            "a conversion worker died (out of memory, or killed); run again with --workers 1"
-        ) from None
     finally:
         for process in processes:
             process.kill()
@@ -93,12 +90,22 @@ def _in_order(
     with tqdm(total=images, unit="img", disable=None) as bar:
         for index, task in enumerate(tasks):
             turn, worker = divmod(index, len(slots))
-            block = pipes[worker].recv()
+            block = _received(pipes[worker])
             count = task.stop - task.start
             yield task.split, block, slots[worker, turn % _SLOTS, :count]
             bar.update(count)
             if index + _SLOTS * len(slots) < len(tasks):
-                pipes[worker].send_bytes(b"free")
+                with contextlib.suppress(ConnectionError):  # told when its next block is due
+                    pipes[worker].send_bytes(b"free")
+
+
+def _received(pipe: Connection) -> Block:
+    try:
+        return pipe.recv()
+    except (EOFError, OSError):
+        raise UserError(
+            "a conversion worker died (out of memory, or killed); run again with --workers 1"
+        ) from None
 
 
 def _work(
@@ -121,7 +128,7 @@ def _decode(tree: Tree, originals: Originals, task: _Task, slot: np.ndarray) -> 
     for path, data, out in zip(paths, encoded, pixels, strict=True):
         try:
             greyscale += decode_into(_whole(data), out)
-        except (CorruptImage, OSError) as error:
+        except (OSError, ValueError) as error:
             corrupt.append((path, str(error)))
     train = task.split == "train"
     sums = channel_sums(pixels) if train else np.zeros((2, 3), dtype=np.int64)

@@ -310,8 +310,9 @@ def _write_images(
     shutil.rmtree(partial / "array", ignore_errors=True)
     (partial / "array").mkdir()
     blocks: dict[str, list[Block]] = {name: [] for name in originals.splits}
-    with _Writers(originals, side, partial) as writers:
-        for split, block, pixels in decoded_blocks(tree, originals, side, workers):
+    decoded = decoded_blocks(tree, originals, side, workers)
+    with contextlib.closing(decoded), _Writers(originals, side, partial) as writers:
+        for split, block, pixels in decoded:
             blocks[split].append(block)
             if not block.corrupt:
                 writers.write(split, pixels)
