@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
+TEST_PROCESSES ?= 2
 
 .PHONY: setup extras wheels demo test faults audit lint clean
 
@@ -48,7 +49,7 @@ lint: setup
 # The tests, and what they ran of each module.
 test: setup lint
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage run -m pytest -n $(TEST_PROCESSES) --dist loadfile
 	$(BIN)/coverage combine --quiet
 	$(BIN)/python -m tests.covered
 

@@ -596,29 +596,40 @@ def test_a_failed_run_is_recorded_and_the_rest_goes_on(whole):
     )
 
 
-@pytest.mark.slow
-@pytest.mark.multiprocess
-def test_a_study_that_is_stopped_and_killed_ends_as_one_that_was_not(
-    whole, synth_dataset, tmp_path
-):
-    path, out = write_study(tmp_path, REAL), tmp_path / "out"
-    process = launch(command(path, synth_dataset, out))
+def stopped_and_killed(path: Path, dataset: Path, out: Path) -> bool:
+    """Whether the study was still training both times."""
+    process = launch(command(path, dataset, out))
     wait_for_step(process, out, 3)
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, said
+    if process.returncode != 130:
+        assert process.returncode == 1, said  # as a whole study ends, with the run that fails
+        return False
     assert "stopping" in said and "the same command goes on" in said and "Traceback" not in said
     [run] = (out / "runs").iterdir()
     assert json.loads((run / "summary.json").read_text())["status"] == "interrupted"
     assert (out / "report.html").exists()
 
-    process = launch(command(path, synth_dataset, out))
+    process = launch(command(path, dataset, out))
     wait_for_step(process, out, 9)
     process.kill()
     process.communicate(timeout=60)
     with StudyDir(out).locked():  # until the orphaned training is gone, too
-        assert look(StudyDir(out), task_in(run)).name == "interrupted"
+        state = look(StudyDir(out), task_in(run)).name
+    assert state in ("interrupted", "finished")
+    return state == "interrupted"
 
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_study_that_is_stopped_and_killed_ends_as_one_that_was_not(
+    whole, synth_dataset, tmp_path
+):
+    path = write_study(tmp_path, REAL)
+    # A signal comes too late where this process is kept waiting while the training goes on.
+    attempts = (tmp_path / f"out-{number}" for number in range(3))
+    out = next(out for out in attempts if stopped_and_killed(path, synth_dataset, out))
+    [run] = (out / "runs").iterdir()
     status, said = finish(command(path, synth_dataset, out))
     assert status == 1, said
     assert outcome(out) == outcome(whole) and len(outcome(out)) == 4
