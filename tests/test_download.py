@@ -24,7 +24,7 @@ from fastlab.errors import UserError
 def make_zip(seed: int, size: int = 300_000) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr("a.bin", random.Random(seed).randbytes(size))
+        archive.writestr(zipfile.ZipInfo("a.bin"), random.Random(seed).randbytes(size))
     return buffer.getvalue()
 
 

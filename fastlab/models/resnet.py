@@ -13,17 +13,18 @@ def norm(config: ModelConfig, channels: int) -> nn.Module:
 class Pointwise(nn.Conv2d):
     """1x1 convolution, of any stride.
 
-    With under 8 input channels on a CPU it takes the strided positions first, then convolves with
-    stride 1, which is the same function: on CPUs without AVX-512, oneDNN's backward of a strided
-    one in channels-last writes outside its buffers there (seen with torch 2.14: wrong gradients,
-    segmentation faults, hangs).
+    With under 16 input channels on a CPU it takes the strided positions first, then convolves with
+    stride 1, which is the same function: with fewer channels than a vector has floats (8, or 16 of
+    AVX-512), oneDNN's backward of a strided one in channels-last writes outside its buffers (seen
+    with torch 2.14 in fp32 and bf16, with AVX-512 for odd batches alone: wrong gradients, a damaged
+    heap, segmentation faults, hangs).
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int, *, bias: bool = True) -> None:
         super().__init__(inputs, outputs, 1, stride, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.in_channels >= 8 or x.device.type != "cpu":
+        if self.in_channels >= 16 or x.device.type != "cpu":
             return super().forward(x)
         rows, columns = self.stride
         return nn.functional.conv2d(x[..., ::rows, ::columns], self.weight, self.bias)

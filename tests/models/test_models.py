@@ -192,14 +192,15 @@ def test_a_cnn_takes_images_down_to_the_smallest_named(name):
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("inputs", [2, 4, 7, 8])
-def test_pointwise_convolution_in_channels_last_has_the_gradients_of_fp64(inputs, stride):
+@pytest.mark.parametrize("inputs", [2, 4, 7, 8, 12, 15, 16, 24])
+@pytest.mark.parametrize("images", [5, 16])
+def test_pointwise_convolution_in_channels_last_has_the_gradients_of_fp64(images, inputs, stride):
     """Left to oneDNN with few channels, the strided one ends in a crash on some CPUs."""
     layer = Pointwise(inputs, 2 * inputs, stride)
     exact = nn.Conv2d(inputs, 2 * inputs, 1, stride, dtype=torch.float64)
     exact.load_state_dict(layer.state_dict())
     layer.to(memory_format=torch.channels_last)
-    batch = torch.randn(16, inputs, 32, 32)
+    batch = torch.randn(images, inputs, 32, 32)
     for _ in range(3):
         found = batch.clone(memory_format=torch.channels_last).requires_grad_()
         expected = batch.double().requires_grad_()
