@@ -17,14 +17,10 @@ from fastlab.dataset.formats import Settings
 from fastlab.dataset.manifest import check_hashes, read_manifest
 from fastlab.dataset.shards import open_shards
 from fastlab.errors import UserError
-
-
-def has(package):
-    return importlib.util.find_spec(package) is not None
-
+from tests.packages import has
 
 needs_ffcv = pytest.mark.skipif(not has("ffcv"), reason="FFCV is not installed")
-needs_dali = pytest.mark.skipif(not has("nvidia"), reason="DALI is not installed")
+needs_dali = pytest.mark.skipif(not has("nvidia.dali"), reason="DALI is not installed")
 
 
 @pytest.fixture(scope="module")

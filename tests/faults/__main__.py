@@ -8,7 +8,6 @@ Exit status 1 where anything but the correct result or a clear error came of a f
 """
 
 import argparse
-import importlib.util
 import sys
 import tempfile
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from tests.faults import disks, endurance, inputs, kills
 from tests.faults.outcomes import Tally
+from tests.packages import has
 
 # Of each kind: times in a full run, and in a short one.
 _INPUTS = {
@@ -71,9 +71,9 @@ def stages(seed: int, full: bool) -> dict[str, Callable[[Tally, Path, Path], Non
 def _engines() -> dict[str, int]:
     """Those that are installed, and for how many epochs to train by them."""
     found = {"resident": 2000, "torchvision": 500}
-    if importlib.util.find_spec("ffcv"):
+    if has("ffcv"):
         found["ffcv"] = 500
-    if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"):
+    if has("nvidia.dali"):
         found["dali"] = 500
     return found
 

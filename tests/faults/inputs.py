@@ -6,7 +6,6 @@ Input number n of a seed is always the same: a line can be looked into alone.
 """
 
 import contextlib
-import importlib.util
 import io
 import json
 import os
@@ -25,6 +24,7 @@ from PIL import Image, ImageOps
 
 from tests.faults import mutations
 from tests.faults.outcomes import CLEAR, Tally, judge
+from tests.packages import has
 from tests.training import command, metrics, weights
 
 ROOT = Path(__file__).parents[2]
@@ -209,7 +209,7 @@ def _read_through(data: Path, name: str) -> str:
     manifest = read_manifest(data)
     split = "val" if "val" in name else "train"
     for engine in engines[name.partition("/")[0]]:
-        if engine == "dali" and importlib.util.find_spec("nvidia.dali") is None:
+        if engine == "dali" and not has("nvidia.dali"):
             continue
         try:
             pipeline = make_pipeline(
@@ -352,7 +352,7 @@ def _prepare(base: Path) -> None:
                 data = mutations.jpeg(mutations.picture(random))
                 (base / "folder" / split / name / f"{number}.jpg").write_bytes(data)
     synthesise(base / "tiny", classes=3, per_class=12)
-    formats = "array,tar" + (",ffcv" if importlib.util.find_spec("ffcv") else "")
+    formats = "array,tar" + (",ffcv" if has("ffcv") else "")
     convert = ["convert", str(base / "tiny"), str(base / "dataset"), "--formats", formats]
     assert call(convert) == (0, "")
     save = checkpoint.save

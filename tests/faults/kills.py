@@ -1,6 +1,5 @@
 """SIGKILL at random moments of a conversion and of a training; then the same command again."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -14,11 +13,12 @@ import numpy as np
 from xxhash import xxh3_128
 
 from tests.faults.outcomes import CORRECT, Tally
+from tests.packages import has
 from tests.training import ROOT, command, launch, metrics, weights
 
 _SECONDS = 300  # that anything here may take
 _FORMATS = ["array,tar"] * 4
-if importlib.util.find_spec("ffcv"):
+if has("ffcv"):
     _FORMATS[3] = "array,tar,ffcv"
 
 
