@@ -302,15 +302,20 @@ def _plain_files(headers: np.ndarray, starts: np.ndarray) -> _PlainFiles:
     ):
         raise ValueError("not plain")
     files = ~folders
-    names = np.ascontiguousarray(headers[files, :100]).view("S100")[:, 0].tolist()
-    text = b"/\n".join(names).decode("utf-8", "surrogateescape")
     places = np.stack([starts[files] + _HEADER, sizes[files], times[files]], axis=1)
-    return _PlainFiles(sizes, _names(text) if names else [], places)
+    return _PlainFiles(sizes, _names(headers[files, :100]), places)
 
 
-def _names(text: str) -> list[str]:
-    names = text.split("/\n")
-    if "\0" in text or "./" in text:
+def _names(fields: np.ndarray) -> list[str]:
+    """`fields`: uint8 [n, 100]. Raises ValueError where they cannot be told apart."""
+    if not len(fields):
+        return []
+    # All at once, with a separator that only a name of several lines can hold.
+    text = b"/\n".join(np.ascontiguousarray(fields).view("S100")[:, 0].tolist())
+    names = text.decode("utf-8", "surrogateescape").split("/\n")
+    if len(names) != len(fields):
+        raise ValueError("a name of several lines")
+    if b"\0" in text or b"./" in text:
         names = [name.partition("\0")[0].removeprefix("./") for name in names]
     return names
 

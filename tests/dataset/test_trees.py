@@ -137,3 +137,10 @@ def test_a_link_that_leads_nowhere_is_told(tmp_path):
         archive.addfile(member, io.BytesIO(b"one"))
     found, _ = TarTree(path).read_many(["one.png", "link.png"])
     assert found[0] == b"one" and "--dereference" in str(found[1])
+
+
+def test_names_of_several_lines(tmp_path):
+    files = {"a.png": b"1", "b/\nc.png": b"22", "d\n.png": b"333", "e.png": b"4"}
+    tree = TarTree(write(tmp_path / "x.tar", tarfile.GNU_FORMAT, files))
+    assert tree.read_many(list(files))[0] == list(files.values())
+    assert tree.names("b") == ["\nc.png"]
