@@ -1,6 +1,5 @@
 """Encoded bytes to uint8 pixels, [S, S, 3]; greyscale, palettes and CMYK become RGB."""
 
-import contextlib
 import io
 import re
 import warnings
@@ -36,12 +35,17 @@ def decode_into(data: bytes, out: np.ndarray) -> bool:
     Raises `CorruptImage`.
     """
     for header, grey in _plain.items():
-        if data.startswith(header):
-            with contextlib.suppress(ValueError):
-                if simplejpeg.decode_jpeg(data, "RGB", buffer=out).shape == out.shape:
-                    return grey
-            break
+        if data.startswith(header) and _decode_as_it_is(data, out):
+            return grey
     return _decode_with_care(data, out)
+
+
+def _decode_as_it_is(data: bytes, out: np.ndarray) -> bool:
+    """Whether that went well and `out` has its size."""
+    try:
+        return simplejpeg.decode_jpeg(data, "RGB", buffer=out).shape == out.shape
+    except ValueError:
+        return False
 
 
 def _decode_with_care(data: bytes, out: np.ndarray) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 
 ALIGNMENT = 4096  # bytes, of memory, offset and length; what every file system is content with
 _TRIAL = 16 << 20  # bytes, before the disk is judged
-_ENOUGH = 500 << 20  # bytes/s; copying into the page cache and flushing it is seldom faster
+_ENOUGH = 500 << 20  # bytes/s; a slower disk would keep the workers waiting
 
 
 class DirectFile:
