@@ -140,7 +140,8 @@ def test_an_epoch_left_early_leaves_nothing_behind(dataset, engine):
         batches = data.epoch(epoch)
         next(batches)
         batches.close()
-        gc.collect()
+        if epoch in (4, 49):  # slow; once before what is compared
+            gc.collect()
         held.append(_held())
     # The fewest of ten epochs: batches on their way from workers hold descriptors, as it happens.
     before, after = _fewest(held[5:15]), _fewest(held[-10:])
