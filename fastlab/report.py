@@ -98,11 +98,13 @@ def write_report(run_dirs: list[Path], out: Path) -> None:
     """Write one self-contained HTML page about the runs, in the order given, to `out`.
 
     A directory given twice counts once. `out` is replaced whole or left as it was. Raises
-    UserError where a run directory or one of its files is missing or malformed, or where `out`
-    cannot be written.
+    UserError where a run directory or one of its files is missing or malformed, or where `out` is
+    no .html or cannot be written.
     """
     if not run_dirs:
         raise UserError("no run directory given: name at least one")
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"{out}: expected a file name that ends in .html")
     distinct = {os.path.realpath(directory): directory for directory in run_dirs}
     names = _names(list(distinct))
     runs = [read_run(path, name) for path, name in zip(distinct.values(), names, strict=True)]

@@ -2,7 +2,8 @@
 
 On a GPU the encoded bytes go there and nvJPEG decodes them in batches. Reads the ``tar`` format.
 Pixels equal those of the ``array`` format where torchvision decodes on the CPU and originals have
-the dataset's size; resized originals go through another resampling (antialiased bicubic).
+the dataset's size; resized originals go through another resampling (antialiased bicubic). What it
+would decode otherwise (to be turned, 16 bits, CMYK) the converter's own decoder takes over.
 """
 
 import os
@@ -17,10 +18,13 @@ from torchvision.io import ImageReadMode, decode_image, decode_jpeg
 from torchvision.transforms import v2
 
 from fastlab.config import DataConfig
+from fastlab.dataset.decode import CorruptImage, decode_into, is_plain
 from fastlab.dataset.manifest import Manifest
 from fastlab.dataset.shards import Shards, open_shards
 from fastlab.errors import UserError
 
+_NOTHING = torch.empty(0)
+_UNKNOWN = -1
 # A worker that says nothing for so long is given up; decoding a batch takes milliseconds.
 _TIMEOUT = 60  # seconds
 
@@ -71,6 +75,7 @@ class NvjpegEngine:
 
     def __init__(self, shards: Shards, side: int, device: torch.device, where: str) -> None:
         self._shards, self._side, self._device, self._where = shards, side, device, where
+        self._kinds = np.full(len(shards.labels), _UNKNOWN, dtype=np.int8)
 
     def batches(self, rows: np.ndarray) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         with ThreadPoolExecutor(1, thread_name_prefix="nvjpeg") as pool:
@@ -86,15 +91,25 @@ class NvjpegEngine:
         return [_encoded(self._shards, row) for row in rows], labels.pin_memory()
 
     def _decode(self, encoded: list[torch.Tensor], rows: np.ndarray) -> torch.Tensor:
+        on_gpu = [place for place, row in enumerate(rows) if self._is_plain_jpeg(row)]
+        images: list[torch.Tensor] = [_NOTHING] * len(rows)
         try:
-            if all(data[0] == 0xFF for data in encoded):
-                images = decode_jpeg(encoded, ImageReadMode.RGB, device=self._device)
-            else:  # nvJPEG knows JPEG alone
-                images = [decode_image(d, ImageReadMode.RGB).to(self._device) for d in encoded]
-        except RuntimeError:
-            bad = _first_corrupt(self._shards, rows)
+            jpegs = [encoded[place] for place in on_gpu]
+            decoded = decode_jpeg(jpegs, ImageReadMode.RGB, device=self._device) if jpegs else []
+            for place, image in zip(on_gpu, decoded, strict=True):
+                images[place] = _fit(image, self._side)
+            for place in set(range(len(rows))).difference(on_gpu):
+                images[place] = _decode(encoded[place], self._side).to(self._device)
+        except (RuntimeError, CorruptImage):
+            bad = _first_corrupt(self._shards, self._side, rows)
             raise UserError(f"{self._where}: {bad}; convert again with --force") from None
-        return torch.stack([_fit(image, self._side).permute(1, 2, 0) for image in images])
+        return torch.stack([image.permute(1, 2, 0) for image in images])
+
+    def _is_plain_jpeg(self, row: int) -> bool:
+        if self._kinds[row] == _UNKNOWN:
+            data = self._shards[row].tobytes()
+            self._kinds[row] = data[:2] == b"\xff\xd8" and is_plain(data)
+        return self._kinds[row] == 1
 
 
 class _Rows(Sampler):
@@ -120,15 +135,26 @@ class _Batches(Dataset):
         images = torch.empty((len(rows), self._side, self._side, 3), dtype=torch.uint8)
         for image, row in zip(images, rows, strict=True):
             try:
-                decoded = decode_image(_encoded(self._shards, row), ImageReadMode.RGB)
-            except RuntimeError as error:
+                decoded = _decode(_encoded(self._shards, row), self._side)
+            except (RuntimeError, CorruptImage) as error:
                 return images[:0], torch.zeros(0), f"image {row}: {str(error).splitlines()[0]}"
-            image.copy_(_fit(decoded, self._side).permute(1, 2, 0))
+            image.copy_(decoded.permute(1, 2, 0))
         return images, torch.from_numpy(self._shards.labels[rows]), ""
 
 
 def _encoded(shards: Shards, row: int) -> torch.Tensor:
     return torch.from_numpy(np.array(shards[row]))
+
+
+def _decode(encoded: torch.Tensor, side: int) -> torch.Tensor:
+    """uint8 [3, side, side]: by the converter's own decoder where torchvision's would neither turn
+    the image nor scale its 16 bits. Raises RuntimeError or `CorruptImage`."""
+    data = encoded.numpy().tobytes()
+    if is_plain(data):
+        return _fit(decode_image(encoded, ImageReadMode.RGB), side)
+    image = np.empty((side, side, 3), dtype=np.uint8)
+    decode_into(data, image)
+    return torch.from_numpy(image).permute(2, 0, 1)
 
 
 def _fit(image: torch.Tensor, side: int) -> torch.Tensor:
@@ -139,10 +165,10 @@ def _fit(image: torch.Tensor, side: int) -> torch.Tensor:
     return v2.functional.center_crop(image, [side, side])
 
 
-def _first_corrupt(shards: Shards, rows: np.ndarray) -> str:
+def _first_corrupt(shards: Shards, side: int, rows: np.ndarray) -> str:
     for row in rows:
         try:
-            decode_image(_encoded(shards, row), ImageReadMode.RGB)
-        except RuntimeError as error:
+            _decode(_encoded(shards, row), side)
+        except (RuntimeError, CorruptImage) as error:
             return f"image {row}: {str(error).splitlines()[0]}"
     return "nvJPEG failed on a batch that the CPU decodes"

@@ -679,6 +679,25 @@ def test_no_space(server: Server, tmp_path: Path) -> None:
     assert len(server.seen) == 1
 
 
+def test_a_second_download_to_the_same_file_is_turned_away(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "x.zip"
+    receive = module._receive
+
+    def meanwhile(*args: object) -> None:
+        monkeypatch.setattr(module, "_receive", receive)
+        with pytest.raises(UserError, match="another download is writing it"):
+            fetch(target, server)
+        receive(*args)
+
+    monkeypatch.setattr(module, "_receive", meanwhile)
+    assert_only(fetch(target, server))
+    target.unlink()
+    part_of(target).with_name("x.zip.part.lock").touch()  # of one that was killed
+    assert_only(fetch(target, server))
+
+
 def test_interrupt_leaves_the_part(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -469,9 +469,11 @@ def test_malformed_file(tmp_path: Path, name: str, content: str) -> None:
 def test_unwritable_output(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a", [epoch(1)])
     (tmp_path / "file").write_text("")
-    for out in (tmp_path / "gone/report.html", tmp_path / "file/report.html", run):
-        assert_user_error([run], out, str(out), "cannot be written")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "file"]
+    (tmp_path / "folder.html").mkdir()
+    for out in ("gone/report.html", "file/report.html", "folder.html"):
+        assert_user_error([run], tmp_path / out, out, "cannot be written")
+    assert_user_error([run], tmp_path / "file", "ends in .html")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "file", "folder.html"]
 
 
 def test_report_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,12 +63,13 @@ def decoded_blocks(
         for name, split in originals.splits.items()
         for start in range(0, len(split.paths), size)
     ]
+    workers = min(workers, len(tasks))
     shape = (workers, _SLOTS, size, side, side, 3)
     slots = np.frombuffer(mmap.mmap(-1, math.prod(shape)), dtype=np.uint8).reshape(shape)
     fork = multiprocessing.get_context("fork")
     pipes, processes = [], []
     try:
-        for number in range(min(workers, len(tasks))):
+        for number in range(workers):
             ours, theirs = fork.Pipe()
             arguments = (theirs, tree, originals, tasks[number::workers], slots[number])
             process = fork.Process(target=_work, args=arguments, daemon=True)

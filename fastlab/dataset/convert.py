@@ -1,17 +1,16 @@
 """Originals to a dataset directory: decoded once, in parallel, whole or not at all.
 
 Workers decode blocks; the parent hashes and writes what is finished, in order, while they go on.
-Everything is written under ``OUT.partial`` and renamed when complete.
+Everything is written beside its place and moved there when complete.
 """
 
 import contextlib
-import fcntl
 import io
 import mmap
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+import sys
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,10 +33,18 @@ from fastlab.dataset.formats import (
 from fastlab.dataset.manifest import FileInfo, Manifest, SplitInfo
 from fastlab.dataset.moments import mean_and_std
 from fastlab.dataset.originals import (
+    SUFFIXES,
     Originals,
     check_counts,
     read_originals,
     select_classes,
+)
+from fastlab.dataset.place import (
+    check_replaceable,
+    is_free,
+    move_into_place,
+    partial_directory,
+    settled,
 )
 from fastlab.dataset.trees import Tree, open_tree
 from fastlab.errors import UserError, printable
@@ -71,10 +78,17 @@ def convert(source: Path, out: Path, options: Options) -> tuple[Manifest, bool]:
     """Write the dataset directory `out`; return its manifest and whether anything was written.
 
     An existing `out` that was made from the same originals by the same options is left alone, but
-    for formats that it has not got yet. Raises `UserError` for any other existing `out` (unless
-    forced), an unusable source and corrupt images; `out` is then as it was.
+    for formats that it has not got yet. Raises `UserError` for any other existing `out` (unless it
+    is empty, or a dataset and forced), an unusable source and corrupt images; `out` is then as it
+    was.
     """
     _check(options)
+    out = settled(out)
+    originals = Path(os.path.realpath(source))
+    if out in (originals, *originals.parents):
+        raise UserError(f"{out}: holds the originals; choose another directory for the dataset")
+    if options.force:
+        check_replaceable(out, manifests.NAME, "dataset directory")
     try:
         return _convert(source, out, options)
     except OSError as error:  # of the output: a source that cannot be read is told apart before
@@ -82,16 +96,20 @@ def convert(source: Path, out: Path, options: Options) -> tuple[Manifest, bool]:
 
 
 def _convert(source: Path, out: Path, options: Options) -> tuple[Manifest, bool]:
-    with _partial_directory(out) as partial:
+    with partial_directory(out) as partial:
         tree = open_tree(source, partial)
         originals = _select(read_originals(tree, str(source)), options)
         found = None
-        if out.exists() and not options.force:
+        if not is_free(out) and not options.force:
             found = _existing(out, _request(originals, _stamps(tree, originals), options))
             _check_options(out, found, options)
         missing = [name for name in options.formats if not found or name not in found.formats]
         if found and not missing:
             return found, False
+        if found and "array" in found.formats:  # what the others are written from
+            manifests.check_hashes(out, replace(found, formats={"array": found.formats["array"]}))
+        if originals.left_out:
+            _tell(source, originals.left_out)
         decoded = None
         if not found or "array" not in found.formats:
             decoded = _write_array(tree, originals, source, options, partial)
@@ -113,8 +131,16 @@ def _convert(source: Path, out: Path, options: Options) -> tuple[Manifest, bool]
         if found:
             _add_into_place(partial, out, missing)
         else:
-            _move_into_place(partial, out)
+            move_into_place(partial, out)
     return manifest, True
+
+
+def _tell(source: Path, left_out: tuple[str, ...]) -> None:
+    print(
+        f"{printable(str(source))}: {len(left_out)} files that are no {', '.join(SUFFIXES)} are "
+        f"left out, such as {printable(left_out[0])}",
+        file=sys.stderr,
+    )
 
 
 def _stamps(tree: Tree, originals: Originals) -> dict[str, np.ndarray]:
@@ -186,6 +212,7 @@ def _request(originals: Originals, stamps: dict[str, np.ndarray], options: Optio
         digest.update(split.labels.tobytes())
         digest.update(stamps[name].tobytes())
     kept = {k: v for k, v in asdict(options).items() if k not in _NO_IDENTITY}
+    kept["seed"] = options.seed if options.holdout else 0
     return {"layout": originals.layout, **kept, "originals_xxh128": digest.hexdigest()}
 
 
@@ -194,7 +221,9 @@ def _existing(out: Path, request: dict) -> Manifest:
         found = manifests.read_manifest(out)
         manifests.check_sizes(out, found)
     except UserError as error:
-        raise UserError(f"{out}: exists and is no whole dataset ({error})") from None
+        raise UserError(
+            f"{out}: exists and is no whole dataset; choose another directory ({error})"
+        ) from None
     if found.request != request:
         raise UserError(
             f"{out}: holds a dataset of other originals or options; choose another directory, or "
@@ -218,53 +247,6 @@ def _check_options(out: Path, found: Manifest, options: Options) -> None:
             )
 
 
-@contextlib.contextmanager
-def _partial_directory(out: Path) -> Iterator[Path]:
-    """An empty directory beside `out`, locked against a second conversion, removed at the end."""
-    partial = out.with_name(out.name + ".partial")
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        lock = os.open(partial, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"{partial}: cannot be written ({error.strerror})") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _restore(out)
-        for left in partial.iterdir():  # of a conversion that was killed
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-        try:
-            yield partial
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    except BlockingIOError:
-        raise UserError(f"{out}: another conversion is writing it") from None
-    finally:
-        os.close(lock)
-
-
-def _move_into_place(partial: Path, out: Path) -> None:
-    if not out.exists():
-        partial.rename(out)
-        return
-    old = _replaced(out)
-    out.rename(old)
-    partial.rename(out)
-    shutil.rmtree(old)
-
-
-def _replaced(out: Path) -> Path:
-    """Where a dataset lies for the moment in which another takes its place."""
-    return out.with_name(f".{out.name}.fastlab-replaced")
-
-
-def _restore(out: Path) -> None:
-    """What a conversion that was killed in that moment left."""
-    old = _replaced(out)
-    if old.exists() and not out.exists():
-        old.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def _write_array(
     tree: Tree, originals: Originals, source: Path, options: Options, partial: Path
 ) -> Manifest:
@@ -281,6 +263,8 @@ def _write_array(
         originals = originals.without(skipped)
         check_counts(originals, f"{source}, without {len(skipped)} corrupt images")
         blocks, hashed = _write_images(tree, originals, side, workers, partial)
+        if any(block.corrupt for part in blocks.values() for block in part):
+            raise UserError(f"{source}: changes while it is read; run again when it is complete")
     hashed |= _write_labels(originals, partial)
     stamps = {name: np.concatenate([b.stamps for b in part]) for name, part in blocks.items()}
     pixels = len(originals.splits["train"].paths) * side * side
@@ -364,10 +348,8 @@ def _npy_header(images: int, side: int) -> np.ndarray:
 def _refuse(corrupt: dict[str, str]) -> None:
     shown = "; ".join(f"{printable(path)} ({why})" for path, why in list(corrupt.items())[:5])
     more = f"; and {len(corrupt) - 5} more" if len(corrupt) > 5 else ""
-    raise UserError(
-        f"{len(corrupt)} corrupt images: {shown}{more}; mend them, or leave them out with "
-        f"--on-corrupt skip"
-    )
+    images = "1 corrupt image" if len(corrupt) == 1 else f"{len(corrupt)} corrupt images"
+    raise UserError(f"{images}: {shown}{more}; mend them, or leave them out with --on-corrupt skip")
 
 
 def _write_labels(originals: Originals, partial: Path) -> dict[str, FileInfo]:

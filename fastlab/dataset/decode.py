@@ -1,17 +1,17 @@
 """Encoded bytes to uint8 pixels, [S, S, 3]; greyscale, palettes and CMYK become RGB."""
 
 import io
-import re
 import warnings
 
 import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# Start of a baseline, extended or progressive frame: height and width; one or three components
-# (libjpeg-turbo's CMYK differs from Pillow's by rounding).
-_FRAMES = re.compile(rb"\xff[\xc0-\xc2]\0[\x0b\x11]\x08(....)([\1\3])", re.DOTALL)
 MAX_PIXELS = 64_000_000
+_FRAMES = (b"\xc0", b"\xc1", b"\xc2")  # markers of baseline, extended and progressive ones
+_FOUR = {"CMYK": "CMYK", "YCCK": "CMYK"}  # decoded to see whether they are damaged
+_METADATA = (b"Exif\0\0", b"http://ns.adobe.com/xap/")
+_FORMATS = ("JPEG", "PNG", "WEBP")  # another of Pillow's, EPS, starts a program
 # libjpeg's warnings that pixels are made up, which Pillow passes over in silence.
 _DAMAGE = ("Corrupt JPEG data", "Premature end of JPEG file")
 
@@ -30,9 +30,9 @@ def decode_into(data: bytes, out: np.ndarray) -> bool:
     """Decode `data` into `out` (uint8, [S, S, 3]); return whether the original is greyscale.
 
     JPEGs go straight through libjpeg-turbo, bit for bit as Pillow decodes them, but what Pillow
-    makes up where bytes are missing is refused. Anything else goes through Pillow, turned upright
-    as its EXIF says. Other sizes are resized, bicubic, the shorter side to S, the centre kept.
-    Raises `CorruptImage`.
+    makes up where bytes are missing is refused. JPEGs of four channels or with metadata that may
+    turn them, PNG and WebP go through Pillow, turned upright as it says there. Other sizes are
+    resized, bicubic, the shorter side to S, the centre kept. Raises `CorruptImage`.
     """
     for header, grey in _plain.items():
         if data.startswith(header) and _decode_as_it_is(data, out):
@@ -49,28 +49,53 @@ def _decode_as_it_is(data: bytes, out: np.ndarray) -> bool:
 
 
 def _decode_with_care(data: bytes, out: np.ndarray) -> bool:
-    frame = data[:2] == b"\xff\xd8" and _FRAMES.search(data)
-    if not frame:
+    if data[:2] != b"\xff\xd8":
         return _decode_with_pillow(data, out)
-    fits = frame[1] == out.shape[0].to_bytes(2) * 2
+    scan = _plain_until(data)
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
         _check_pixels(height, width)
-        pixels = simplejpeg.decode_jpeg(data, "RGB", buffer=out if fits else None)
+        into = out if scan and (height, width) == out.shape[:2] else None
+        pixels = simplejpeg.decode_jpeg(data, _FOUR.get(space, "RGB"), buffer=into)
     except ValueError as error:
         if any(damage in str(error) for damage in _DAMAGE):
             raise CorruptImage(str(error)) from None
         return _decode_with_pillow(data, out)  # corrupt, or only to this decoder
-    # Metadata comes before the scan, which is most of the bytes.
-    scan = data.find(b"\xff\xda", frame.end())
-    if data.find(b"Exif\0\0", 0, scan) >= 0:
-        return _decode_with_pillow(data, out)  # it may have to be turned
+    if not scan:
+        return _decode_with_pillow(data, out)
     grey = space == "Gray"
     if pixels.shape != out.shape:
         out[:] = _fit(Image.fromarray(pixels), out.shape[0])
-    elif scan > 0 and len(_plain) < _FEW:
-        _plain[data[: scan + 2]] = grey
+    elif len(_plain) < _FEW:
+        _plain[data[:scan]] = grey
     return grey
+
+
+def is_plain(data: bytes) -> bool:
+    """Whether all decoders agree on the pixels: no metadata that may turn them, a JPEG of one or
+    three channels (libjpeg's CMYK differs from Pillow's), a PNG of 8 bits, no WebP but a simple
+    one."""
+    if data[:2] == b"\xff\xd8":
+        return _plain_until(data) > 0
+    if data[:4] == b"RIFF":
+        return data[12:16] in (b"VP8 ", b"VP8L")
+    return data[:4] == b"\x89PNG" and data[24] <= 8 and data.find(b"eXIf") < 0
+
+
+def _plain_until(jpeg: bytes) -> int:
+    """Where the data of the scan begins, bytes; 0 for a JPEG that is not plain, or not as
+    expected."""
+    plain, at = False, 2
+    while jpeg[at : at + 1] == b"\xff":
+        marker, stop = jpeg[at + 1 : at + 2], at + 2 + int.from_bytes(jpeg[at + 2 : at + 4])
+        if marker in _FRAMES:
+            plain = jpeg[at + 9 : at + 10] in (b"\1", b"\3")
+        elif marker == b"\xe1" and jpeg.startswith(_METADATA, at + 4):
+            return 0
+        elif marker == b"\xda":
+            return at + 2 if plain else 0
+        at = stop
+    return 0
 
 
 def _check_pixels(height: int, width: int) -> None:
@@ -83,8 +108,10 @@ def _decode_with_pillow(data: bytes, out: np.ndarray) -> bool:
         with warnings.catch_warnings():
             # A bomb is refused below; other complaints (EXIF, ICC) do not touch the pixels.
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 _check_pixels(image.height, image.width)
+                if image.format == "PNG":
+                    _check_sums(data)
                 grey = image.mode in ("1", "L", "LA", "I", "I;16", "F")
                 out[:] = _fit(image, out.shape[0])
                 return grey
@@ -94,6 +121,12 @@ def _decode_with_pillow(data: bytes, out: np.ndarray) -> bool:
         raise CorruptImage("no known image format") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on bad bytes
         raise CorruptImage(str(error).splitlines()[0] if str(error) else repr(error)) from None
+
+
+def _check_sums(png: bytes) -> None:
+    """Pillow checks those of some chunks alone when it decodes."""
+    with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
+        image.verify()
 
 
 def _fit(image: Image.Image, side: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Fetch a dataset archive over HTTP: resumed after a cut, verified before it gets its name."""
 
 import contextlib
+import fcntl
 import hashlib
 import http.client
 import json
@@ -298,10 +299,29 @@ def _fetch(job: _Job, patience: _Patience, progress: bool | None, force: bool) -
     if _is_present(job, opener, patience, force):
         return
     job.target.parent.mkdir(parents=True, exist_ok=True)
-    _transfer(job, opener, patience, progress)
-    verdict = _verify(job)
-    _install(job, force)
+    with _locked(job):
+        _transfer(job, opener, patience, progress)
+        verdict = _verify(job)
+        _install(job, force)
     print(f"{job.target}: {job.target.stat().st_size} bytes, {verdict}")
+
+
+@contextlib.contextmanager
+def _locked(job: _Job) -> Iterator[None]:
+    """Two writers of one .part would mix what they write. A killed one holds no lock."""
+    path = job.target.with_name(job.target.name + ".part.lock")
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = os.path.samestat(os.fstat(file.fileno()), path.stat())
+        except (BlockingIOError, FileNotFoundError):
+            mine = False
+        if not mine:  # locked, or removed by its owner since it was opened
+            raise UserError(f"{job.target}: another download is writing it")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _is_present(
@@ -504,8 +524,7 @@ def _install(job: _Job, force: bool) -> None:
         os.fsync(file.fileno())
     os.replace(job.part, job.target)
     job.sidecar.unlink(missing_ok=True)
-    if os.name == "posix":
-        _sync_directory(job.target.parent)
+    _sync_directory(job.target.parent)
 
 
 def _sync_directory(path: Path) -> None:

@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 import simplejpeg
 
+from fastlab.dataset.decode import is_plain
 from fastlab.dataset.originals import Originals, Split
 from fastlab.dataset.shards import Shards, index_head, index_line
 from fastlab.dataset.trees import Tree
-from fastlab.errors import UserError
+from fastlab.errors import UserError, printable
 from fastlab.processes import die_with_parent
 
 FORMATS = ("array", "ffcv", "tar")
@@ -170,11 +171,11 @@ def _check_jpegs(source: Source, split: Split, tick: Callable) -> None:
     for path in split.paths:
         tick()
         data = source.tree.read(path)[0]
-        size = simplejpeg.decode_jpeg_header(data)[:2] if data[:2] == b"\xff\xd8" else None
-        if size != (source.side, source.side):
+        jpeg = data[:2] == b"\xff\xd8" and is_plain(data)
+        if not jpeg or simplejpeg.decode_jpeg_header(data)[:2] != (source.side, source.side):
             raise UserError(
-                f"{path} is no JPEG of {source.side}x{source.side} pixels; write decoded pixels: "
-                f"--ffcv-encoding raw"
+                f"{printable(path)} is no plain JPEG of {source.side}x{source.side} pixels (colour "
+                f"or grey, not to be turned); write decoded pixels: --ffcv-encoding raw"
             )
 
 

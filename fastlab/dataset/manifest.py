@@ -89,9 +89,10 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         return _from_json(json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError):
+        command = f"SOURCE {directory}" if not directory.exists() else f"{directory} OUT"
         raise UserError(
             f"{directory}: not a dataset directory (no {NAME}); make one with: "
-            f"fastlab convert SOURCE {directory}"
+            f"fastlab convert {command}"
         ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None

@@ -1,12 +1,12 @@
 """What a source holds: classes, and for each split the paths and labels of its images.
 
 Two layouts are known: Tiny ImageNet's own, and any image folder with ``train/<class>/`` and
-``val/<class>/`` (and, if it has one, ``test/<class>/``).
+``val/<class>/`` (and, if it has one, ``test/<class>/``), whose classes may have folders within.
 """
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from itertools import repeat
+from itertools import chain, repeat
 
 import numpy as np
 
@@ -38,6 +38,8 @@ class Originals:
     """"tiny-imagenet" or "image-folder"."""
     classes: list[ImageClass]
     splits: dict[str, Split]
+    left_out: tuple[str, ...] = ()
+    """Files among the images that have no image's name."""
 
     def only(self, classes: Sequence[int]) -> "Originals":
         """The same with these classes alone, renumbered in the order given."""
@@ -163,9 +165,16 @@ def _only_chosen(originals: Originals, choice: str) -> Originals:
 
 
 def _root(tree: Tree) -> str:
-    """The folder that holds the splits: the top, or the only folder there."""
-    top = [name for name in tree.names("") if not name.startswith((".", "__"))]
-    return top[0] if len(top) == 1 else ""
+    """The folder that holds the splits: the top, or the only folder there that has them."""
+    top = tree.names("")
+    if _has_splits(top):
+        return ""
+    below = [name for name in top if _has_splits(tree.names(name))]
+    return below[0] if len(below) == 1 else ""
+
+
+def _has_splits(names: list[str]) -> bool:
+    return "wnids.txt" in names or {"train", "val"} <= set(names)
 
 
 def _folder(path: str) -> str:
@@ -191,7 +200,9 @@ def _read_tiny_imagenet(tree: Tree, root: str, where: str) -> Originals:
         lines = map(str.partition, tree.text(f"{root}words.txt").splitlines(), repeat("\t"))
         known = {wnid: words for wnid, tab, words in lines if tab and wnid in wanted}
     folders = [f"{root}train/{name}/images/" for name in ids]
-    train = _from_folders(tree, folders)
+    train = _labelled(
+        [[folder + name for name in _images(tree.names(folder))] for folder in folders]
+    )
     val = _read_annotations(tree, root, ids, where)
     classes = [ImageClass(name, known.get(name, name)) for name in ids]
     return Originals("tiny-imagenet", classes, {"train": train, "val": val})
@@ -228,14 +239,33 @@ def _read_image_folder(tree: Tree, root: str, where: str) -> Originals:
         if not name.isprintable():
             raise UserError(f"{where}: train/{name!a}: rename this class, it cannot be printed")
     splits = {}
+    left_out: list[str] = []
     for split in ("train", "val", "test"):
         folders = _folders_in(tree, root + split)
         unknown = set(folders) - set(ids)
         if unknown:
             raise UserError(f"{where}: {split}/{min(unknown)}: no such class in train/")
         if folders or split != "test":
-            splits[split] = _from_folders(tree, [f"{root}{split}/{name}/" for name in ids])
-    return Originals("image-folder", [ImageClass(name, name) for name in ids], splits)
+            below = [_paths_below(tree, f"{root}{split}/{name}/", left_out) for name in ids]
+            splits[split] = _labelled(below)
+    classes = [ImageClass(name, name) for name in ids]
+    return Originals("image-folder", classes, splits, tuple(left_out))
+
+
+def _paths_below(tree: Tree, folder: str, left_out: list[str]) -> list[str]:
+    """Images in `folder` and in folders within, as torchvision's ImageFolder takes them; other
+    files are added to `left_out`."""
+    names = tree.names(folder)
+    images = _images(names)
+    paths = [folder + name for name in images]
+    for name in sorted(set(names).difference(images)):
+        if name.startswith("."):
+            continue
+        if tree.names(folder + name):
+            paths += _paths_below(tree, f"{folder}{name}/", left_out)
+        else:
+            left_out.append(folder + name)
+    return paths
 
 
 def _folders_in(tree: Tree, folder: str) -> list[str]:
@@ -244,14 +274,10 @@ def _folders_in(tree: Tree, folder: str) -> list[str]:
     return [name for name in names if tree.names(f"{folder}/{name}")]
 
 
-def _from_folders(tree: Tree, folders: list[str]) -> Split:
-    paths: list[str] = []
-    counts = []
-    for folder in folders:
-        names = _images(tree.names(folder))
-        paths += [folder + name for name in names]
-        counts.append(len(names))
-    return Split(paths, np.repeat(np.arange(len(folders), dtype=np.int64), counts))
+def _labelled(paths: list[list[str]]) -> Split:
+    """`paths`: those of each class."""
+    labels = np.repeat(np.arange(len(paths), dtype=np.int64), [len(some) for some in paths])
+    return Split(list(chain.from_iterable(paths)), labels)
 
 
 def _rank_in_class(labels: np.ndarray) -> np.ndarray:

@@ -1,16 +1,22 @@
 """A generated, learnable dataset in Tiny ImageNet's own layout, for demos and tests."""
 
 import colorsys
-import os
-import shutil
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from fastlab.dataset.place import (
+    check_replaceable,
+    is_free,
+    move_into_place,
+    partial_directory,
+    settled,
+)
 from fastlab.errors import UserError
 
 SIDE = 64
+_ID = "n9{:07}"  # beside those of ImageNet
 _GREY_EVERY = 50  # as in Tiny ImageNet, one image in about fifty has a single channel
 _ADJECTIVES = ("red", "amber", "green", "teal", "blue", "violet")
 
@@ -20,7 +26,7 @@ def synthesise(out: Path, classes: int, per_class: int, seed: int = 0, force: bo
 
     A class is a hue and a slant of stripes; position, width of the stripes, contrast, background
     and noise vary with the image. The same arguments give the same pixels. Raises `UserError` for
-    numbers out of range and an existing `out`.
+    numbers out of range and an existing `out`, unless it is empty, or forced and itself generated.
     """
     if not 2 <= classes <= 1000:
         raise UserError(f"--classes {classes}: expected 2 to 1000")
@@ -28,23 +34,21 @@ def synthesise(out: Path, classes: int, per_class: int, seed: int = 0, force: bo
         raise UserError(f"--per-class {per_class}: expected 1 to 100000")
     if seed < 0:
         raise UserError(f"--seed {seed}: expected 0 or more")
-    if out.exists() and not force:
+    out = settled(out)
+    if force:
+        check_replaceable(out, f"train/{_ID.format(0)}", "generated dataset")
+    elif not is_free(out):
         raise UserError(f"{out}: exists; choose another directory, or replace it with --force")
-    out = Path(os.path.abspath(out))  # "." and ".." have a name then
-    partial = out.with_name(out.name + ".partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        _write(partial, classes, per_class, np.random.default_rng(seed))
-        shutil.rmtree(out, ignore_errors=True)
-        partial.rename(out)
+        with partial_directory(out) as partial:
+            _write(partial, classes, per_class, np.random.default_rng(seed))
+            move_into_place(partial, out)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror})") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write(root: Path, classes: int, per_class: int, random: np.random.Generator) -> None:
-    ids = [f"n{90_000_000 + k}" for k in range(classes)]
+    ids = [_ID.format(k) for k in range(classes)]
     lines = []
     for number, name in enumerate(ids):
         folder = root / "train" / name / "images"

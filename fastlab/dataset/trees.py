@@ -9,7 +9,7 @@ import itertools
 import lzma
 import mmap
 import os
-import shutil
+import stat
 import struct
 import tarfile
 import zipfile
@@ -17,7 +17,7 @@ import zlib
 from abc import ABC, abstractmethod
 from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -49,6 +49,9 @@ class Stamp(NamedTuple):
     version: int
 
 
+_UNREADABLE = Stamp(0, 0)
+
+
 class DamagedMember(OSError):
     """A file of an archive that cannot be read."""
 
@@ -71,7 +74,7 @@ class Tree(ABC):
             try:
                 data, stamp = self.read(path)
             except OSError as error:
-                data, stamp = error, Stamp(0, 0)
+                data, stamp = error, _UNREADABLE
             found.append(data)
             stamps.append(stamp)
         return found, np.array(stamps, dtype=np.int64).reshape(-1, 2)
@@ -81,11 +84,11 @@ class Tree(ABC):
         """Raises OSError."""
 
     def stamp(self, path: str) -> Stamp:
-        """Raises `UserError` where there is no such file."""
+        """Zeros for a file that cannot be read, as in `read_many`."""
         try:
             return self._stamp(path)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+        except OSError:
+            return _UNREADABLE
 
     def text(self, path: str) -> str:
         try:
@@ -108,9 +111,12 @@ class DirectoryTree(Tree):
 
     def read(self, path: str) -> tuple[bytes, Stamp]:
         # Bare system calls: `open` costs half as much again, and there are 100,000 files to open.
-        descriptor = os.open(path, os.O_RDONLY, dir_fd=self._descriptor)
+        # Without waiting, should it be a pipe.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK, dir_fd=self._descriptor)
         try:
             status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise DamagedMember("no regular file")
             return os.read(descriptor, status.st_size), Stamp(status.st_size, status.st_mtime_ns)
         finally:
             os.close(descriptor)
@@ -148,7 +154,7 @@ class ZipTree(_Members):
         self._bytes = _map(path)
         with zipfile.ZipFile(path) as archive:
             members = [member for member in archive.infolist() if not member.is_dir()]
-        self._members = {member.filename: member for member in members}
+        self._members = {member.filename.removeprefix("./"): member for member in members}
         if len(self._members) < len(members):
             raise zipfile.BadZipFile("two members have the same name")
         super().__init__(list(self._members))
@@ -222,8 +228,15 @@ class TarTree(_Members):
             raise DamagedMember("no such file in the archive")
         start, size, changed = self._places[self._rows[path]].tolist()
         if start < 0:
-            raise DamagedMember("a link; pack the archive again with tar --dereference")
+            raise DamagedMember(_UNUSABLE[start])
         return start, size, changed
+
+
+_LINK, _SPARSE = -1, -2
+_UNUSABLE = {
+    _LINK: "a link; pack the archive again with tar --dereference",
+    _SPARSE: "stored as a sparse file; pack the archive again without --sparse",
+}
 
 
 class _TarMembers(NamedTuple):
@@ -231,17 +244,18 @@ class _TarMembers(NamedTuple):
 
     names: list[str]
     places: np.ndarray
-    """int64 [files, 3]: start (-1 for a link that leads nowhere in the archive), size, time of
-    change."""
+    """int64 [files, 3]: start (or why there is none, of `_UNUSABLE`), size, time of change."""
 
 
 def _any_members(path: Path, data: mmap.mmap) -> _TarMembers:
     members: dict[str, tuple[int, int, int]] = {}
-    nowhere = (-1, 0, 0)
+    nowhere = (_LINK, 0, 0)
     with tarfile.open(path, "r:") as archive:
         for member in archive:
             name = member.name.removeprefix("./")
-            if member.isfile():
+            if member.issparse():
+                members[name] = (_SPARSE, 0, 0)
+            elif member.isfile():
                 members[name] = (member.offset_data, member.size, int(member.mtime))
             elif member.islnk():  # a further name of a file that came before
                 members[name] = members.get(member.linkname.removeprefix("./"), nowhere)
@@ -368,8 +382,17 @@ def _open_tree(source: Path, scratch: Path) -> Tree:
 def _decompress(source: Path, target: Path) -> Path:
     opener = {"z2": bz2.open, "gz": gzip.open}.get(source.name[-2:], lzma.open)
     with opener(source, "rb") as packed, target.open("wb") as plain:
-        shutil.copyfileobj(packed, plain, 1 << 20)
+        while data := packed.read(1 << 20):
+            _write(plain, data, target)
     return target
+
+
+def _write(file: BinaryIO, data: bytes, path: Path) -> None:
+    try:
+        file.write(data)
+        file.flush()
+    except OSError as error:  # apart from those of the source
+        raise UserError(f"{path.parent}: cannot be written ({error.strerror})") from None
 
 
 def _map(path: Path) -> mmap.mmap:

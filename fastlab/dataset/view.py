@@ -40,7 +40,9 @@ def table(manifest: Manifest) -> str:
 
 def draw_samples(directory: Path, manifest: Manifest, out: Path) -> None:
     """A PNG of training images with their labels: each as it is, and below it augmented by flip,
-    translation, cutout and crop. Raises `UserError` where `out` cannot be written."""
+    translation, cutout and crop. Raises `UserError` where `out` is no .png or cannot be written."""
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--show {out}: expected a file name that ends in .png")
     # torch and numba take seconds to import; the rest of `inspect` does without them.
     import torch
 
@@ -50,10 +52,9 @@ def draw_samples(directory: Path, manifest: Manifest, out: Path) -> None:
 
     images, labels = open_array(directory, manifest, "train")
     rows = np.unique(np.linspace(0, len(images) - 1, _ROWS * _COLUMNS).astype(np.int64))
-    strong = AugmentConfig(flip=True, translate=6, cutout=16, crop_scale=0.5)
-    augmenter = make_augmenter(
-        strong, manifest.image_size, manifest.mean, manifest.std, torch.float32
-    )
+    side = manifest.image_size
+    strong = AugmentConfig(flip=True, translate=side // 10, cutout=side // 4, crop_scale=0.5)
+    augmenter = make_augmenter(strong, side, manifest.mean, manifest.std, torch.float32)
     augmented = augment_on_cpu(augmenter, images, rows, rows, epoch_key(0, 0), raw=True)
     pairs = zip(images[rows], augmented.permute(0, 2, 3, 1).numpy(), labels[rows], strict=True)
     tiles = [_tile(a, b, manifest.classes[label].words) for a, b, label in pairs]

@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import shutil
 import tarfile
 import zipfile
 from pathlib import Path
@@ -11,6 +12,7 @@ from PIL import Image
 from xxhash import xxh3_128
 
 from fastlab.cli import main
+from fastlab.dataset import convert as conversion
 from fastlab.dataset.convert import Options, convert
 from fastlab.errors import UserError
 
@@ -39,7 +41,7 @@ def test_archives_give_the_arrays_of_the_directory(kind, synth_source, synth_dat
     out = tmp_path / "out"
     convert(packed(synth_source, kind, tmp_path), out, Options())
     assert arrays(out) == arrays(synth_dataset)
-    assert not (tmp_path / "out.partial").exists()
+    assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
 
 
 def test_pixels_labels_and_statistics(synth_source, synth_dataset):
@@ -291,3 +293,130 @@ def test_a_replacement_that_was_killed_gives_the_old_dataset_back(synth_source, 
     out.rename(tmp_path / ".out.fastlab-replaced")  # where a kill may leave it
     _, written = convert(synth_source, out, Options())
     assert not written and os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("out", ["src", "src/..", "link"])
+def test_originals_are_never_replaced(out, tmp_path, capsys):
+    source = folder_with({}, tmp_path / "parent" / "src")
+    (tmp_path / "parent" / "link").symlink_to("src")
+    before = sorted(tmp_path.rglob("*"))
+    for more in ([], ["--force"]):
+        assert main(["convert", str(source), str(tmp_path / "parent" / out), *more]) == 2
+        assert "holds the originals" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", ["convert", "synth"])
+def test_force_replaces_no_other_files(command, tmp_path, capsys):
+    source = [str(folder_with({}, tmp_path / "src"))][: command == "convert"]
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("years")
+    (tmp_path / "file").write_text("years")
+    for out in ("thesis", "file", "src"):
+        for more in ([], ["--force"]):
+            assert main([command, *source, str(tmp_path / out), *more]) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert str(tmp_path / out) in line
+    assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years"
+    assert (tmp_path / "file").read_text() == "years"
+
+
+@pytest.mark.parametrize("command", ["convert", "synth"])
+def test_an_empty_directory_and_a_link_are_places_to_write(command, tmp_path):
+    source = [str(folder_with({}, tmp_path / "src"))] if command == "convert" else []
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    mark = "manifest.json" if command == "convert" else "wnids.txt"
+    for out, *more in (["empty"], ["link", "--force"]):
+        assert main([command, *source, str(tmp_path / out), *more]) == 0
+        assert (tmp_path / "empty" / mark).exists() and (tmp_path / "link").is_symlink()
+    assert set(os.listdir(tmp_path)) - {"src"} == {"empty", "link"}
+
+
+def test_the_root_is_no_place_to_write(tmp_path, capsys):
+    assert main(["convert", str(folder_with({}, tmp_path / "src")), "/"]) == 2
+    assert "choose a directory below it" in capsys.readouterr().err
+
+
+def test_a_folder_of_the_old_partial_name_is_the_users(tmp_path):
+    source = folder_with({}, tmp_path / "src")
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "notes").write_text("mine")
+    convert(source, tmp_path / "out", Options())
+    assert (tmp_path / "out.partial" / "notes").read_text() == "mine"
+
+
+def test_an_image_that_goes_bad_in_the_second_pass(tmp_path, monkeypatch):
+    source = folder_with({"train/a/x.jpg": b"text"}, tmp_path / "src")
+    write_images = conversion._write_images
+
+    def goes_bad(*args):
+        found = write_images(*args)
+        (source / "train" / "b" / "good.jpg").write_bytes(b"text")
+        return found
+
+    monkeypatch.setattr(conversion, "_write_images", goes_bad)
+    with pytest.raises(UserError, match="changes while it is read"):
+        convert(source, tmp_path / "out", Options(on_corrupt="skip"))
+    assert os.listdir(tmp_path) == ["src"]
+
+
+def test_a_damaged_array_is_no_source_of_further_formats(synth_source, tmp_path, capsys):
+    out = tmp_path / "out"
+    convert(synth_source, out, Options())
+    images = out / "array" / "train-images.npy"
+    data = bytearray(images.read_bytes())
+    data[-1000] ^= 1
+    images.write_bytes(data)
+    assert main(["convert", str(synth_source), str(out), "--formats", "array,tar"]) == 2
+    assert "train-images.npy: damaged" in capsys.readouterr().err
+    assert not (out / "tar").exists()
+
+
+def test_files_that_cannot_be_read_are_skipped_or_told(tmp_path, capsys):
+    source = folder_with({}, tmp_path / "src")
+    (source / "train" / "a" / "gone.jpg").symlink_to("nowhere")
+    os.mkfifo(source / "train" / "a" / "pipe.jpg")
+    assert main(["convert", str(source), str(tmp_path / "out")]) == 2
+    assert "2 corrupt images" in capsys.readouterr().err
+    for _ in range(2):
+        assert main(["convert", str(source), str(tmp_path / "out"), "--on-corrupt", "skip"]) == 0
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert set(manifest["skipped"]) == {"train/a/gone.jpg", "train/a/pipe.jpg"}
+
+
+def test_folders_within_a_class_and_other_files(tmp_path, capsys):
+    source = folder_with({"train/a/notes.txt": b"text", "train/a/.DS_Store": b""}, tmp_path / "src")
+    deep = source / "train" / "a" / "more" / "deep"
+    deep.mkdir(parents=True)
+    Image.new("RGB", (64, 64), "red").save(deep / "x.png")
+    manifest, _ = convert(source, tmp_path / "out", Options())
+    assert manifest.splits["train"].images == 3
+    told = capsys.readouterr().err
+    assert "1 files that" in told and "train/a/notes.txt" in told
+
+
+def test_more_workers_than_work(synth_source, synth_dataset, tmp_path):
+    convert(synth_source, tmp_path / "out", Options(workers=10**14))
+    assert arrays(tmp_path / "out") == arrays(synth_dataset)
+
+
+def test_a_dataset_below_its_originals(synth_source, synth_dataset, tmp_path):
+    shutil.copytree(synth_source, tmp_path / "data" / "tiny")
+    convert(tmp_path / "data", tmp_path / "data" / "out", Options())
+    assert arrays(tmp_path / "data" / "out") == arrays(synth_dataset)
+
+
+def test_the_seed_of_nothing_held_out_changes_nothing(synth_source, tmp_path):
+    convert(synth_source, tmp_path / "out", Options())
+    assert convert(synth_source, tmp_path / "out", Options(seed=5))[1] is False
+
+
+def test_the_working_directory_is_no_place_to_write(tmp_path, monkeypatch, capsys):
+    """The shell would stand in a directory that is gone."""
+    source = folder_with({}, tmp_path / "src")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for command in (["convert", str(source)], ["synth"]):
+        assert main([*command, ".", "--force"]) == 2
+        assert ".: choose a directory below it" in capsys.readouterr().err

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from fastlab.dataset import decode
-from fastlab.dataset.decode import CorruptImage, decode_into
+from fastlab.dataset.decode import CorruptImage, decode_into, is_plain
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +69,97 @@ def test_one_that_has_to_be_turned_is_never_taken_for_plain():
         data = jpeg(seed, exif=exif)
         assert np.array_equal(decoded(data)[0], plain(data)[::-1, ::-1])
     assert not decode._plain
+
+
+def segment(marker: bytes, data: bytes) -> bytes:
+    return b"\xff" + marker + (2 + len(data)).to_bytes(2) + data
+
+
+TURNED = Image.Exif()
+TURNED[0x0112] = 3  # upside down
+XMP = b"""<x:xmpmeta xmlns:x="adobe:ns:meta/">
+<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+<rdf:Description rdf:about="" xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="3"/>
+</rdf:RDF></x:xmpmeta>"""
+
+
+@pytest.mark.parametrize("side", [64, 96])
+def test_a_thumbnail_hides_nothing(side):
+    """It has a frame and a scan of its own, of the size wanted, before the metadata."""
+    thumbnail = segment(b"\xed", b"Photoshop 3.0\0" + jpeg(9))
+    data = jpeg(1, side, exif=TURNED)
+    data = data[:2] + thumbnail + data[2:]
+    assert np.array_equal(decoded(data, side)[0], plain(data)[::-1, ::-1])
+
+
+def test_orientation_in_xmp_counts():
+    data = jpeg(1)
+    data = data[:2] + segment(b"\xe1", b"http://ns.adobe.com/xap/1.0/\0" + XMP) + data[2:]
+    assert np.array_equal(decoded(data)[0], plain(data)[::-1, ::-1])
+
+
+def cmyk(ycck: bool) -> bytes:
+    data = bytearray(jpeg(3, mode="RGB", quality=90))
+    stream = io.BytesIO()
+    Image.open(io.BytesIO(data)).convert("CMYK").save(stream, "JPEG", quality=90)
+    data = bytearray(stream.getvalue())
+    data[data.find(b"Adobe") + 11] = 2 if ycck else 0  # the colour transform
+    return bytes(data)
+
+
+@pytest.mark.parametrize("ycck", [False, True])
+def test_damage_in_four_channels(ycck):
+    data = cmyk(ycck)
+    assert np.array_equal(decoded(data)[0], plain(data))
+    middle = data.find(b"\xff\xda") + 2000
+    with pytest.raises(CorruptImage):
+        decoded(data[:middle] + bytes(100) + data[middle + 100 :])
+    with pytest.raises(CorruptImage):
+        decoded(data[:middle] + b"\xff\xd9" + data[middle:])
+
+
+def test_every_damaged_bit_of_a_png_is_noticed():
+    random = np.random.default_rng(0)
+    stream = io.BytesIO()
+    Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(stream, "PNG")
+    data = stream.getvalue()
+    for place in random.integers(8, len(data) - 12, 300):
+        bad = bytearray(data)
+        bad[place] ^= 1 << random.integers(8)
+        with pytest.raises(CorruptImage):
+            decoded(bytes(bad), 16)
+
+
+@pytest.mark.parametrize("format", ["GIF", "BMP", "TIFF", "PPM"])
+def test_other_formats_are_none(format):
+    stream = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(stream, format)
+    with pytest.raises(CorruptImage, match="no known image format"):
+        decoded(stream.getvalue())
+
+
+def test_no_program_is_started(monkeypatch):
+    """Pillow has Ghostscript draw EPS."""
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a program was started"))
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n%%EOF\n"
+    with pytest.raises(CorruptImage, match="no known image format"):
+        decoded(eps)
+
+
+def test_plain_are_those_that_every_decoder_reads_alike():
+    def encoded(image, format, **options):
+        stream = io.BytesIO()
+        image.save(stream, format, **options)
+        return stream.getvalue()
+
+    colour, deep = Image.new("RGB", (8, 8)), Image.fromarray(np.zeros((8, 8), dtype=np.uint16))
+    for image in (colour, colour.convert("L")):
+        for kind in ({"format": "JPEG"}, {"format": "PNG"}, {"format": "WEBP", "lossless": True}):
+            assert is_plain(encoded(image, **kind))
+    for format in ("JPEG", "PNG", "WEBP"):
+        assert not is_plain(encoded(colour, format, exif=TURNED))
+    for data in (cmyk(False), encoded(deep, "PNG"), encoded(colour, "GIF"), b"", b"\xff\xd8"):
+        assert not is_plain(data)
 
 
 def test_many_headers():

@@ -1,4 +1,6 @@
 import io
+import os
+import subprocess
 import tarfile
 import zipfile
 from pathlib import Path
@@ -144,3 +146,35 @@ def test_names_of_several_lines(tmp_path):
     tree = TarTree(write(tmp_path / "x.tar", tarfile.GNU_FORMAT, files))
     assert tree.read_many(list(files))[0] == list(files.values())
     assert tree.names("b") == ["\nc.png"]
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_sparse_file_is_told(tmp_path, form):
+    """Its bytes in the archive are not those of the file."""
+    (tmp_path / "x.png").write_bytes(bytes(1 << 20) + b"end")
+    os.truncate(tmp_path / "x.png", 2 << 20)
+    flavour = ["--format=gnu"] if form == tarfile.GNU_FORMAT else ["--format=pax"]
+    command = ["tar", *flavour, "--sparse", "-C", str(tmp_path), "-cf", str(tmp_path / "x.tar")]
+    subprocess.run([*command, "x.png"], check=True)
+    with tarfile.open(tmp_path / "x.tar") as archive:
+        assert archive.getmember("x.png").issparse()
+    found, _ = TarTree(tmp_path / "x.tar").read_many(["x.png"])
+    assert "without --sparse" in str(found[0])
+
+
+def test_names_in_a_zip_may_begin_with_a_dot(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("./train/a/x.png", b"x")
+    tree = trees.open_tree(tmp_path / "x.zip", tmp_path)
+    assert tree.names("") == ["train"] and tree.read("train/a/x.png")[0] == b"x"
+
+
+def test_a_full_disk_is_not_the_archives_fault(tmp_path):
+    with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as archive:
+        member = tarfile.TarInfo("one.png")
+        member.size = 3
+        archive.addfile(member, io.BytesIO(b"one"))
+    (tmp_path / "source.tar").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="cannot be written") as error:
+        trees.open_tree(tmp_path / "x.tar.gz", tmp_path)
+    assert "x.tar.gz" not in str(error.value)

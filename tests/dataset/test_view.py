@@ -3,9 +3,11 @@
 import json
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from fastlab.cli import main
+from fastlab.dataset.convert import Options, convert
 
 
 def test_the_table_has_the_counts_of_the_files(synth_source, synth_dataset, capsys):
@@ -44,3 +46,19 @@ def test_a_picture_that_cannot_be_written_is_one_line(synth_dataset, tmp_path, c
     assert main(["inspect", str(synth_dataset), "--show", str(tmp_path / "no" / "a.png")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "cannot be written" in line
+
+
+@pytest.mark.parametrize("side", [8, 24])
+def test_samples_of_small_images(side, synth_source, tmp_path):
+    convert(synth_source, tmp_path / "out", Options(image_size=side))
+    assert main(["inspect", str(tmp_path / "out"), "--show", str(tmp_path / "x.png")]) == 0
+    with Image.open(tmp_path / "x.png") as picture:
+        assert picture.width > 8 * side
+
+
+def test_samples_replace_no_other_file(synth_dataset, tmp_path, capsys):
+    (tmp_path / "manifest.json").write_text("mine")
+    show = ["--show", str(tmp_path / "manifest.json")]
+    assert main(["inspect", str(synth_dataset), *show]) == 2
+    assert "ends in .png" in capsys.readouterr().err
+    assert (tmp_path / "manifest.json").read_text() == "mine"

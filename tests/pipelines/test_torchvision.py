@@ -1,0 +1,80 @@
+"""Originals that torchvision's own decoders would give other pixels of, beside the array's."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.io import decode_jpeg
+
+from fastlab.config import DataConfig
+from fastlab.dataset.convert import Options, convert
+from fastlab.dataset.manifest import read_manifest
+from pipelines import torchvision
+
+KINDS = 12
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    """Turned, of 16 bits, of four channels, and plain ones between them."""
+    root = tmp_path_factory.mktemp("odd")
+    small = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    image = Image.fromarray(small).resize((64, 64), Image.Resampling.BILINEAR)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a quarter of a turn
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            folder = root / "src" / split / name
+            folder.mkdir(parents=True)
+            image.save(folder / "00.jpg")
+            image.save(folder / "01.jpg", exif=turned)
+            image.save(folder / "02.png", exif=turned)
+            image.save(folder / "03.webp", exif=turned, lossless=True)
+            image.convert("CMYK").save(folder / "04.jpg")
+            Image.fromarray(small[..., 0].astype(np.uint16) * 257).resize((64, 64), 0).save(
+                folder / "05.png"
+            )
+            image.convert("L").save(folder / "06.jpg")
+            image.save(folder / "07.png")
+            image.save(folder / "08.webp", lossless=True)
+            image.quantize(32).save(folder / "09.png")
+            image.convert("RGBA").save(folder / "10.png")
+            image.save(folder / "11.jpg", progressive=True)
+    convert(root / "src", root / "dataset", Options(formats=("array", "tar")))
+    return root / "dataset"
+
+
+def pixels(dataset) -> np.ndarray:
+    return np.load(dataset / "array" / "train-images.npy")
+
+
+def test_pixels_are_those_of_the_array(odd):
+    engine = torchvision.open_engine(
+        DataConfig(path=str(odd), pipeline="torchvision", workers=1),
+        read_manifest(odd),
+        "train",
+        torch.device("cpu"),
+    )
+    ((images, labels),) = engine.batches(np.arange(2 * KINDS)[None])
+    assert np.array_equal(images.numpy(), pixels(odd))
+    assert labels.tolist() == [0] * KINDS + [1] * KINDS
+
+
+def test_nvjpeg_is_given_plain_jpegs_alone(odd, monkeypatch):
+    """Its place is taken by the CPU's decoder: what matters is which images come to it."""
+    given = []
+
+    def decode(encoded, mode, device):
+        given.append(len(encoded))
+        return [decode_jpeg(data, mode) for data in encoded]
+
+    monkeypatch.setattr(torchvision, "decode_jpeg", decode)
+    shards = torchvision.open_shards(odd, read_manifest(odd), "train")
+    engine = torchvision.NvjpegEngine(shards, 64, torch.device("cpu"), "here")
+    rows = np.arange(2 * KINDS)
+    images = engine._decode([torchvision._encoded(shards, row) for row in rows], rows)
+    assert np.array_equal(images.numpy(), pixels(odd)) and images.is_contiguous()
+    assert given == [2 * 3]
+    odd_ones = np.array([1, 2])
+    images = engine._decode([torchvision._encoded(shards, row) for row in odd_ones], odd_ones)
+    assert np.array_equal(images.numpy(), pixels(odd)[odd_ones]) and len(given) == 1
