@@ -93,6 +93,9 @@ class NvjpegEngine:
     def _decode(self, encoded: list[torch.Tensor], rows: np.ndarray) -> torch.Tensor:
         on_gpu = [place for place, row in enumerate(rows) if self._is_plain_jpeg(row)]
         images: list[torch.Tensor] = [_NOTHING] * len(rows)
+        # torchvision allocates on this stream but decodes on one of its own that does not wait for
+        # it: what is queued here may still use the memory that it is given.
+        torch.cuda.current_stream(self._device).synchronize()
         try:
             jpegs = [encoded[place] for place in on_gpu]
             decoded = decode_jpeg(jpegs, ImageReadMode.RGB, device=self._device) if jpegs else []
