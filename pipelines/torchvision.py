@@ -103,6 +103,8 @@ class NvjpegEngine:
                 images[place] = _fit(image, self._side)
             for place in set(range(len(rows))).difference(on_gpu):
                 images[place] = _decode(encoded[place], self._side).to(self._device)
+        except torch.OutOfMemoryError:  # a RuntimeError, but no fault of the images
+            raise
         except (RuntimeError, CorruptImage):
             bad = _first_corrupt(self._shards, self._side, rows)
             raise UserError(f"{self._where}: {bad}; convert again with --force") from None

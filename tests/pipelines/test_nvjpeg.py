@@ -1,30 +1,51 @@
 """Decoding by nvJPEG: on a CPU its calls alone, since CUDA's are replaced."""
 
+import io
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pipelines import torchvision
 
-JPEG = torch.tensor([0xFF, 0xD8], dtype=torch.uint8)
+stream = io.BytesIO()
+Image.new("RGB", (8, 8)).save(stream, "JPEG")
+JPEG = torch.frombuffer(bytearray(stream.getvalue()), dtype=torch.uint8)
+
+
+class Shards(list):
+    labels = np.zeros(2, dtype=np.int64)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    made = []
+    stream = SimpleNamespace(synchronize=lambda: made.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    return made
 
 
 @pytest.fixture
 def engine():
-    return torchvision.NvjpegEngine(None, 8, torch.device("cuda"), "here")
+    return torchvision.NvjpegEngine(Shards([JPEG.numpy()] * 2), 8, torch.device("cuda"), "here")
 
 
-def test_memory_of_a_batch_is_no_longer_in_use_when_it_is_decoded(engine, monkeypatch):
-    calls = []
-    stream = SimpleNamespace(synchronize=lambda: calls.append("synchronize"))
-
+def test_memory_of_a_batch_is_no_longer_in_use_when_it_is_decoded(engine, calls, monkeypatch):
     def decode(encoded, mode, device):
         calls.append("decode")
         return [torch.zeros(3, 8, 8, dtype=torch.uint8) for _ in encoded]
 
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torchvision, "decode_jpeg", decode)
     assert engine._decode([JPEG] * 2, np.arange(2)).shape == (2, 8, 8, 3)
     assert calls == ["synchronize", "decode"]
+
+
+def test_too_little_memory_is_no_corrupt_image(engine, calls, monkeypatch):
+    def decode(encoded, mode, device):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torchvision, "decode_jpeg", decode)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine._decode([JPEG], np.arange(1))
