@@ -33,7 +33,7 @@ class Step:
     name: str
     command: list[str]
     result: Path
-    """Exists when the step ended."""
+    """Exists when the step ended well."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,10 @@ def attempt(step: Step, stage: str, out: Path, deadline: float) -> int:
     started = time.monotonic()
     with (out / f"{step.name}.log").open("a", encoding="utf-8") as log:
         code, cut = run_until(step.command, left - _GRACE / 2, log)
-    outcome = "cut off" if cut else "done" if step.result.exists() else f"failed ({code})"
+    done = code == 0 and step.result.exists()
+    if not done:  # pytest writes its report of failed tests too; they are in the log
+        step.result.unlink(missing_ok=True)
+    outcome = "done" if done else "cut off" if cut else f"failed ({code})"
     seconds = time.monotonic() - started
     print(f"{stage}/{step.name}: {outcome}, {seconds:.1f} s", flush=True)
     line = {

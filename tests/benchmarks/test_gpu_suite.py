@@ -35,6 +35,17 @@ def test_a_step_without_a_result_has_failed(tmp_path):
     assert attempt(step(tmp_path, "pass"), "s", tmp_path, time.monotonic() + 60) == 1
 
 
+def test_failing_tests_are_named_in_the_log_and_run_again(tmp_path):
+    tests, result = tmp_path / "test_sample.py", tmp_path / "gpu-tests.xml"
+    tests.write_text("def test_that_fails():\n    assert 1 == 2\n")
+    options = ["-q", "-p", "no:cacheprovider", f"--rootdir={tmp_path}", f"--junitxml={result}"]
+    failing = Step("step", [sys.executable, "-m", "pytest", str(tests), *options], result)
+    for _ in range(2):
+        assert attempt(failing, "s", tmp_path, time.monotonic() + 60) == 1
+    assert [line["outcome"] for line in log(tmp_path)] == ["failed (1)"] * 2
+    assert "test_that_fails" in (tmp_path / "step.log").read_text() and not result.exists()
+
+
 def test_a_step_is_asked_to_stop_at_the_end_of_the_budget(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_suite, "_LEAST", 0.0)
     monkeypatch.setattr(gpu_suite, "_GRACE", 2.0)
