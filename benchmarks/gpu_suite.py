@@ -4,8 +4,11 @@
     python -m benchmarks.gpu_suite --data demo/dataset --out OUT --budget 600 --tiny   # any CPU
 
 A stage is a list of steps, a step one command of this project that writes its own records. A step
-that ended is never run again; one that the budget cuts off is asked to stop, and the next call goes
-on with it (trainings from their checkpoint). `OUT/suite.jsonl` logs every step with its seconds.
+that ended is never run again. One that the budget cuts off is asked to stop, and goes on from what
+it has (a checkpoint, its finished cases) at its stage's next turn. The first call goes by value;
+later ones begin with the stage that has had least time for steps that did not end, so that a long
+one does not take all calls and each gets a whole call now and then. `OUT/suite.jsonl` logs every
+step with its seconds.
 """
 
 import argparse
@@ -180,10 +183,21 @@ def run(args: argparse.Namespace) -> int:
     deadline = time.monotonic() + args.budget
     suite = Suite(args.data.resolve(), args.out.resolve(), args.tiny)
     status = 0
-    for stage in args.only:
+    for stage in by_turn(args.only, suite.out):
         for step in STAGES[stage](suite):
             status = max(status, attempt(step, stage, suite.out, deadline))
     return status
+
+
+def by_turn(stages: list[str], out: Path) -> list[str]:
+    """`stages`, those first that were given least time without an end; else in their order."""
+    spent = dict.fromkeys(stages, 0.0)
+    log = out / "suite.jsonl"
+    for text in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
+        line = json.loads(text)
+        if line["stage"] in spent and line["outcome"] != "done":
+            spent[line["stage"]] += line["seconds"]
+    return sorted(stages, key=spent.__getitem__)
 
 
 def attempt(step: Step, stage: str, out: Path, deadline: float) -> int:

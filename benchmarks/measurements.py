@@ -1,16 +1,17 @@
 """Typed records of measurements: what was measured, how often, where, when and by which command."""
 
+import copy
 import json
 import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastlab.rundir import environment
+from fastlab.rundir import environment, write_atomically
 
 
 @dataclass(frozen=True)
@@ -43,28 +44,79 @@ class Session:
     date: str
     machine: dict[str, Any]
     versions: dict[str, str]
+    calls: list[str] = field(default_factory=list)
+    """When each of the calls began that measured it, one after another was cut off."""
 
     def __getitem__(self, case: str) -> Record:
         return next(record for record in self.records if record.case == case)
 
 
-def session(benchmark: str, records: list[Record]) -> Session:
+def session(benchmark: str, records: list[Record], calls: Sequence[str] = ()) -> Session:
     """The records with what made them: this process's command, machine, date and versions."""
     command = shlex.join(["python", "-m", f"benchmarks.{benchmark}", *sys.argv[1:]])
     found = environment(processes=1)
-    return Session(benchmark, records, command, found["date"], found["machine"], found["versions"])
+    made = found["date"], found["machine"], found["versions"]
+    return Session(benchmark, records, command, *made, list(calls))
 
 
 def save(found: Session, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_atomically(path, json.dumps(asdict(found), indent=1) + "\n")
 
 
 def load(path: Path) -> Session:
     raw = json.loads(path.read_text(encoding="utf-8"))
     return Session(**{**raw, "records": [Record(**record) for record in raw["records"]]})
+
+
+class Journal:
+    """What a command has measured so far, beside its result, so that the same command goes on
+    there after it was cut off.
+
+    Only on the same machine with the same versions, since the record names one of each; else it
+    begins anew.
+    """
+
+    def __init__(self, benchmark: str, out: Path | None) -> None:
+        """`out`: where the result will be; None: nothing is kept."""
+        self._path = out and out.with_name(f"{out.name}.journal")
+        made = session(benchmark, [])
+        command = made.command.replace(str(out), "OUT")  # which may lie elsewhere the next time
+        self._made_by = [command, made.machine, made.versions]
+        self.calls: list[str] = []
+        self._found: dict[str, dict[str, Any]] = {}
+        if self._path and self._path.exists():
+            self._restore(json.loads(self._path.read_text(encoding="utf-8")))
+        self.calls.append(made.date)
+
+    def measured(self, key: str, measure: Callable[[], Any]) -> Any:
+        """What `measure` returns, or returned in a call before: something that JSON can hold."""
+        if key not in self._found:
+            self._found[key] = {"value": measure(), "call": len(self.calls)}
+            self._save()
+        return copy.deepcopy(self._found[key]["value"])
+
+    def call(self, key: str) -> int:
+        """The number of the call, from 1 on, that measured `key`."""
+        return self._found[key]["call"]
+
+    def finish(self) -> None:
+        """The result is written."""
+        if self._path:
+            self._path.unlink(missing_ok=True)
+
+    def _restore(self, kept: dict[str, Any]) -> None:
+        if kept["made_by"] != self._made_by:
+            print(f"{self._path}: of another command or machine; begins anew", file=sys.stderr)
+            return
+        self.calls, self._found = kept["calls"], kept["found"]
+        print(f"goes on after {len(self._found)} measurements of {self._path}", file=sys.stderr)
+
+    def _save(self) -> None:
+        if self._path:
+            kept = {"made_by": self._made_by, "calls": self.calls, "found": self._found}
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._path, json.dumps(kept, indent=1) + "\n")
 
 
 def in_process(module: str, arguments: list[str], timeout: float = 900) -> dict[str, Any]:

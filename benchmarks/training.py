@@ -7,6 +7,8 @@ Each variant runs in a process of its own. "train" is the training loop's own st
 configured pipeline; "held" repeats it on one batch that stays on the device, which is what an
 infinitely fast input path would give ("headspace"): the stall is the share of a step's time between
 them. Blocks of both alternate. FLOP are counted by torch, not assumed, 2 a multiply-add.
+
+With ``--out``, the same command goes on after the last finished case where it was cut off.
 """
 
 import argparse
@@ -24,7 +26,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import ceilings
-from benchmarks.measurements import Record, Session, in_process, interleave, save, session
+from benchmarks.measurements import (
+    Journal,
+    Record,
+    Session,
+    in_process,
+    interleave,
+    save,
+    session,
+)
 from fastlab import config as configs
 from fastlab import models
 from fastlab.config import Config
@@ -59,33 +69,36 @@ def main() -> None:
     if args.case:
         print(json.dumps(measure(args)))
         return
-    found = run_all(args)
+    journal = Journal("training", args.out)
+    found = run_all(args, journal)
     print(table(found))
     if args.out:
         save(found, args.out)
+    journal.finish()
 
 
-def run_all(args: argparse.Namespace) -> Session:
+def run_all(args: argparse.Namespace, journal: Journal) -> Session:
     device = ceilings.default_device()
     known = [name for name in VARIANTS if device.type == "cuda" or name not in _GPU_ONLY]
     names = args.variants.split(";") if args.variants else known
-    limits = ceilings.measure(device)
+    limits = journal.measured("limits", lambda: ceilings.measure(device))
     details: dict[str, dict] = {}
     problems: dict[str, str] = {}
 
     def run(case: str) -> float:
         if case in problems:
             return 0.0
-        try:
-            found = in_process("benchmarks.training", arguments(args, case))
-        except RuntimeError as error:
-            problems[case] = str(error)
+        more = details.setdefault(case, {"held": [], "stall": [], "call": []})
+        key = f"{case}, round {len(more['held']) + 1}"
+        found = journal.measured(key, lambda: attempt(args, case))
+        if "problem" in found:
+            problems[case] = found["problem"]
             return 0.0
-        details.setdefault(case, {"held": [], "stall": []})
-        details[case]["held"].append(found.pop("held"))
-        details[case]["stall"].append(found.pop("stall"))
+        more["held"].append(found.pop("held"))
+        more["stall"].append(found.pop("stall"))
+        more["call"].append(journal.call(key))
         rate = found.pop("rate")
-        details[case].update(found)
+        more.update(found)
         return rate
 
     cases = [f"{name}, batch {batch}" for batch in args.batches.split(",") for name in names]
@@ -97,7 +110,15 @@ def run_all(args: argparse.Namespace) -> Session:
         for case in cases
         if case not in problems
     ]
-    return session("training", records)
+    return session("training", records, journal.calls)
+
+
+def attempt(args: argparse.Namespace, case: str) -> dict:
+    """What `measure` finds in a process of its own, or the "problem" with that."""
+    try:
+        return in_process("benchmarks.training", arguments(args, case))
+    except RuntimeError as error:
+        return {"problem": str(error)}
 
 
 def arguments(args: argparse.Namespace, case: str) -> list[str]:

@@ -3,7 +3,8 @@
 The clock starts with the data on the device, the model compiled and fresh weights, and stops when a
 validation over every image shows the target; training and each validation in between count. Before
 it, steps and a validation on the same shapes compile everything; their weights are thrown away.
-Several runs in one process, each from a seed of its own: no run is left out.
+Several runs in one process, each from a seed of its own: no run is left out. With ``--out``, the
+same command goes on after the last finished run where it was cut off.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.ceilings import wait
-from benchmarks.measurements import Record, Session, save, session
+from benchmarks.measurements import Journal, Record, Session, save, session
 from fastlab import config as configs
 from fastlab import models
 from fastlab.config import Config
@@ -47,24 +48,29 @@ def main(script: str, target: float, recipe: dict[str, object], config: str) -> 
     sets = [f"{key}={json.dumps(value)}" for key, value in recipe.items()]
     data = f"data.path={json.dumps(args.data)}"
     cfg = configs.load(Path(config), [*sets, data, *args.overrides])
-    found = race(script, cfg, args.target, args.runs)
+    journal = Journal(f"records.{script}", args.out)
+    found = race(script, cfg, args.target, args.runs, journal)
     print(table(found))
     if args.out:
         save(found, args.out)
+    journal.finish()
 
 
-def race(script: str, cfg: Config, target: float, runs: int) -> Session:
+def race(script: str, cfg: Config, target: float, runs: int, journal: Journal) -> Session:
     with tempfile.TemporaryDirectory() as scratch, torch_settings(cfg):
         trainer = Trainer(cfg, RunDir(Path(scratch)), make_accelerator(cfg))
         warm_up(trainer)
         seconds, details = [], []
         for seed in range(runs):
-            found = timed(trainer, seed, target)
+            key = f"seed {seed}"
+            found = journal.measured(key, lambda seed=seed: timed(trainer, seed, target))
+            found["call"] = journal.call(key)
             print(json.dumps({"seed": seed, **found}), flush=True)
             seconds.append(found.pop("seconds"))
             details.append(found)
     more = {"target": target, "runs": details, "config": configs.dump(cfg)}
-    found = session(f"records.{script}", [Record(cfg.model.name, "s", seconds, more)])
+    record = Record(cfg.model.name, "s", seconds, more)
+    found = session(f"records.{script}", [record], journal.calls)
     return replace(found, benchmark="records.clock")
 
 

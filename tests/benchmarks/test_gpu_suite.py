@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu_suite
-from benchmarks.gpu_suite import STAGES, Step, Suite, attempt, main
+from benchmarks.gpu_suite import STAGES, Step, Suite, attempt, by_turn, main
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,6 +74,32 @@ def test_a_step_that_does_not_stop_is_killed_with_what_it_started(tmp_path, monk
     child = Path("/proc") / (tmp_path / "child").read_text() / "stat"
     time.sleep(0.2)
     assert not child.exists() or child.read_text().split()[2] == "Z"
+
+
+def test_a_long_step_goes_on_but_does_not_take_all_calls(tmp_path):
+    """Each call has ten minutes; a and b take thirty, c fails after one and d needs one."""
+    steps = {"a": 30, "b": 30, "c": 1, "d": 1}
+
+    def call() -> list[str]:
+        left, begun = 10, []
+        for stage in by_turn(list(steps), tmp_path):
+            minutes = min(left, steps[stage])
+            if not minutes:
+                continue
+            begun.append(stage)
+            left -= minutes
+            if stage != "c":
+                steps[stage] -= minutes
+            outcome = "failed (1)" if stage == "c" else "cut off" if steps[stage] else "done"
+            line = {"stage": stage, "outcome": outcome, "seconds": 60 * minutes}
+            with (tmp_path / "suite.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        return begun
+
+    assert [call() for _ in range(4)] == [["a"], ["b"], ["c", "d", "a"], ["c", "b"]]
+    for _ in range(4):
+        call()
+    assert steps == {"a": 0, "b": 0, "c": 1, "d": 0}
 
 
 def test_nothing_starts_when_no_time_is_left(tmp_path):

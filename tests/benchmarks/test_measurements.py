@@ -6,8 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import agreement, convert, loaders, scaling, tables, training
-from benchmarks.measurements import Record, Session, in_process, interleave, load, save, session
+from benchmarks import agreement, convert, loaders, measurements, scaling, tables, training
+from benchmarks.measurements import (
+    Journal,
+    Record,
+    Session,
+    in_process,
+    interleave,
+    load,
+    save,
+    session,
+)
 from fastlab import config as configs
 from fastlab.dataset.convert import Options
 from fastlab.dataset.convert import convert as convert_dataset
@@ -62,6 +71,75 @@ def test_rounds_are_interleaved_and_the_first_is_dropped(capsys):
 def test_a_failing_process_is_told_by_its_last_line():
     with pytest.raises(RuntimeError, match="no_such_module"):
         in_process("no_such_module", [])
+
+
+def cut_after(cases: int, measured: list[str]):
+    """In place of `in_process`: notes each case, and is interrupted after so many."""
+
+    def run(module, arguments):
+        if len(measured) == cases:
+            raise KeyboardInterrupt
+        case = arguments[arguments.index("--case") + 1]
+        measured.append(case)
+        if "bf16" in case:
+            raise RuntimeError("no bf16 here")
+        figures = {"flop": 1.0, "memory": 1, "compile": 0.0, "steps": 3}
+        return {"rate": 10.0, "held": 11.0, "stall": 0.1, **figures}
+
+    return run
+
+
+def test_training_that_was_cut_off_measures_only_the_rest(tmp_path, monkeypatch):
+    """Three cases, two rounds; the case that fails is not tried again."""
+    out, measured, limits = tmp_path / "new" / "training.json", [], []
+    arguments = ["--config", "x.toml", "--variants", "eager fp32;eager bf16;compiled fp32"]
+    arguments += ["--batches", "8", "--rounds", "2", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["x", *arguments])
+    monkeypatch.setattr(
+        training.ceilings,
+        "measure",
+        lambda device: limits.append(device) or {"matmul_fp32": 1.0, "matmul_bf16": 1.0},
+    )
+    for cut in (2, 4):
+        monkeypatch.setattr(training, "in_process", cut_after(cut, measured))
+        with pytest.raises(KeyboardInterrupt):
+            training.main()
+        assert not out.exists()
+    monkeypatch.setattr(training, "in_process", cut_after(99, measured))
+    training.main()
+    cases = ["eager fp32, batch 8", "eager bf16, batch 8", "compiled fp32, batch 8"]
+    assert measured == [*cases, cases[0], cases[2]] and len(limits) == 1
+    found = load(out)
+    assert [record.case for record in found.records] == [cases[0], cases[2]]
+    assert [record.details["call"] for record in found.records] == [[1, 2], [2, 3]]
+    assert all(len(record.rounds) == 2 for record in found.records) and len(found.calls) == 3
+    assert tables.origin(found).endswith("over 2 rounds, in 3 parts.")
+    assert list(out.parent.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("changed", ["argv", "versions", "place"])
+def test_a_journal_goes_on_only_on_what_one_record_can_name(changed, tmp_path, monkeypatch):
+    """Where the result lies is not named by it."""
+    out = tmp_path / "x.json"
+    monkeypatch.setattr(sys, "argv", ["x", "--out", str(out)])
+    Journal("x", out).measured("case", lambda: [1])
+    if changed == "argv":
+        monkeypatch.setattr(sys, "argv", ["x", "--seconds", "9", "--out", str(out)])
+    if changed == "versions":
+        made = measurements.environment(1)
+        made["versions"]["torch"] = "9"
+        monkeypatch.setattr(measurements, "environment", lambda processes: made)
+    if changed == "place":
+        out = tmp_path / "moved" / "x.json"
+        (tmp_path / "moved").mkdir()
+        (tmp_path / "x.json.journal").rename(f"{out}.journal")
+        monkeypatch.setattr(sys, "argv", ["x", "--out", str(out)])
+    again = Journal("x", out)
+    kept = changed == "place"
+    assert again.measured("case", lambda: [2]) == ([1] if kept else [2])
+    assert again.call("case") == 1 and len(again.calls) == (2 if kept else 1)
+    again.finish()
+    assert not list(out.parent.glob("*.journal"))
 
 
 @pytest.mark.multiprocess

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.measurements import Journal
 from benchmarks.records import clock, reference, sixty_six
 from fastlab import config as configs
 from fastlab import models
@@ -33,14 +34,36 @@ def trainer(cfg, tmp_path):
 
 
 def test_the_clock_stops_at_the_target_and_every_run_is_kept(cfg):
-    easy = clock.race("reference", cfg, 0.0, runs=3)
-    hard = clock.race("reference", cfg, 1.01, runs=1)
+    easy = clock.race("reference", cfg, 0.0, 3, Journal("records.reference", None))
+    hard = clock.race("reference", cfg, 1.01, 1, Journal("records.reference", None))
     runs = easy.records[0].details["runs"]
     assert [len(run["top1"]) for run in runs] == [1, 1, 1] and all(run["reached"] for run in runs)
     assert not hard.records[0].details["runs"][0]["reached"]
     assert len(hard.records[0].details["runs"][0]["top1"]) == 2
     assert "3 of 3" in clock.table(easy) and "0 of 1" in clock.table(hard)
     assert "benchmarks.records.reference" in easy.command
+
+
+def test_a_race_that_was_cut_off_does_only_the_other_seeds(cfg, tmp_path, monkeypatch):
+    done, run = [], clock.timed
+
+    def cut(trainer, seed, target):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(seed)
+        return run(trainer, seed, target)
+
+    def race():
+        return clock.race("x", cfg, 0.0, 3, Journal("records.x", tmp_path / "x.json"))
+
+    monkeypatch.setattr(clock, "timed", cut)
+    with pytest.raises(KeyboardInterrupt):
+        race()
+    monkeypatch.setattr(clock, "timed", lambda *rest: done.append(rest[1]) or run(*rest))
+    found = race()
+    assert done == [0, 1, 2]
+    assert [entry["call"] for entry in found.records[0].details["runs"]] == [1, 1, 2]
+    assert len(found.records[0].rounds) == 3 and len(found.calls) == 2
 
 
 def test_a_run_starts_from_the_weights_of_its_seed(trainer):
