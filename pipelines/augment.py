@@ -44,6 +44,9 @@ class Augmenter:
     """int64 [K, 2]: heights and widths to crop, in 1/256 pixel; K = 0: no crop."""
     fill: np.ndarray
     """uint8 [3]: the channel mean."""
+    sizes_tensor: torch.Tensor
+    fill_tensor: torch.Tensor
+    """The same on the device: a step has nothing to copy there, which would wait for it."""
     table: torch.Tensor
     """[256, 3], compute dtype: the normalised value of each byte in each channel."""
 
@@ -68,13 +71,17 @@ def make_augmenter(
     centre = torch.tensor(mean, dtype=torch.float64)
     spread = torch.tensor(std, dtype=torch.float64).clamp(min=1e-6)
     levels = torch.arange(256, dtype=torch.float64)[:, None] / 255
+    sizes = _crop_sizes(config.crop_scale, side)
+    fill = np.rint(np.array(mean) * 255).astype(np.uint8)
     return Augmenter(
         flip=config.flip,
         translate=config.translate,
         reflect=config.padding == "reflect",
         cutout=config.cutout,
-        sizes=_crop_sizes(config.crop_scale, side),
-        fill=np.rint(np.array(mean) * 255).astype(np.uint8),
+        sizes=sizes,
+        fill=fill,
+        sizes_tensor=torch.from_numpy(sizes).to(device),
+        fill_tensor=torch.from_numpy(fill).to(device),
         table=((levels - centre) / spread).to(dtype).to(device),
     )
 
@@ -305,7 +312,7 @@ def augment_on_device(
     key: torch.Tensor,
 ) -> torch.Tensor:
     """The same as `augment_on_cpu`, as tensor arithmetic: the arguments are tensors on one device
-    (`augmenter.table` too, int64 indices, a scalar int64 `key`)."""
+    (the augmenter's too, int64 indices, a scalar int64 `key`)."""
     side, device = images.shape[1], images.device
     base = _mix_tensor(key ^ ids)
 
@@ -328,7 +335,7 @@ def augment_on_device(
         pixels = _crop_tensor(augmenter, images, rows, y, x, draw)
     else:
         pixels = images[rows[:, None, None], y[:, :, None], x[:, None, :]]
-    fill = torch.as_tensor(augmenter.fill, device=device)
+    fill = augmenter.fill_tensor
     if augmenter.translate and not augmenter.reflect:
         outside = outside_y[:, :, None] | outside_x[:, None, :]
         pixels = torch.where(outside[..., None], fill, pixels)
@@ -353,8 +360,7 @@ def _in_hole(line: torch.Tensor, centre: torch.Tensor, size: int) -> torch.Tenso
 def _crop_tensor(augmenter, images, rows, y, x, draw) -> torch.Tensor:
     """Bilinear samples of each crop box at output positions `y`, `x`: uint8 [b, H, W, 3]."""
     side = images.shape[1]
-    sizes = torch.as_tensor(augmenter.sizes, device=images.device)
-    size = sizes[draw(_SIZE, len(sizes))[:, 0]]
+    size = augmenter.sizes_tensor[draw(_SIZE, len(augmenter.sizes))[:, 0]]
 
     def axis(at: torch.Tensor, length: torch.Tensor, number: int):
         start = draw(number, _UNIT * side - length + 1)

@@ -71,8 +71,11 @@ class EnginePipeline:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         key = epoch_key(self._seed, epoch)
         rows, masks = self._schedule.rows(epoch, start)
-        make = self._cpu_batch if self._device.type == "cpu" else self._device_batch
-        decoded = self._engine.batches(rows)
+        make, decoded = self._cpu_batch, self._engine.batches(rows)
+        if self._device.type != "cpu":
+            make = self._device_batch
+            # One transfer an epoch: from pageable memory, each waits for the device.
+            rows, masks, key = (torch.as_tensor(p, device=self._device) for p in (rows, masks, key))
         try:
             for (images, labels), row, mask in zip(decoded, rows, masks, strict=True):
                 yield make(images, labels, row, mask, key)
@@ -84,12 +87,15 @@ class EnginePipeline:
         pixels = augment_on_cpu(self._augmenter, images.numpy(), here, row, key)
         return Batch(pixels, labels.clone(), torch.from_numpy(mask))
 
-    def _device_batch(self, images, labels, row: np.ndarray, mask: np.ndarray, key: int) -> Batch:
-        ids, mask = torch.from_numpy(row), torch.from_numpy(mask)
-        images, labels, ids, mask = (
-            part.to(self._device, non_blocking=True) for part in (images, labels, ids, mask)
-        )
-        here = torch.arange(len(row), device=self._device)
-        key_tensor = torch.tensor(key, device=self._device)
-        pixels = self._apply(self._augmenter, images, here, ids, key_tensor)
+    def _device_batch(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        key: torch.Tensor,
+    ) -> Batch:
+        images, labels = (p.to(self._device, non_blocking=True) for p in (images, labels))
+        here = torch.arange(len(ids), device=self._device)
+        pixels = self._apply(self._augmenter, images, here, ids, key)
         return Batch(pixels, labels.clone(), mask)

@@ -91,13 +91,15 @@ class ResidentPipeline:
             yield Batch(pixels, labels[row], mask)
 
     def _host_batches(self, rows: np.ndarray, masks: np.ndarray, key: int) -> Iterator[Batch]:
-        make = self._cpu_batch if self._device.type == "cpu" else self._pinned_batch
+        on_cpu = self._device.type == "cpu"
+        make = self._cpu_batch if on_cpu else self._pinned_batch
+        key_tensor = torch.tensor(key, device=self._device)
         jobs = (
             lambda row=row, mask=mask: make(row, mask, key)
             for row, mask in zip(rows, masks, strict=True)
         )
         for batch in _ahead(jobs, _threads()):
-            yield batch if self._device.type == "cpu" else self._finish(*batch, key)
+            yield batch if on_cpu else self._finish(*batch, key_tensor)
 
     def _cpu_batch(self, rows: np.ndarray, mask: np.ndarray, key: int) -> Batch:
         pixels = augment_on_cpu(self._augmenter, self._images, rows, rows, key)
@@ -108,13 +110,12 @@ class ResidentPipeline:
         parts = (rows, self._labels[rows], mask)
         return pixels, *(torch.from_numpy(part).pin_memory() for part in parts)
 
-    def _finish(self, pixels, ids, labels, mask, key: int) -> Batch:
+    def _finish(self, pixels, ids, labels, mask, key: torch.Tensor) -> Batch:
         pixels, ids, labels, mask = (
             part.to(self._device, non_blocking=True) for part in (pixels, ids, labels, mask)
         )
         rows = torch.arange(len(ids), device=self._device)
-        key_tensor = torch.tensor(key, device=self._device)
-        return Batch(self._apply(self._augmenter, pixels, rows, ids, key_tensor), labels, mask)
+        return Batch(self._apply(self._augmenter, pixels, rows, ids, key), labels, mask)
 
 
 def open_array(directory: Path, manifest: Manifest, split: str) -> tuple[np.ndarray, np.ndarray]:

@@ -47,11 +47,11 @@ def test_both_implementations_give_the_same_bits(config, dtype, images):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("config", CONFIGS)
 def test_the_compiled_kernel_gives_the_same_bits_on_a_gpu(config, images):
-    from dataclasses import replace
-
     rows = np.arange(len(images))
-    augmenter = make_augmenter(config, SIDE, MEAN, STD, torch.bfloat16)
-    moved = replace(augmenter, table=augmenter.table.cuda())
+    augmenter, moved = (
+        make_augmenter(config, SIDE, MEAN, STD, torch.bfloat16, device)
+        for device in ("cpu", "cuda")
+    )
     row_tensor = torch.from_numpy(rows).cuda()
     found = torch.compile(augment_on_device)(
         moved, torch.from_numpy(images).cuda(), row_tensor, row_tensor, torch.tensor(7).cuda()
