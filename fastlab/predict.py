@@ -48,7 +48,7 @@ def evaluate_run(directory: Path, split: str, which: str, as_json: bool) -> str:
 
     On a CPU in the run's own precision they equal those of its training to the image.
     """
-    from fastlab.train import DTYPES, evaluate, make_accelerator
+    from fastlab.train import DTYPES, evaluate, make_accelerator, torch_settings
 
     model, cfg, manifest, _ = load_run(directory, which)
     accelerator = make_accelerator(cfg)
@@ -63,7 +63,9 @@ def evaluate_run(directory: Path, split: str, which: str, as_json: bool) -> str:
         device=accelerator.device,
         dtype=DTYPES[cfg.train.precision],
     )
-    found = evaluate(accelerator.prepare_model(model, evaluation_mode=True), data, accelerator)
+    net = accelerator.prepare_model(model, evaluation_mode=True)
+    with torch_settings(cfg):
+        found = evaluate(net, data, accelerator)
     values = {"loss": found.loss, "top1": found.top1, "top5": found.top5, "images": found.images}
     if as_json:
         return json.dumps({"run": str(directory), "split": split, "checkpoint": which, **values})
@@ -78,7 +80,9 @@ def predict_images(run: Path, images: list[Path], which: str) -> list[list[tuple
 
     Raises `UserError` for a file that is missing or no image.
     """
-    model, _, manifest, device = load_run(run, which)
+    from fastlab.train import torch_settings
+
+    model, cfg, manifest, device = load_run(run, which)
     side = manifest.image_size
     pixels = np.empty((len(images), side, side, 3), dtype=np.uint8)
     for path, out in zip(images, pixels, strict=True):
@@ -91,9 +95,9 @@ def predict_images(run: Path, images: list[Path], which: str) -> list[list[tuple
     augmenter = make_augmenter(None, side, manifest.mean, manifest.std, torch.float32)
     rows = np.arange(len(pixels))
     normalised = augment_on_cpu(augmenter, pixels, rows, rows, key=0).to(device)
-    return [
-        [(p["name"], p["probability"]) for p in best] for best in _top5(model, normalised, manifest)
-    ]
+    with torch_settings(cfg):
+        found = _top5(model, normalised, manifest)
+    return [[(p["name"], p["probability"]) for p in best] for best in found]
 
 
 @torch.no_grad()

@@ -332,16 +332,18 @@ def open_dataset(cfg: Config) -> Manifest:
 
 @contextmanager
 def torch_settings(cfg: Config) -> Iterator[None]:
-    """The same initial weights on every process, and TF32 where precision is mixed anyway."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(
-        "highest" if cfg.train.precision in ("fp32", "fp64") else "high"
-    )
+    """The same initial weights on every process, and TF32 where precision is mixed anyway: in
+    matrix products and, by a switch of its own that is on by default, in convolutions."""
+    mixed = cfg.train.precision not in ("fp32", "fp64")
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if mixed else "highest")
+    torch.backends.cudnn.allow_tf32 = mixed
     set_seed(cfg.train.seed)
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 @contextmanager

@@ -11,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from fastlab import config, predict
+from fastlab import train as training
 from fastlab.dataset.convert import Options, convert
 from tests.training import ROOT, assert_same_weights, command, launch, metrics, train
 
@@ -110,9 +112,36 @@ def test_evaluate_agrees_with_training(whole_run, capsys):
     assert found["loss"] == pytest.approx(best["val_loss"], abs=1e-5)
 
 
+def tf32() -> tuple[bool, bool]:
+    """Whether matrix products and convolutions in fp32 may take it."""
+    return torch.get_float32_matmul_precision() != "highest", torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("precision", ["fp32", "fp64", "bf16", "fp16"])
+def test_tf32_is_taken_only_where_precision_is_mixed(precision, before, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", before)
+    outside = tf32()
+    with training.torch_settings(config.load(None, [f"train.precision={precision}"])):
+        assert tf32() == (precision in ("bf16", "fp16"),) * 2
+    assert tf32() == outside
+
+
+def test_evaluate_and_predict_keep_the_precision_of_the_run(whole_run, synth_source, monkeypatch):
+    """A run in fp32, from other settings than its own."""
+    inside = []
+    for module, name in ((training, "evaluate"), (predict, "_top5")):
+        work = getattr(module, name)
+        seen = lambda *rest, work=work: inside.append(tf32()) or work(*rest)  # noqa: E731
+        monkeypatch.setattr(module, name, seen)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    predict.evaluate_run(whole_run, "val", "best", as_json=True)
+    predict.predict_images(whole_run, [next((synth_source / "val" / "images").iterdir())], "best")
+    assert inside == [(False, False)] * 2
+
+
 def test_a_loss_that_is_no_number_stops_the_run(synth_dataset, tmp_path, capsys, monkeypatch):
     """In the second epoch's third step; the checkpoint before it stays, and nothing after it."""
-    from fastlab import train as training
     from fastlab.cli import main
 
     step, seen = training.train_step, []
@@ -140,8 +169,6 @@ def test_a_rate_that_diverges_is_refused(synth_dataset, tmp_path, capsys):
 
 
 def test_bf16_is_slow_only_on_a_cpu_without_instructions_for_it(monkeypatch):
-    from fastlab import train as training
-
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(training, "has_bf16", lambda: False)
     assert training.slow_bf16(cpu, "bf16")
@@ -153,7 +180,6 @@ def test_bf16_is_slow_only_on_a_cpu_without_instructions_for_it(monkeypatch):
 def test_a_dataset_without_arrays_is_trained_on_to_the_end(synth_source, tmp_path):
     """Sample predictions too come by the engine of the run."""
     from fastlab.cli import main
-    from fastlab.dataset.convert import Options, convert
 
     convert(synth_source, tmp_path / "data", Options(formats=("tar",)))
     sets = ("data.pipeline=torchvision", "data.workers=1", "train.epochs=1")
