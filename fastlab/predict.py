@@ -52,8 +52,7 @@ def evaluate_run(directory: Path, split: str, which: str, as_json: bool) -> str:
 
     model, cfg, manifest, _ = load_run(directory, which)
     accelerator = make_accelerator(cfg)
-    if cfg.train.channels_last:
-        model.to(memory_format=torch.channels_last)
+    models.set_memory_format(model, cfg.train.channels_last)
     data = make_pipeline(
         cfg.data,
         None,

@@ -144,8 +144,7 @@ class Trainer:
         if self.cfg.model.sync_batch_norm:
             model = self.model = synchronise(model, self.device)
         model.to(self.device, torch.float64 if settings.precision == "fp64" else torch.float32)
-        if settings.channels_last:
-            model.to(memory_format=torch.channels_last)
+        models.set_memory_format(model, settings.channels_last)
         optimizer = make_optimizer(self.cfg.optim, model)
         if settings.compile:
             # In place and inside DDP and autocast: names of weights stay as they are.

@@ -14,7 +14,8 @@ from PIL import Image
 from fastlab import config, predict
 from fastlab import train as training
 from fastlab.dataset.convert import Options, convert
-from tests.training import ROOT, assert_same_weights, command, launch, metrics, train
+from fastlab.rundir import RunDir
+from tests.training import ROOT, TINY, assert_same_weights, command, launch, metrics, train
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +111,27 @@ def test_evaluate_agrees_with_training(whole_run, capsys):
     assert found["images"] == 20
     assert found["top1"] == best["val_top1"]
     assert found["loss"] == pytest.approx(best["val_loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_activations_have_the_layout_of_the_run(channels_last, synth_dataset, tmp_path):
+    sets = [
+        f"data.path={synth_dataset}",
+        *TINY,
+        f"train.channels_last={str(channels_last).lower()}",
+    ]
+    cfg = config.load(ROOT / "configs" / "demo.toml", sets)
+    trainer = training.Trainer(cfg, RunDir(tmp_path), training.make_accelerator(cfg))
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    found = []
+    for module in trainer.model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(
+                lambda *rest: found.append(rest[2].is_contiguous(memory_format=layout))
+            )
+    training.train_step(trainer, next(iter(trainer.train_data.epoch(0))))
+    training.evaluate(trainer.net, trainer.val_data, trainer.accelerator)
+    assert found and all(found)
 
 
 def tf32() -> tuple[bool, bool]:

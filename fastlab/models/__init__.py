@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import nn
 
 from fastlab.config import ModelConfig
@@ -34,6 +35,15 @@ def build(config: ModelConfig, classes: int) -> nn.Module:
         near = difflib.get_close_matches(config.name, MODELS, n=1, cutoff=0)
         raise UserError(f'model.name: unknown model "{config.name}"; nearest: {near[0]}')
     return MODELS[config.name](config, classes)
+
+
+def set_memory_format(model: nn.Module, channels_last: bool) -> None:
+    """Of weights and activations. Pipelines give channels-last images, and a convolution takes that
+    layout where either its weights or its inputs have it."""
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
+    else:
+        model.register_forward_pre_hook(lambda _, images: (images[0].contiguous(),))
 
 
 def count_parameters(model: nn.Module) -> int:
