@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -184,6 +185,29 @@ def test_flop_of_resnet11_are_the_computed_ones():
     batch = Batch(torch.zeros(1, 3, 64, 64), torch.zeros(1), torch.ones(1))
     assert build(cfg.model, 200) is not None
     assert training.flop_per_image(cfg, 200, batch) == pytest.approx(2.218e9, rel=5e-4)
+
+
+def test_steps_that_record_cuda_graphs_do_not_shorten_the_blocks(monkeypatch):
+    """By a clock that only steps move: compiling, then recording, take longer than a step."""
+    clock, steps, step = [0.0], [], 1 / 128
+
+    def train_step(trainer, batch):
+        steps.append(batch)
+        clock[0] += {1: 30.0, 2: 1.0}.get(len(steps), step)
+
+    batch = Batch(torch.zeros(1, 3, 8, 8), torch.zeros(1), torch.ones(1))
+    trainer = SimpleNamespace(
+        device=torch.device("cpu"),
+        cfg=SimpleNamespace(train=SimpleNamespace(batch_size=1)),
+        manifest=SimpleNamespace(classes=[]),
+        train_data=SimpleNamespace(epoch=lambda epoch: [batch]),
+    )
+    monkeypatch.setattr(training, "train_step", train_step)
+    monkeypatch.setattr(training, "flop_per_image", lambda *_: 0.0)
+    monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
+    found = training._measure(trainer, seconds=2 * training._BLOCKS * 16 * step)
+    assert found["steps"] == 16 and found["rate"] == found["held"] == 128
+    assert found["compile"] == 30 - step
 
 
 @pytest.mark.slow
