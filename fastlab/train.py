@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +87,6 @@ class Progress:
     """Rate of the first step of the epoch under way."""
     seconds: float = 0.0
     """Of training and evaluation, over all resumptions."""
-    rates: list[float] = field(default_factory=list)
-    """images/s of each epoch."""
 
 
 class Stop(Exception):
@@ -118,6 +116,7 @@ class Trainer:
         self.sums = Sums(self.device)
         self.tracer = Tracer(cfg.profile, run.traces, accelerator.process_index, self.device)
         self.progress = Progress()
+        self.own_steps = 0  # done by this process
         self.wanted_stop = 0
         # Of each step of the epoch under way: looked at now and then, not step by step.
         self.losses = torch.zeros(self.train_data.steps(), device=self.device)
@@ -176,6 +175,7 @@ class Trainer:
         path = checkpoint.last(self.run.checkpoints)
         if path is not None:
             state, own = checkpoint.load(path, self.model, self.accelerator.process_index)
+            state["progress"].pop("rates", None)  # of checkpoints before this
             self.progress = Progress(**state["progress"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
@@ -418,7 +418,6 @@ def epoch(trainer: Trainer, board: Any) -> None:
     trainer.sums.values.zero_()
     seconds = time.perf_counter() - started
     progress.seconds += seconds
-    progress.rates.append(rate)
     if trainer.accelerator.is_main_process:
         record(trainer, board, trained, found, rate, seconds)
     trainer.save()
@@ -430,7 +429,8 @@ def train_epoch(trainer: Trainer, started: float) -> tuple[Figures, float]:
     progress, settings = trainer.progress, trainer.cfg.train
     steps, first = trainer.train_data.steps(), progress.step
     done = progress.epoch * steps + first
-    warm = first + (_WARMUP_STEPS if not progress.rates and steps > 2 * _WARMUP_STEPS else 0)
+    # The first steps of the process: where an epoch, or what is left of it, is short, half of them.
+    warm = first + min(max(0, _WARMUP_STEPS - trainer.own_steps), (steps - first) // 2)
     trainer.model.train()
     trainer.net.train()
     clock = time.perf_counter()
@@ -438,6 +438,7 @@ def train_epoch(trainer: Trainer, started: float) -> tuple[Figures, float]:
         for batch in trainer.tracer.steps(trainer.train_data.epoch(progress.epoch, first), done):
             trainer.losses[progress.step] = train_step(trainer, batch)
             progress.step += 1
+            trainer.own_steps += 1
             if progress.step == warm:
                 wait_for_device(trainer.device)
                 clock = time.perf_counter()
@@ -454,8 +455,7 @@ def train_epoch(trainer: Trainer, started: float) -> tuple[Figures, float]:
                 raise
     trainer.refuse_divergence()
     figures = trainer.sums.reduce(trainer.accelerator)
-    timed = steps - warm if first < warm else steps - first
-    return figures, timed * settings.batch_size / (time.perf_counter() - clock)
+    return figures, (steps - warm) * settings.batch_size / (time.perf_counter() - clock)
 
 
 def train_step(trainer: Trainer, batch: Batch) -> torch.Tensor:

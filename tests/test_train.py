@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 
 from fastlab import config, predict
 from fastlab import train as training
+from fastlab.cli import main
 from fastlab.dataset.convert import Options, convert
 from fastlab.rundir import RunDir
 from tests.training import ROOT, TINY, assert_same_weights, command, launch, metrics, train
@@ -85,8 +87,6 @@ def test_two_processes_train_as_one(synth_dataset, tmp_path):
     ],
 )
 def test_mistakes_get_one_line_and_status_2(arguments, said, capsys, monkeypatch):
-    from fastlab.cli import main
-
     monkeypatch.chdir(ROOT)
     assert main(["train", *arguments]) == 2
     lines = capsys.readouterr().err.splitlines()
@@ -94,8 +94,6 @@ def test_mistakes_get_one_line_and_status_2(arguments, said, capsys, monkeypatch
 
 
 def test_a_finished_run_is_not_overwritten(whole_run, synth_dataset, capsys):
-    from fastlab.cli import main
-
     before = (whole_run / "metrics.jsonl").read_bytes()
     assert main(["train", *command(synth_dataset, whole_run)]) == 2
     assert "is not empty" in capsys.readouterr().err
@@ -103,14 +101,38 @@ def test_a_finished_run_is_not_overwritten(whole_run, synth_dataset, capsys):
 
 
 def test_evaluate_agrees_with_training(whole_run, capsys):
-    from fastlab.cli import main
-
     assert main(["evaluate", str(whole_run), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     best = max(metrics(whole_run), key=lambda record: record["val_top1"])
     assert found["images"] == 20
     assert found["top1"] == best["val_top1"]
     assert found["loss"] == pytest.approx(best["val_loss"], abs=1e-5)
+
+
+def test_images_per_second_leave_out_the_first_steps_of_each_process(
+    synth_dataset, tmp_path, monkeypatch
+):
+    """By a clock that only steps move; the first of a process, which compiles, takes 800 times as
+    long. It is interrupted in the second epoch and goes on after two steps of it."""
+    clock, processes, step = [0.0], [[], []], training.train_step
+
+    def train_step(trainer, batch):
+        steps = processes[0]
+        if len(steps) == 7 and len(processes) == 2:
+            raise KeyboardInterrupt
+        clock[0] += 1 / 8 if steps else 100.0
+        steps.append(batch)
+        return step(trainer, batch)
+
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(training, "train_step", train_step)
+    run = tmp_path / "run"
+    assert main(["train", *command(synth_dataset, run)]) == 130
+    del processes[0]
+    assert main(["train", "--resume", str(run)]) == 0
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["images_per_second"] for line in lines] == [16 * 8] * 3
+    assert len(processes[0]) == 15 - 7
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
@@ -164,8 +186,6 @@ def test_evaluate_and_predict_keep_the_precision_of_the_run(whole_run, synth_sou
 
 def test_a_loss_that_is_no_number_stops_the_run(synth_dataset, tmp_path, capsys, monkeypatch):
     """In the second epoch's third step; the checkpoint before it stays, and nothing after it."""
-    from fastlab.cli import main
-
     step, seen = training.train_step, []
 
     def diverging(trainer, batch):
@@ -183,8 +203,6 @@ def test_a_loss_that_is_no_number_stops_the_run(synth_dataset, tmp_path, capsys,
 
 
 def test_a_rate_that_diverges_is_refused(synth_dataset, tmp_path, capsys):
-    from fastlab.cli import main
-
     wild = ("optim.name=sgd", "optim.lr=1e30", "model.batch_norm=false", "schedule.name=constant")
     assert main(["train", *command(synth_dataset, tmp_path / "run", *wild)]) == 2
     assert "not a finite number at step" in capsys.readouterr().err
@@ -201,8 +219,6 @@ def test_bf16_is_slow_only_on_a_cpu_without_instructions_for_it(monkeypatch):
 
 def test_a_dataset_without_arrays_is_trained_on_to_the_end(synth_source, tmp_path):
     """Sample predictions too come by the engine of the run."""
-    from fastlab.cli import main
-
     convert(synth_source, tmp_path / "data", Options(formats=("tar",)))
     sets = ("data.pipeline=torchvision", "data.workers=1", "train.epochs=1")
     assert main(["train", *command(tmp_path / "data", tmp_path / "run", *sets)]) == 0

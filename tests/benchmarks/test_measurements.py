@@ -204,7 +204,7 @@ def test_steps_that_record_cuda_graphs_do_not_shorten_the_blocks(monkeypatch):
     )
     monkeypatch.setattr(training, "train_step", train_step)
     monkeypatch.setattr(training, "flop_per_image", lambda *_: 0.0)
-    monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     found = training._measure(trainer, seconds=2 * training._BLOCKS * 16 * step)
     assert found["steps"] == 16 and found["rate"] == found["held"] == 128
     assert found["compile"] == 30 - step
