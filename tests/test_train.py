@@ -12,10 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fastlab import config, predict
+from fastlab import config, models, predict
 from fastlab import train as training
 from fastlab.cli import main
 from fastlab.dataset.convert import Options, convert
+from fastlab.dataset.manifest import read_manifest
 from fastlab.rundir import RunDir
 from tests.training import ROOT, TINY, assert_same_weights, command, launch, metrics, train
 
@@ -228,6 +229,21 @@ def test_a_dataset_without_arrays_is_trained_on_to_the_end(synth_source, tmp_pat
     for sample, row in zip(samples, rows, strict=True):
         drawn = Image.open(io.BytesIO(base64.b64decode(sample["png"])))
         assert np.array_equal(np.asarray(drawn), np.asarray(Image.open(files[row]).convert("RGB")))
+
+
+def test_sample_predictions_compile_nothing(synth_dataset):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    cfg = config.load(None, [f"data.path={synth_dataset}", *TINY])
+    manifest = read_manifest(synth_dataset)
+    model = models.build(cfg.model, len(manifest.classes))
+    model.forward = torch.compile(model.forward, backend=backend, dynamic=False)
+    found = predict.sample_predictions(model, cfg, manifest, torch.device("cpu"))
+    assert len(found) == 12 and not graphs
 
 
 @pytest.mark.slow
