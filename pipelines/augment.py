@@ -295,7 +295,9 @@ def augment_on_cpu(
 
 def device_augmenter(compile: bool) -> Callable[..., torch.Tensor]:
     """`augment_on_device`, compiled if asked, as a range of its own in traces."""
-    apply = torch.compile(augment_on_device) if compile else augment_on_device
+    # Static: training and validation share the function, whose second batch size and number of
+    # images would else be compiled as symbols.
+    apply = torch.compile(augment_on_device, dynamic=False) if compile else augment_on_device
 
     def run(*arguments: Any) -> torch.Tensor:
         with span("augmentation"):

@@ -1,10 +1,18 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
 from fastlab.config import AugmentConfig
 from fastlab.errors import UserError
-from pipelines.augment import augment_on_cpu, augment_on_device, epoch_key, make_augmenter
+from pipelines.augment import (
+    augment_on_cpu,
+    augment_on_device,
+    device_augmenter,
+    epoch_key,
+    make_augmenter,
+)
 
 SIDE = 16
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
@@ -57,6 +65,25 @@ def test_the_compiled_kernel_gives_the_same_bits_on_a_gpu(config, images):
         moved, torch.from_numpy(images).cuda(), row_tensor, row_tensor, torch.tensor(7).cuda()
     )
     assert torch.equal(found.cpu(), augment_on_cpu(augmenter, images, rows, rows, 7))
+
+
+def test_a_second_shape_is_compiled_for_itself(images, monkeypatch):
+    """As validation is after training."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(inputs)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    torch.compiler.reset()
+    apply = device_augmenter(compile=True)
+    augmenter = make_augmenter(AugmentConfig(flip=True), SIDE, MEAN, STD, torch.float32)
+    for count, batch in ((40, 8), (30, 10)):
+        rows = torch.arange(batch)
+        apply(augmenter, torch.from_numpy(images[:count]), rows, rows, torch.tensor(7))
+    assert len(graphs) == 2
+    assert all(isinstance(value, torch.Tensor) for inputs in graphs for value in inputs)
 
 
 def test_without_augmentation_it_is_plain_normalisation(images):
