@@ -1,5 +1,7 @@
 """Originals that torchvision's own decoders would give other pixels of, beside the array's."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -68,6 +70,8 @@ def test_nvjpeg_is_given_plain_jpegs_alone(odd, monkeypatch):
         given.append(len(encoded))
         return [decode_jpeg(data, mode) for data in encoded]
 
+    stream = SimpleNamespace(synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torchvision, "decode_jpeg", decode)
     shards = torchvision.open_shards(odd, read_manifest(odd), "train")
     engine = torchvision.NvjpegEngine(shards, 64, torch.device("cpu"), "here")
