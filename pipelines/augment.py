@@ -118,6 +118,15 @@ def _mix_tensor(x: torch.Tensor) -> torch.Tensor:
     return x ^ (x >> 16)
 
 
+def _compiled(function: Callable) -> Callable:
+    """Kept on disk where numba finds a place for it: none in a read-only installation of a user
+    without a home."""
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:
+        return numba.njit(nogil=True)(function)
+
+
 @numba.njit(inline="always")
 def _mix_word(x):
     x = (x ^ (x >> np.uint64(16))) * np.uint64(_M1) & np.uint64(_WORD)
@@ -150,14 +159,14 @@ def _copy(typing_context, to, source, count):
     return types.void(types.uintp, types.uintp, types.intp), generate
 
 
-@numba.njit(nogil=True, cache=True)
+@_compiled
 def _fill(out, y, start, stop, fill):
     for x in range(start, stop):
         for c in range(3):
             out[y, 3 * x + c] = fill[c]
 
 
-@numba.njit(nogil=True, cache=True)
+@_compiled
 def _shift_flip(image, out, dy, dx, flip, reflect, fill):
     """`out` [H, W * 3] = `image` moved by (-dy, -dx) and mirrored; both contiguous."""
     height, width = out.shape[0], out.shape[1] // 3
@@ -183,7 +192,7 @@ def _shift_flip(image, out, dy, dx, flip, reflect, fill):
                 _copy(to + np.uintp(3 * x), source + np.uintp(3 * at), 3)
 
 
-@numba.njit(nogil=True, cache=True)
+@_compiled
 def _mirror(to, source, low, high, last):
     """Pixels ``last - x`` to x, for x in [low, high). Four bytes at a time, of which the next
     pixel overwrites one; the first and the last pixel take three, to stay within the row."""
@@ -193,7 +202,7 @@ def _mirror(to, source, low, high, last):
     _copy(to + np.uintp(3 * (high - 1)), source + np.uintp(3 * (last - high + 1)), 3)
 
 
-@numba.njit(nogil=True, cache=True)
+@_compiled
 def _crop(image, out, top, left, crop_h, crop_w):
     """`out` [H, W * 3] = the box of `image`, in 1/256 pixel, stretched by bilinear sampling."""
     height, width = out.shape[0], out.shape[1] // 3
@@ -216,7 +225,7 @@ def _crop(image, out, top, left, crop_h, crop_w):
                 out[y, 3 * x + c] = np.uint8(total // (_UNIT * _UNIT))
 
 
-@numba.njit(nogil=True, cache=True)
+@_compiled
 def _augment(images, rows, ids, key, flip, translate, reflect, cutout, sizes, fill, table, out):
     """Augment ``images[rows]`` into `out`: uint8 if `table` is empty, else looked up in it."""
     side = images.shape[1]

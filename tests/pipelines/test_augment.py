@@ -1,11 +1,13 @@
 from functools import partial
 
+import numba
 import numpy as np
 import pytest
 import torch
 
 from fastlab.config import AugmentConfig
 from fastlab.errors import UserError
+from pipelines import augment
 from pipelines.augment import (
     augment_on_cpu,
     augment_on_device,
@@ -158,3 +160,14 @@ def test_flips_are_fair():
 def test_a_translation_of_half_the_image_is_refused():
     with pytest.raises(UserError, match="less than half"):
         make_augmenter(AugmentConfig(translate=8), SIDE, MEAN, STD, torch.float32)
+
+
+def test_a_machine_without_a_place_for_numbas_cache_compiles_anew(monkeypatch):
+    monkeypatch.setattr(numba.core.caching.CacheImpl, "_locator_classes", [])
+
+    def twice(x):
+        return 2 * x
+
+    with pytest.raises(RuntimeError, match="cannot cache"):
+        numba.njit(cache=True)(twice)
+    assert augment._compiled(twice)(21) == 42
