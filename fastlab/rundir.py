@@ -16,6 +16,7 @@ import torch
 
 from fastlab import config as configs
 from fastlab.config import Config
+from fastlab.doctor import has_bf16
 from fastlab.errors import UserError
 
 _PACKAGES = (
@@ -103,6 +104,7 @@ def environment(processes: int) -> dict[str, Any]:
         "command": shlex.join(sys.argv),
         "machine": {
             "cpu": _cpu_name(),
+            "instructions": _instructions(),
             "cores": len(os.sched_getaffinity(0)),
             "memory_gib": round(
                 os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1
@@ -151,6 +153,12 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def _instructions() -> str:
+    """What of the CPU torch uses: the same name stands for CPUs with and without them."""
+    bf16 = ", bf16" if has_bf16() else ""
+    return torch.backends.cpu.get_cpu_capability() + bf16
 
 
 def _git_revision() -> str | None:
