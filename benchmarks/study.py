@@ -56,15 +56,15 @@ _REFERENCE_SCALE = {
 }
 
 METHOD = (
-    "Mean over seeds ± half of the 95 % interval of the mean (Student t), each run at its best "
-    "epoch by validation top-1. Loss is the mean cross-entropy on validation; “as printed” is the "
-    "same in the reference's own column, the sum of its 79 batch means over 10,000 images: mean "
-    "cross-entropy × 79 / 10,000. The reference has one run a row, of unknown seed."
+    "Mean over the finished seeds ± half of the 95 % interval of the mean (Student t), each run at "
+    "its best epoch by validation top-1. Loss is the mean cross-entropy on validation; “as "
+    "printed” is the same in the reference's own column, the sum of its 79 batch means over 10,000 "
+    "images: mean cross-entropy × 79 / 10,000. The reference has one run a row, of unknown seed."
 )
 RULE = (
     "Decided by the 95 % intervals of validation top-1: a claim holds, or does not, where they lie "
-    "apart, and is undecided where they overlap or a single seed gives none. “Nothing is learned” "
-    "means: not above chance by more than three standard errors of guessing."
+    "apart, and is undecided where they overlap, a single seed gives none, or a seed is missing. "
+    "“Nothing is learned” means: not above chance by more than three standard errors of guessing."
 )
 SCALE_ADVICE = (
     "Compare rows with each other; the difference from the reference's row is mostly one of scale."
@@ -257,11 +257,16 @@ def decide(finding: Finding, rows: list[RowResult]) -> Verdict:
     named = {row.label: row for row in rows}
     wanted = [finding.better] * bool(finding.better) + [*finding.worse, *finding.chance]
     missing = [label for label in wanted if named[label].top1 is None]
-    single = [label for label in wanted if label not in missing and _single(named[label])]
     if missing:
         return Verdict(finding, "undecided", f"no finished run of {_listed(missing)}.")
+    figures = _listed([_figure(named[label]) for label in wanted])
+    # A seed that diverged speaks against its row: the interval of the others hides that.
+    partial = [label for label in wanted if _unfinished(named[label])]
+    if partial:
+        said = [f"{_listed(_unfinished(named[label]))} of {label}" for label in partial]
+        return Verdict(finding, "undecided", f"{figures}, without {'; '.join(said)}.")
+    single = [label for label in wanted if _single(named[label])]
     if single:
-        figures = _listed([_figure(named[label]) for label in wanted])
         return Verdict(
             finding, "undecided", f"{figures}; a single seed of {_listed(single)} has no interval."
         )
@@ -301,6 +306,10 @@ def _chance(row: RowResult) -> tuple[float, float]:
     summary = row.finished[0].summary
     chance = 1 / summary["classes"]
     return chance, chance + 3 * math.sqrt(chance * (1 - chance) / summary["counts"]["val"])
+
+
+def _unfinished(row: RowResult) -> list[str]:
+    return [f"seed {run.task.seed} ({run.state.name})" for run in row.runs if not run.run]
 
 
 def _single(row: RowResult) -> bool:
@@ -505,7 +514,11 @@ def _best(folder: StudyDir, results: list[StudyResult]) -> dict[str, Any]:
         rows.append(_best_line("test", tested["loss"], tested["top1"], tested["top5"]))
         found = reference_test()
         rows.append(_best_line("reference, test", found.loss, found.top1, found.top5))
-    return {"name": best.task.name, "rows": rows, "note": tested.get("note", "")}
+    own = [row for study in results for row in study.rows if best in row.runs]
+    lacks = list(dict.fromkeys(seed for row in own for seed in _unfinished(row)))
+    notes = [f"Its row lacks {_listed(lacks)}."] if lacks else []
+    note = " ".join([*notes, tested.get("note", "")]).strip()
+    return {"name": best.task.name, "rows": rows, "note": note}
 
 
 def _best_line(split: str, loss: float | None, top1: float, top5: float) -> dict[str, str]:

@@ -237,7 +237,8 @@ def test_findings_are_decided_by_the_intervals(partial):
         "large is chance": "undecided",
     }
     assert "“0.1” (51.00 ± 2.48 %) lies above “0.2”" in decided["small beats middle"].sentence
-    assert "a single seed of 0.5 has no interval" in decided["small <beats> large"].sentence
+    lacking = "without seed 1 (failed) and seed 2 (interrupted) of 0.5."
+    assert lacking in decided["small <beats> large"].sentence
     assert "no finished run of 0.99" in decided["large is chance"].sentence
 
 
@@ -250,6 +251,38 @@ def test_overlapping_intervals_decide_nothing(tmp_path):
     [result] = study.analyse(folder, [found])
     verdict = study.decide(Finding("x", better="0.1", worse=("0.2",)), result.rows)
     assert verdict.decision == "undecided" and "overlaps" in verdict.sentence
+
+
+def test_a_single_seed_decides_nothing(tmp_path):
+    path = write_study(tmp_path, 'factor = "optim.lr"\nvalues = [0.1, 0.2]\nseeds = [0]')
+    found, folder = read_study(path, []), StudyDir(tmp_path / "out")
+    for row, top1 in zip(found.rows, (0.5, 0.3), strict=True):
+        make_run(folder, row.tasks[0], top1)
+    [result] = study.analyse(folder, [found])
+    verdict = study.decide(Finding("x", better="0.1", worse=("0.2",)), result.rows)
+    assert verdict.decision == "undecided"
+    assert "a single seed of 0.1 and 0.2 has no interval" in verdict.sentence
+
+
+@pytest.mark.parametrize("finding", [{"better": "0.1", "worse": ("0.2",)}, {"chance": ("0.1",)}])
+def test_a_diverged_seed_leaves_a_claim_open(finding, tmp_path):
+    path = write_study(tmp_path, 'factor = "optim.lr"\nvalues = [0.1, 0.2]\nseeds = [0, 1, 2]')
+    found, folder = read_study(path, []), StudyDir(tmp_path / "out")
+    folder.create(tasks_of([found]))
+    for row, tops in zip(found.rows, ([0.6, 0.61], [0.3, 0.31, 0.3]), strict=True):
+        for task, top1 in zip(row.tasks, tops, strict=False):
+            make_run(folder, task, top1)
+    diverged = found.rows[0].tasks[2]
+    make_run(folder, diverged, 0.1, "diverged")
+    runner.record(folder, diverged, "failed", "the loss is not a finite number")
+    [result] = study.analyse(folder, [found])
+    verdict = study.decide(Finding("x", **finding), result.rows)
+    assert verdict.decision == "undecided" and "seed 2 (failed) of 0.1" in verdict.sentence
+    study.write_report(folder, [found], "command")
+    for report in (folder.html, folder.markdown):  # the best model is of that row
+        assert "chosen by validation top-1 alone. Its row lacks seed 2 (failed)." in (
+            report.read_text()
+        )
 
 
 @pytest.mark.parametrize(
