@@ -115,6 +115,8 @@ def read_study(path: Path, overrides: list[str], epochs: int = 0, seeds: int = 0
     for key in ("title", "base"):
         if key not in table:
             raise UserError(f"{path}: {key} is missing; README.md shows a study")
+    for override in overrides:
+        _refuse_seed(override.partition("=")[0], f"--set {override}")
     if epochs:
         overrides = [*overrides, f"train.epochs={epochs}"]
     numbers = _seeds(path, table, seeds)
@@ -187,7 +189,16 @@ def _settings(path: Path, table: dict[str, Any]) -> list[tuple[str, dict[str, An
         found = [(label, {table["factor"]: value}) for label, value in pairs]
     if not found:
         raise UserError(f"{path}: has no rows")
+    for label, sets in found:
+        for key in sets:
+            _refuse_seed(key, f"{path}: row {label!r}")
     return found
+
+
+def _refuse_seed(key: str, where: str) -> None:
+    """Every row is trained once a seed of the study, whatever it says itself."""
+    if key == "train.seed":
+        raise UserError(f"{where}: train.seed is not set here; list the study's seeds = [0, 1, 2]")
 
 
 def _row_settings(path: Path, raw: Any) -> tuple[str, dict[str, Any]]:

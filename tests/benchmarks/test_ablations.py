@@ -93,6 +93,8 @@ def write_study(folder: Path, body: str, name: str = "mine") -> Path:
         ('factor = "optim.lr"\nvalues = [0.1]\nseeds = [1, 1]', "different whole numbers"),
         ('factor = "optim.lr"\nvalues = [0.1]\nseed = [1]', "'seed': unknown key"),
         ("[[rows]]\noptim = 3", "expected section.key = value"),
+        ('factor = "train.seed"\nvalues = [5, 6]\nseeds = [0]', "list the study's seeds"),
+        ("[[rows]]\noptim.lr = 0.1\ntrain.seed = 5", "list the study's seeds"),
         ('factor = "optim.lr"\nvalues = [0.1]\n[[findings]]\nclaim = "x"', "better and worse"),
         (
             'factor = "optim.lr"\nvalues = [0.1]\n[[findings]]\nclaim = "x"\nchance = ["none"]',
@@ -105,6 +107,14 @@ def test_a_bad_study_is_told_in_one_line(body, said, tmp_path, capsys):
     assert ablations.main([str(path), "--out", str(tmp_path / "out"), "--dry-run"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and said in lines[0] and str(path) in lines[0]
+
+
+def test_a_seed_among_the_overrides_is_refused(tmp_path, capsys):
+    path = write_study(tmp_path, 'factor = "optim.lr"\nvalues = [0.1]')
+    arguments = [str(path), "--out", str(tmp_path / "out"), "--dry-run", "--set", "train.seed=9"]
+    assert ablations.main(arguments) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "--set train.seed=9" in line and "list the study's seeds" in line
 
 
 def test_every_row_of_the_reference_stands_beside_exactly_its_own():
