@@ -292,8 +292,10 @@ def images_per_second(run: Run) -> float | None:
 
 def train_seconds(run: Run) -> float | None:
     """The run's training time; while it is not summed up yet, the sum over its epochs."""
-    if run.summary.get("train_seconds") is not None:
-        return run.summary["train_seconds"]
+    summed = run.summary.get("train_seconds")
+    # While a run goes on, and after a kill, the summary is that of its start.
+    if summed is not None and run.summary["status"] != "running":
+        return summed
     measured = [epoch["seconds"] for epoch in run.epochs if epoch["seconds"] is not None]
     return sum(measured) if measured else None
 

@@ -195,6 +195,13 @@ def test_run_without_a_summary_and_with_one_epoch(tmp_path: Path) -> None:
     assert mark.attributes["transform"] == f"translate({point[0]} {point[1]})"
 
 
+def test_time_of_a_run_under_way_is_that_of_its_epochs(tmp_path: Path) -> None:
+    summary = {**SUMMARY, "status": "running", "train_seconds": 0.0}
+    run = make_run(tmp_path / "a", [epoch(1), epoch(2, seconds=40.5)], summary=summary)
+    *_, time, status = results(page_of(run))[0]
+    assert (time, status) == ("42.5 s", "▶ running")
+
+
 def test_one_row_a_run_under_names_that_differ(tmp_path: Path) -> None:
     paths = [tmp_path / "x/seed0", tmp_path / "y/seed0", tmp_path / "y/seed1"]
     runs = [make_run(path, [epoch(1)]) for path in paths]
