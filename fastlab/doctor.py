@@ -46,7 +46,14 @@ def _versions() -> list[Finding]:
         Finding("versions", "fastlab", True, fastlab.__version__),
         Finding("versions", "python", True, platform.python_version()),
     ]
-    return found + [Finding("versions", name, True, metadata.version(name)) for name in _VERSIONS]
+    return found + [_installed(name) for name in _VERSIONS]
+
+
+def _installed(name: str) -> Finding:
+    try:
+        return Finding("versions", name, True, metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return Finding("versions", name, False, f"not installed; `pip install {name}`")
 
 
 def _devices() -> list[Finding]:
@@ -97,11 +104,15 @@ def _import(name: str, module: str, usable: str, missing: str, group: str = "eng
     except ModuleNotFoundError as error:
         if module.startswith(error.name or "?"):
             return Finding(group, name, False, missing)
-        return Finding(group, name, False, f"installed, but cannot be imported ({error})")
-    except (ImportError, OSError) as error:  # a shared library is missing
-        first = str(error).splitlines()[0]
-        return Finding(group, name, False, f"installed, but cannot be imported ({first})")
+        return _broken(group, name, error)
+    except Exception as error:  # a library is missing or of another version: anything is raised
+        return _broken(group, name, error)
     return Finding(group, name, True, f"{usable}; version {_version(module)}")
+
+
+def _broken(group: str, name: str, error: Exception) -> Finding:
+    first = (str(error).strip().splitlines() or [repr(error)])[0]
+    return Finding(group, name, False, f"installed, but cannot be imported ({first})")
 
 
 def _version(module: str) -> str:

@@ -4,6 +4,7 @@ import sys
 import pytest
 import torch
 
+from fastlab import doctor
 from fastlab.cli import main
 from fastlab.doctor import examine
 
@@ -27,12 +28,34 @@ def test_a_missing_engine_is_told_with_the_way_to_install_it(monkeypatch):
     assert not found.usable and "pip install --no-deps ffcv" in found.detail
 
 
-def test_an_engine_that_lacks_a_shared_library_is_told_so(monkeypatch, tmp_path):
-    (tmp_path / "ffcv.py").write_text("raise ImportError('libturbojpeg.so.0: cannot open')\n")
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("raise ImportError('libturbojpeg.so.0: cannot open')", "libturbojpeg.so.0"),
+        (
+            "raise RuntimeError('compiled against ABI 1\\n\\nbut this is 2')",
+            "(compiled against ABI 1)",
+        ),
+        ("import sys\nsys.no_such_thing", "no_such_thing"),
+        ("raise ImportError", "(ImportError())"),
+        ("raise ModuleNotFoundError", "(ModuleNotFoundError())"),
+        ("import missing_beneath", "No module named 'missing_beneath'"),
+    ],
+)
+def test_an_engine_that_cannot_be_imported_is_told_so(code, said, monkeypatch, tmp_path):
+    (tmp_path / "ffcv.py").write_text(f"{code}\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "ffcv", raising=False)
     found = findings()["engines", "ffcv"]
-    assert not found.usable and "libturbojpeg.so.0" in found.detail
+    assert not found.usable and "cannot be imported" in found.detail and said in found.detail
+
+
+def test_a_missing_package_is_told(monkeypatch):
+    monkeypatch.setattr(doctor, "_VERSIONS", ("torch", "no-such-package"))
+    found = findings()
+    assert found["versions", "torch"].usable
+    missing = found["versions", "no-such-package"]
+    assert not missing.usable and "pip install no-such-package" in missing.detail
 
 
 @pytest.mark.parametrize("line", ["engines", "devices", "processes"])
