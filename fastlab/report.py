@@ -8,6 +8,7 @@ import os
 import statistics
 import tomllib
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,6 +44,7 @@ MARKERS = (  # SVG paths around the origin
     "M0 4.8L4.6-3.4H-4.6Z",
 )
 MARKS_PER_CURVE = 10
+_LARGEST = 1e300  # of a metric
 
 # The plotting area in the SVG's own units, 480 x 300 with room for the axes' labels.
 PLOT_WIDTH, PLOT_HEIGHT = 480, 300
@@ -158,9 +160,33 @@ def _malformed(path: Path, what: str) -> UserError:
     return UserError(f"{path}: {what}: mend the file or leave this run out")
 
 
+def _shallow(value: Any, levels: int = 100) -> Any:
+    """`value`; ValueError where it is nested more deeply than a page is made of."""
+    inner = [value]
+    for _ in range(levels):
+        inner = [child for one in inner for child in _children(one)]
+    if inner:
+        raise ValueError(f"nested in more than {levels} levels")
+    return value
+
+
+def _children(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def _parse_json(text: bytes) -> Any:
+    """Raises ValueError where it is no JSON or nested too deeply."""
+    try:
+        return _shallow(json.loads(text))
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
+
+
 def _read_json(path: Path, kind: type) -> Any:
     try:
-        value = json.loads(_read_bytes(path))
+        value = _parse_json(_read_bytes(path))
     except ValueError as error:
         raise _malformed(path, f"not valid JSON ({error})") from error
     if not isinstance(value, kind):
@@ -170,8 +196,8 @@ def _read_json(path: Path, kind: type) -> Any:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(_read_bytes(path).decode())
-    except ValueError as error:
+        return _shallow(tomllib.loads(_read_bytes(path).decode()))
+    except (ValueError, RecursionError) as error:
         raise _malformed(path, f"not valid TOML ({error})") from error
 
 
@@ -200,12 +226,13 @@ def _read_summary(path: Path) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> float | None:
-    """The number, or None for null, NaN and infinities. Raises TypeError for anything else."""
+    """The number, or None for null, NaN, infinities and what a scale or a difference would make
+    one. Raises TypeError for anything else."""
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{value!r} is not a number")
-    return value if math.isfinite(value) else None
+    return value if abs(value) < _LARGEST else None
 
 
 def _read_metrics(path: Path) -> list[Epoch]:
@@ -228,7 +255,7 @@ def _read_metrics(path: Path) -> list[Epoch]:
 
 def _is_json(text: bytes) -> bool:
     try:
-        json.loads(text)
+        _parse_json(text)
     except ValueError:
         return False
     return True
@@ -236,12 +263,12 @@ def _is_json(text: bytes) -> bool:
 
 def _parse_epoch(line: bytes) -> Epoch:
     """One line of metrics.jsonl. Raises ValueError or TypeError where it is malformed."""
-    record = json.loads(line)
+    record = _parse_json(line)
     if not isinstance(record, dict):
         raise TypeError("not a JSON object")
     epoch = record.get("epoch")
-    if not isinstance(epoch, int) or isinstance(epoch, bool) or epoch < 1:
-        raise ValueError("'epoch' is not a whole number from 1")
+    if not isinstance(epoch, int) or isinstance(epoch, bool) or not 1 <= epoch < 2**53:
+        raise ValueError("'epoch' is not a whole number from 1 to 2^53 - 1")
     absent = [key for key in EPOCH_KEYS if key not in record]
     if absent:
         raise ValueError(f"{absent[0]!r} is absent")

@@ -283,6 +283,16 @@ def test_nothing_but_not_a_number(tmp_path: Path) -> None:
     assert results(page)[0][4:9] == ["—", "—", "—", "—", "—"]
 
 
+@pytest.mark.parametrize("loss", ["1e308", "-1e308", "9" * 400, "-1e999"])
+def test_what_a_page_cannot_calculate_with_is_no_number(tmp_path: Path, loss: str) -> None:
+    run = make_run(tmp_path / "a", [epoch(1, val_loss=1e308), epoch(2), epoch(3)])
+    lines = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(lines.replace('"val_loss": 4.9,', f'"val_loss": {loss},'))
+    page = page_of(run)
+    assert [len(segment) for segment in curve(page, "a val loss")] == [1]
+    assert results(page)[0][7] == "4.8500"
+
+
 def test_table_beneath_a_plot_holds_every_run(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "a", [epoch(1), epoch(2)]), make_run(tmp_path / "b", [epoch(1)])]
     page = page_of(*runs)
@@ -410,6 +420,8 @@ BROKEN_LINES = {
     "no loss": json.dumps({k: v for k, v in epoch(2).items() if k != "val_loss"}),
     "text": json.dumps(epoch(2, val_loss="1.0")),
     "repeated": json.dumps(epoch(1)),
+    "huge epoch": json.dumps({**epoch(2), "epoch": 10**400}),
+    "deep": "[" * 100_000,
 }
 
 
@@ -458,6 +470,10 @@ BROKEN_FILES = [
     ("summary.json", '{"parameters": "many"}'),
     ("summary.json", '{"dataset": {"classes": true}}'),
     ("summary.json", '{"dataset": []}'),
+    ("summary.json", "[" * 100_000),
+    ("environment.json", '{"a":' * 900 + "1" + "}" * 900),  # read, but too deep to be shown
+    ("config.toml", f"a = {'[' * 100_000}"),
+    ("config.toml", f"a = {'[' * 150}{']' * 150}"),
     ("predictions.json", "{}"),
     ("predictions.json", '[{"png": "AAAA", "label": "cat", "predicted": []}]'),
     ("predictions.json", json.dumps([{"png": png(1, 1) + "'>", "label": "", "predicted": []}])),
