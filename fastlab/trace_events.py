@@ -5,6 +5,7 @@ breakdowns raise IndexError and ValueError. So the JSON is read here.
 """
 
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -19,7 +20,7 @@ from fastlab.errors import UserError
 
 SUFFIX = ".pt.trace.json"
 _ROUNDING = 0.01  # µs: a start and a duration are rounded apart
-_STEP = re.compile(r"ProfilerStep#(\d+)$")
+_STEP = re.compile(r"ProfilerStep#(\d{1,18})$")
 _KINDS = {  # category in the file -> list in `Trace`
     "user_annotation": "ranges",
     "cpu_op": "ops",
@@ -118,10 +119,19 @@ def read_trace(path: Path) -> Trace:
     trace = Trace(path)
     try:
         _fill(trace, content)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (
+        AttributeError,
+        KeyError,
+        OverflowError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise UserError(f"{path}: not a trace of torch.profiler ({error!r})") from None
     if not trace.steps:
-        raise UserError(f"{path}: holds no training step (no ProfilerStep); record a longer run")
+        raise UserError(
+            f"{path}: holds no training step (no ProfilerStep that took time); record a longer run"
+        )
     return trace
 
 
@@ -137,14 +147,18 @@ def _fill(trace: Trace, content: dict[str, Any]) -> None:
             origin = float(raw["ts"]) if origin is None else origin
             start = float(raw["ts"]) - origin
             end = start + float(raw["dur"])
+            if not (math.isfinite(start) and math.isfinite(end)):
+                raise ValueError("a time is not a finite number")
             args = dict(raw.get("args", {}))
+            hash((args.get("External id"), args.get("correlation")))  # events are looked up by them
             event = Event(str(raw["name"]), start, end, str(raw.get("tid")), args)
             getattr(trace, _KINDS[raw["cat"]]).append(event)
         elif raw["name"] == "[memory]":
             on_gpu = raw["args"]["Device Type"] != 0
-            peaks[on_gpu] = max(peaks.get(on_gpu, 0), raw["args"]["Total Allocated"])
+            peaks[on_gpu] = max(peaks.get(on_gpu, 0), int(float(raw["args"]["Total Allocated"])))
     trace.peak_bytes = peaks.get(True, peaks.get(False))
-    trace.steps = _longest_run([event for event in trace.ranges if _STEP.match(event.name)])
+    steps = [event for event in trace.ranges if _STEP.match(event.name) and event.length > 0]
+    trace.steps = _longest_run(steps)
     if trace.device:
         properties = content.get("deviceProperties") or [{}]
         trace.gpu = str(properties[0].get("name", "GPU"))

@@ -57,11 +57,22 @@ def _settings(trace: Path) -> dict[str, Any]:
     """The configuration of the run that a trace belongs to; empty where there is none."""
     path = trace.absolute().parent.parent / "config.toml"
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return _checked(tomllib.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); mend or remove it") from None
+
+
+def _checked(settings: dict[str, Any]) -> dict[str, Any]:
+    """ValueError for what a review cannot use; other keys may be those of another version."""
+    for name, section in settings.items():
+        if not isinstance(section, dict):
+            raise ValueError(f"{name} is not a section")
+    batch_size = settings.get("train", {}).get("batch_size", 1)
+    if type(batch_size) is not int or not 1 <= batch_size < 2**53:
+        raise ValueError("train.batch_size is not a whole number from 1")
+    return settings
 
 
 def figures(run: Reviewed) -> dict[str, tuple[float | None, str]]:

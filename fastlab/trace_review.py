@@ -370,7 +370,7 @@ def _places(trace: Trace, points: list[Event], count: int) -> list[Sync]:
 def _source(frames: list[Event]) -> str:
     """The user's innermost line among nested calls, outermost first; empty where none is known."""
     for frame in reversed(frames):
-        line = frame.args.get("CallFrom", "")  # of newer torch: file:line of the call
+        line = str(frame.args.get("CallFrom", ""))  # of newer torch: file:line of the call
         if line and not line.startswith(_NOT_THE_USERS):
             return _short(line)
         if not line and not frame.name.startswith(_NOT_THE_USERS):

@@ -394,6 +394,62 @@ def test_what_is_no_trace_is_refused(content, tmp_path, capsys):
     complaint(path, capsys)
 
 
+def parts_of(content: dict) -> dict[str, dict]:
+    """An event each of the categories that a review looks at, one of the steps and all."""
+    events = [event for event in content["traceEvents"] if event["ph"] == "X"]
+    steps = [event for event in events if event["name"].startswith("ProfilerStep")]
+    content["traceEvents"] = [event for event in events if event not in steps[1:]]
+    return {"step": steps[0]} | {event["cat"]: event for event in events if event not in steps}
+
+
+@pytest.mark.parametrize(
+    ("part", "changes"),
+    [
+        ("step", {"dur": 0}),
+        ("step", {"dur": float("nan")}),
+        ("step", {"name": f"ProfilerStep#{'9' * 5000}"}),
+        ("cpu_op", {"dur": 10**400}),
+        ("cpu_op", {"dur": float("inf")}),
+        ("cpu_op", {"args": {"External id": [1]}}),
+        ("kernel", {"args": {"External id": 1, "correlation": {}}}),
+        ("cuda_runtime", {"args": {"correlation": [1]}}),
+    ],
+)
+def test_damaged_events_are_refused(part, changes, whole, tmp_path, capsys):
+    content, path = json.loads(whole), tmp_path / "rank0.1.pt.trace.json"
+    found = parts_of(content)
+    path.write_text(json.dumps(content))
+    assert main(["trace", str(path)]) == 0
+    capsys.readouterr()
+    found[part].update(changes)
+    path.write_text(json.dumps(content))
+    complaint(path, capsys)
+
+
+def test_a_source_line_that_is_no_text_is_shown_as_it_is(tmp_path, capsys):
+    path = record(tmp_path, 5, with_item, each=2, stacks=True)
+    path.write_text(path.read_text().replace(json.dumps(LINE), "[371]"))
+    assert main(["trace", str(path)]) == 0
+    assert "[371]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "train = 3",
+        "data = 3",
+        '[train]\nbatch_size = "x"',
+        "[train]\nbatch_size = 0",
+        "a = " + "[" * 9000,
+    ],
+)
+def test_a_damaged_configuration_is_refused(config, whole, tmp_path, capsys):
+    (tmp_path / "traces").mkdir()
+    (tmp_path / "traces" / "rank0.1.pt.trace.json").write_bytes(whole)
+    (tmp_path / "config.toml").write_text(config)
+    assert "config.toml: cannot be read" in complaint(tmp_path, capsys)
+
+
 def test_a_run_without_a_trace_is_told_how_to_record_one(tmp_path, capsys):
     assert "fastlab train --profile" in complaint(tmp_path, capsys)
     assert "no such run" in complaint(tmp_path / "nowhere", capsys)
