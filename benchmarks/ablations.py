@@ -98,7 +98,7 @@ def _count(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """0: every run is finished; 1: some are not; 128 and its number after a signal."""
-    studies = read_studies(args)
+    studies, settings = read_studies(args), cluster_settings(args.cluster_set)
     tasks, folder = tasks_of(studies), StudyDir(args.out)
     if args.report_only:
         if not args.out.is_dir():
@@ -119,7 +119,6 @@ def run(args: argparse.Namespace) -> int:
         todo = [task for task in todo if _wanted(look(folder, task), args.retry)]
         screen = Screen(folder, todo, seconds, args.jobs)
         if args.cluster:
-            settings = cluster_settings(args.cluster_set)
             run_on_cluster(folder, todo, args.jobs, args.cluster, settings, stop, screen)
         else:
             Pool(folder, lock, args.jobs, places(args.jobs)).run(todo, stop, screen)
@@ -287,7 +286,7 @@ def cluster_settings(texts: list[str]) -> dict[str, Any]:
             raise UserError(f"--cluster-set {text}: expected key=value, such as timeout_min=600")
         try:
             found[key] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
+        except (ValueError, RecursionError):
             found[key] = value
     return found
 

@@ -28,6 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tomli_w
+
 from fastlab import config as configs
 from fastlab.config import Config
 from fastlab.errors import UserError
@@ -219,10 +221,17 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
+def _toml(value: Any) -> str:
+    """On one line, as `configs.load` takes it. Of the strings of JSON not every one is TOML's."""
+    if isinstance(value, list | dict):
+        return json.dumps(value, default=str)  # for the message: no key takes it
+    return tomli_w.dumps({"value": value}).removeprefix("value = ").rstrip("\n")
+
+
 def _row(
     path: Path, base: str, label: str, overrides: list[str], sets: dict[str, Any], seeds: list[int]
 ) -> Row:
-    own = [f"{key}={json.dumps(value, default=str)}" for key, value in sets.items()]
+    own = [f"{key}={_toml(value)}" for key, value in sets.items()]
     try:
         found = [
             configs.load(path.parent / base, [*overrides, *own, f"train.seed={seed}"])

@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import tomli_w
 
 from benchmarks import ablations, runner, study
 from benchmarks.grid import Finding, Task, make_task, read_study, tasks_of
@@ -107,6 +108,20 @@ def test_a_bad_study_is_told_in_one_line(body, said, tmp_path, capsys):
     assert ablations.main([str(path), "--out", str(tmp_path / "out"), "--dry-run"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and said in lines[0] and str(path) in lines[0]
+
+
+@pytest.mark.parametrize("text", ["data/😀", "a\x7fb", 'tab\t\x01\r\\ "quoted"', "two\nlines"])
+def test_a_row_takes_any_text(text, tmp_path):
+    path = write_study(tmp_path, tomli_w.dumps({"factor": "data.path", "values": [text]}))
+    assert read_study(path, []).rows[0].config.data.path == text
+
+
+def test_settings_of_a_cluster_are_read_before_the_plan(tmp_path, capsys):
+    path = write_study(tmp_path, 'factor = "optim.lr"\nvalues = [0.1]')
+    arguments = [str(path), "--out", str(tmp_path / "out"), "--dry-run", "--no-calibration"]
+    assert ablations.main([*arguments, "--cluster-set", "x"]) == 2
+    said = capsys.readouterr()
+    assert "--cluster-set x: expected key=value" in said.err and not said.out
 
 
 def test_a_seed_among_the_overrides_is_refused(tmp_path, capsys):
