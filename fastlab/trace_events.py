@@ -158,24 +158,33 @@ def _fill(trace: Trace, content: dict[str, Any]) -> None:
             peaks[on_gpu] = max(peaks.get(on_gpu, 0), int(float(raw["args"]["Total Allocated"])))
     trace.peak_bytes = peaks.get(True, peaks.get(False))
     steps = [event for event in trace.ranges if _STEP.match(event.name) and event.length > 0]
-    trace.steps = _longest_run(steps)
+    saves = times(event for event in trace.ranges if event.name == "checkpoint")
+    trace.steps = _longest_run(steps, saves)
     if trace.device:
         properties = content.get("deviceProperties") or [{}]
         trace.gpu = str(properties[0].get("name", "GPU"))
 
 
-def _longest_run(steps: list[Event]) -> list[Event]:
-    """Validation or a checkpoint between two steps is no part of either, nor of the review."""
-    steps = sorted(steps, key=lambda step: step.start)
+def _longest_run(steps: list[Event], saves: "Times") -> list[Event]:
+    """Validation or a checkpoint after a step is no part of it, nor of the review; a checkpoint
+    within an epoch is written before its step's range ends."""
+    steps = sorted((_without_save(step, saves) for step in steps), key=lambda step: step.start)
     if not steps:
         return []
     usual = float(np.median([step.length for step in steps]))
     runs = [[steps[0]]]
     for before, step in pairwise(steps):
-        if step.start - before.end > 0.5 * usual:
+        saved = saves.within(before.start, step.start) > 0
+        if saved or step.start - before.end > 0.5 * usual:
             runs.append([])
         runs[-1].append(step)
     return max(runs, key=len)
+
+
+def _without_save(step: Event, saves: "Times") -> Event:
+    """Up to the first of `saves` that begins in it."""
+    first = min((start for start, _ in saves if step.start < start < step.end), default=step.end)
+    return step._replace(end=first)
 
 
 class Times:

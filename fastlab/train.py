@@ -165,11 +165,12 @@ class Trainer:
         }
 
     def save(self) -> None:
-        self.refuse_divergence()
-        done = self.progress.epoch * self.train_data.steps() + self.progress.step
-        state = self.state_dict()
-        own = self.average.buffers if self.average else ()
-        checkpoint.save(self.run.checkpoints, done, self.model, state, self.accelerator, own)
+        with span("checkpoint"):  # a review leaves it out of the step around it
+            self.refuse_divergence()
+            done = self.progress.epoch * self.train_data.steps() + self.progress.step
+            state = self.state_dict()
+            own = self.average.buffers if self.average else ()
+            checkpoint.save(self.run.checkpoints, done, self.model, state, self.accelerator, own)
 
     def restore(self) -> None:
         path = checkpoint.last(self.run.checkpoints)

@@ -21,6 +21,7 @@ CONV = "void cudnn::cnn::implicit_convolve_sgemm<float, 1024, 5, 5>(int, int, fl
 RELU = "void at::native::vectorized_elementwise_kernel<4, at::native::clamp_scalar(float&)>(int)"
 FUSED = "triton_poi_fused__native_batch_norm_convolution_relu_3"
 NCCL = "ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)"
+ON_HOST = ("user_annotation", "cpu_op", "cuda_runtime")
 LINE = "/home/some/fastlab/train.py:371"
 
 
@@ -107,8 +108,9 @@ class Recording:
         return path
 
 
-def step(gpu: Recording, number: int, wait: float, work, each: int = 20) -> None:
-    """A step that waits `wait` µs for data and calls `work` `each` times a part."""
+def step(gpu: Recording, number: int, wait: float, work, each: int = 20, save=False) -> None:
+    """A step that waits `wait` µs for data and calls `work` `each` times a part, and may end with
+    a checkpoint of 50 ms."""
     with gpu.range(f"ProfilerStep#{number}"):
         with gpu.range("data_wait"):
             gpu.other(wait)
@@ -118,6 +120,10 @@ def step(gpu: Recording, number: int, wait: float, work, each: int = 20) -> None
             with gpu.range(part):
                 for _ in range(each):
                     work(gpu)
+        if save:
+            with gpu.range("checkpoint"):
+                gpu.item()
+                gpu.other(50_000)
 
 
 def record(folder: Path, wait: float, work, each: int = 20, name="rank0.1", **kwargs) -> Path:
@@ -224,6 +230,24 @@ def test_what_lies_between_steps_is_left_out(tmp_path):
     found = look(gpu.save(tmp_path / "rank0.1.pt.trace.json")).main
     assert found.numbers == [3, 4, 5, 6]
     assert found.findings[0][0] == "compute-bound"
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_a_checkpoint_within_a_step_is_left_out(on_gpu, tmp_path):
+    reviews = []
+    for saves in ((), (2, 6)):
+        recording = Recording()
+        for number in range(1, 7):
+            step(recording, number, 20, move, save=number in saves)
+        if not on_gpu:
+            recording.events = [e for e in recording.events if e.get("cat") in ON_HOST]
+        path = recording.save(tmp_path / f"saves-{len(saves)}" / "rank0.1.pt.trace.json")
+        reviews.append(look(path).main)
+    plain, saved = reviews
+    assert plain.numbers == [1, 2, 3, 4, 5, 6] and saved.numbers == [3, 4, 5, 6]
+    assert saved.step_ms == pytest.approx(plain.step_ms, rel=0.02)
+    assert saved.shares == pytest.approx(plain.shares, abs=0.02)
+    assert saved.slowest_ms == pytest.approx(plain.slowest_ms, rel=0.02)
 
 
 def communicating(folder: Path, hidden: bool, late: int | None = None) -> None:

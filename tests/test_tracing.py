@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from fastlab import tracing
 from fastlab.cli import main
 from fastlab.config import ProfileConfig
-from fastlab.trace_events import read_trace
+from fastlab.trace_events import read_trace, times
 from fastlab.trace_page import look
 
 ROOT = Path(__file__).parents[1]
@@ -113,6 +113,17 @@ def test_recording_changes_no_weight(run, synth_dataset, tmp_path):
         for r in (run, tmp_path / "plain")
     )
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_checkpoint_is_recorded_and_no_part_of_its_step(synth_dataset, tmp_path):
+    out = tmp_path / "run"
+    train([*command(synth_dataset, out, "train.checkpoint_every=1"), "--profile"])
+    (path,) = traces(out)
+    trace = read_trace(path)
+    (save,) = [event for event in trace.ranges if event.name == "checkpoint"]
+    recorded = [event for event in trace.ranges if event.name == "ProfilerStep#1"]
+    assert recorded[0].end >= save.end  # it is written within the loop
+    assert len(trace.steps) == 1 and not times(trace.steps).common(times([save]))
 
 
 # Planted problems in real trainings
