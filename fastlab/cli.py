@@ -2,10 +2,13 @@
 so that ``--help`` is instant."""
 
 import argparse
+import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TextIO
 
 import fastlab
 from fastlab.errors import UserError
@@ -34,18 +37,63 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_command(call: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int:
     """Run `call`; a user's mistake becomes one line on standard error and exit status 2."""
+    stdout = sys.stdout or io.StringIO()  # none where it was closed: nothing is to be printed
     try:
-        return call(args) or 0
+        with contextlib.redirect_stdout(_Output(stdout)):
+            status = call(args) or 0
+            sys.stdout.flush()  # here, where a failure can still be told
+            return status
     except UserError as error:
-        print(f"fastlab: {error}", file=sys.stderr)
+        _complain(error)
         return 2
     except KeyboardInterrupt:
-        print("fastlab: interrupted", file=sys.stderr)
+        _complain("interrupted")
         return 130
     except BrokenPipeError:
-        # The reader left; nothing more may be written, not even at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence(stdout)  # the reader left
         return 141
+
+
+class _Output:
+    """Standard output, of which a failure, such as a full disk, is a `UserError`: it is told apart
+    from every other `OSError`."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return self._told(self._stream.write, text)
+
+    def flush(self) -> None:
+        self._told(self._stream.flush)
+
+    def _told(self, call: Callable, *args: str) -> Any:
+        try:
+            return call(*args)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            _silence(self._stream)
+            raise UserError(
+                f"standard output: cannot be written ({error.strerror}); write it to another place"
+            ) from None
+
+
+def _complain(what: object) -> None:
+    try:
+        print(f"fastlab: {what}", file=sys.stderr, flush=True)
+    except OSError:
+        _silence(sys.stderr)  # the exit status is all that is left to tell
+
+
+def _silence(stream: TextIO) -> None:
+    """Nothing more may be written to it: what it holds would fail again when Python ends."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
 
 
 def _add_download(commands) -> None:

@@ -1,0 +1,70 @@
+"""What becomes of a command whose output nobody can take."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SHORT = "print('a line')"
+LONG = "print('a line\\n' * 100_000)"
+OTHER = "open('/dev/full', 'w', buffering=1).write('a line\\n')"
+
+
+def run(body: str, stdout: int, stderr: int = subprocess.PIPE, **settings) -> tuple[int, list[str]]:
+    """Exit status and lines on standard error of a command that does `body`."""
+    code = (
+        "import sys\nfrom fastlab.cli import run_command\nfrom fastlab.errors import UserError\n"
+        f"def call(args):\n    {body}\nsys.exit(run_command(call, None))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=stdout, stderr=stderr, text=True, **settings
+    )
+    return done.returncode, (done.stderr or "").splitlines()
+
+
+@pytest.fixture
+def full() -> int:
+    descriptor = os.open("/dev/full", os.O_WRONLY)
+    yield descriptor
+    os.close(descriptor)
+
+
+@pytest.mark.parametrize("body", [SHORT, LONG, f"{SHORT}; sys.stdout.flush()"])
+def test_a_full_disk_behind_the_output_is_one_line(body, full):
+    status, lines = run(body, full)
+    assert status == 2 and len(lines) == 1
+    assert lines[0].startswith("fastlab: standard output: cannot be written (No space left")
+
+
+def test_with_the_errors_going_there_too_the_status_is_left(full):
+    assert run(SHORT, full, full) == (2, [])
+    assert run("raise UserError('bad input')", full, full) == (2, [])
+
+
+def test_an_error_of_another_file_keeps_its_traceback(full):
+    status, lines = run(OTHER, subprocess.DEVNULL)
+    assert status == 1 and lines[0].startswith("Traceback")
+
+
+@pytest.mark.parametrize("body", [SHORT, LONG])
+def test_a_reader_that_left_is_no_error(body):
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        assert run(body, writer) == (141, [])
+    finally:
+        os.close(writer)
+
+
+def test_a_closed_output_is_none():
+    closed = {"preexec_fn": lambda: os.close(1)}
+    assert run(f"{SHORT}; return 3", subprocess.DEVNULL, **closed) == (3, [])
+
+
+def test_a_command_tells_of_a_full_disk(synth_dataset, full):
+    command = [sys.executable, "-m", "fastlab", "inspect", str(synth_dataset)]
+    done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
