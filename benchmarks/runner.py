@@ -117,7 +117,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     """Empty where there is none, or what a kill left of it."""
     try:
         found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -128,8 +128,10 @@ def _last_epoch(path: Path) -> dict[str, Any]:
     except OSError:
         return {}
     for line in reversed(lines[-2:]):  # the last one may be torn
-        with contextlib.suppress(ValueError):
-            return json.loads(line)
+        with contextlib.suppress(ValueError, RecursionError):
+            found = json.loads(line)
+            if isinstance(found, dict):
+                return found
     return {}
 
 

@@ -13,6 +13,7 @@ import torch
 
 import fastlab
 from fastlab.dataset.formats import FFCV_MISSING
+from fastlab.errors import first_line
 
 _VERSIONS = ("torch", "torchvision", "accelerate", "numpy", "numba", "simplejpeg", "webdataset")
 
@@ -111,8 +112,8 @@ def _import(name: str, module: str, usable: str, missing: str, group: str = "eng
 
 
 def _broken(group: str, name: str, error: Exception) -> Finding:
-    first = (str(error).strip().splitlines() or [repr(error)])[0]
-    return Finding(group, name, False, f"installed, but cannot be imported ({first})")
+    problem = f"installed, but cannot be imported ({first_line(error)})"
+    return Finding(group, name, False, problem)
 
 
 def _version(module: str) -> str:

@@ -8,3 +8,8 @@ class UserError(Exception):
 def printable(text: str) -> str:
     """`text`, escaped where it would break a message's one line or cannot be printed at all."""
     return text if text.isprintable() else repr(text)[1:-1]
+
+
+def first_line(error: BaseException) -> str:
+    """What `error` says, for a message of one line."""
+    return (str(error).strip().splitlines() or [repr(error)])[0]

@@ -34,7 +34,7 @@ from fastlab import checkpoint, config, memory, models
 from fastlab.config import Config
 from fastlab.dataset.manifest import Manifest, check_sizes, read_manifest
 from fastlab.doctor import has_bf16
-from fastlab.errors import UserError
+from fastlab.errors import UserError, first_line
 from fastlab.metrics import Figures, Sums
 from fastlab.models.norm import synchronise
 from fastlab.optim import WeightAverage, make_optimizer, make_schedule
@@ -279,7 +279,7 @@ def worker_explained(trainer: Trainer) -> Iterator[None]:
         if "DataLoader worker" not in str(error):
             raise
         raise UserError(
-            f"a decoding worker failed ({str(error).splitlines()[0].strip()}); go on with: "
+            f"a decoding worker failed ({first_line(error)}); go on with: "
             f"--resume {trainer.run.path}"
         ) from None
 

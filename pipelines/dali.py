@@ -21,7 +21,7 @@ from fastlab.config import DataConfig
 from fastlab.dataset.decode import MAX_PIXELS, CorruptImage, decode_into
 from fastlab.dataset.manifest import Manifest
 from fastlab.dataset.shards import Shards, open_shards
-from fastlab.errors import UserError
+from fastlab.errors import UserError, first_line
 
 _AHEAD = 2  # batches that DALI has in work; more were no faster
 
@@ -38,10 +38,9 @@ def open_engine(
     try:
         import nvidia.dali
         import nvidia.nvimgcodec  # noqa: F401
-    except (ImportError, OSError) as error:  # OSError: a shared library is missing
-        first = str(error).splitlines()[0]
+    except Exception as error:  # a library is missing or of another version: anything is raised
         raise UserError(
-            f'data.pipeline = "dali": DALI cannot be imported ({first}); '
+            f'data.pipeline = "dali": DALI cannot be imported ({first_line(error)}); '
             f'`pip install "fastlab[dali]"`'
         ) from None
     shards = open_shards(Path(config.path), manifest, split)

@@ -27,7 +27,7 @@ from numba import types
 from fastlab.config import DataConfig
 from fastlab.dataset.formats import FFCV_MISSING
 from fastlab.dataset.manifest import Manifest
-from fastlab.errors import UserError
+from fastlab.errors import UserError, first_line
 
 _AHEAD = 2  # batches that wait for use while every thread fills another
 _TIMEOUT = 60.0  # seconds after which a batch is given up; a slow disk may take ten
@@ -197,9 +197,9 @@ def _import_ffcv() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # it imports distutils
             import ffcv  # noqa: F401
-    except (ImportError, OSError) as error:  # OSError: a shared library is missing
-        problem = str(error).splitlines()[0]
-        raise UserError(f'data.pipeline = "ffcv": {FFCV_MISSING} ({problem})') from None
+    except Exception as error:  # a library is missing or of another version: anything is raised
+        problem = f"{FFCV_MISSING} ({first_line(error)})"
+        raise UserError(f'data.pipeline = "ffcv": {problem}') from None
     finally:
         torch.set_num_threads(of_torch)
         numba.set_num_threads(of_numba)

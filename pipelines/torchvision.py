@@ -21,7 +21,7 @@ from fastlab.config import DataConfig
 from fastlab.dataset.decode import CorruptImage, decode_into, is_plain
 from fastlab.dataset.manifest import Manifest
 from fastlab.dataset.shards import Shards, open_shards
-from fastlab.errors import UserError
+from fastlab.errors import UserError, first_line
 
 _NOTHING = torch.empty(0)
 _UNKNOWN = -1
@@ -66,7 +66,7 @@ class TorchvisionEngine:
                     raise UserError(f"{self._where}: {problem}; convert again with --force")
                 yield images, labels
         except (RuntimeError, OSError, EOFError) as error:  # a worker was killed, or says nothing
-            first = str(error).splitlines()[0] if str(error) else repr(error)
+            first = first_line(error)
             raise UserError(f"{self._where}: a decoding worker failed ({first})") from None
 
 
@@ -142,7 +142,7 @@ class _Batches(Dataset):
             try:
                 decoded = _decode(_encoded(self._shards, row), self._side)
             except (RuntimeError, CorruptImage) as error:
-                return images[:0], torch.zeros(0), f"image {row}: {str(error).splitlines()[0]}"
+                return images[:0], torch.zeros(0), f"image {row}: {first_line(error)}"
             image.copy_(decoded.permute(1, 2, 0))
         return images, torch.from_numpy(self._shards.labels[rows]), ""
 
@@ -175,5 +175,5 @@ def _first_corrupt(shards: Shards, side: int, rows: np.ndarray) -> str:
         try:
             _decode(_encoded(shards, row), side)
         except (RuntimeError, CorruptImage) as error:
-            return f"image {row}: {str(error).splitlines()[0]}"
+            return f"image {row}: {first_line(error)}"
     return "nvJPEG failed on a batch that the CPU decodes"

@@ -7,6 +7,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from fastlab.errors import first_line
+
 MAX_PIXELS = 64_000_000
 _FRAMES = (b"\xc0", b"\xc1", b"\xc2")  # markers of baseline, extended and progressive ones
 _FOUR = {"CMYK": "CMYK", "YCCK": "CMYK"}  # decoded to see whether they are damaged
@@ -120,7 +122,7 @@ def _decode_with_pillow(data: bytes, out: np.ndarray) -> bool:
     except UnidentifiedImageError:
         raise CorruptImage("no known image format") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on bad bytes
-        raise CorruptImage(str(error).splitlines()[0] if str(error) else repr(error)) from None
+        raise CorruptImage(first_line(error)) from None
 
 
 def _check_sums(png: bytes) -> None:

@@ -340,3 +340,13 @@ def test_importing_ffcv_keeps_the_number_of_threads(monkeypatch, tmp_path):
     finally:
         torch.set_num_threads(before[0])
         numba.set_num_threads(before[1])
+
+
+@pytest.mark.parametrize("error", ['AttributeError("of another numpy")', "RuntimeError()"])
+def test_an_ffcv_that_cannot_be_imported_is_named(error, tmp_path, monkeypatch):
+    (tmp_path / "ffcv.py").write_text(f"raise {error}")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "ffcv", raising=False)
+    with pytest.raises(UserError, match="FFCV is not installed here") as found:
+        ffcv._import_ffcv()
+    assert len(str(found.value).splitlines()) == 1
