@@ -4,6 +4,8 @@
     python -m tests.faults             # a short version, minutes
     python -m tests.faults --only images,kills
 
+{stages}
+
 Exit status 1 where anything but the correct result or a clear error came of a fault.
 """
 
@@ -14,10 +16,26 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from fastlab.cli import run_command
+from fastlab.errors import UserError
 from tests.faults import disks, endurance, inputs, kills
 from tests.faults.outcomes import Tally
 from tests.packages import has
 
+STAGES = {
+    "images": "damaged images",
+    "zips": "damaged zips",
+    "tars": "damaged tars",
+    "manifests": "damaged manifests",
+    "stored": "damaged arrays, .beton files and tar shards",
+    "configurations": "odd configurations",
+    "checkpoints": "damaged checkpoints",
+    "runs": "damaged run directories",
+    "kills": "SIGKILL of conversions",
+    "trainings": "SIGKILL of trainings, on one and two processes",
+    "disks": "full disk, unusable output, output removed during training",
+    "endurance": "2,000 epochs, 500 by each other engine; only with --full",
+}
 # Of each kind: times in a full run, and in a short one.
 _INPUTS = {
     "images": (700, 40),
@@ -96,13 +114,23 @@ def run(scratch: Path, seed: int, full: bool, only: list[str]) -> Tally:
     return tally
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(argv: list[str] | None = None) -> int:
+    listed = "\n".join(f"    {name:<16}{what}" for name, what in STAGES.items())
+    parser = argparse.ArgumentParser(
+        description=__doc__.format(stages=f"Stages:\n{listed}"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="", help="stages, separated by commas")
-    args = parser.parse_args()
+    parser.add_argument("--only", default="", metavar="STAGES", help="separated by commas")
+    return run_command(inject, parser.parse_args(argv))
+
+
+def inject(args: argparse.Namespace) -> int:
     only = [name for name in args.only.split(",") if name]
+    unknown = [name for name in only if name not in STAGES]
+    if unknown:
+        raise UserError(f"--only {unknown[0]}: expected some of {', '.join(STAGES)}")
     with tempfile.TemporaryDirectory(prefix="fastlab-faults-") as scratch:
         tally = run(Path(scratch), args.seed, args.full, only)
     print(tally.table())
