@@ -24,6 +24,7 @@ from typing import Any
 
 from benchmarks import study as studying
 from benchmarks.grid import Study, Task, read_study, tasks_of
+from benchmarks.measurements import count
 from benchmarks.runner import (
     Pool,
     Screen,
@@ -53,9 +54,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("studies", nargs="+", type=Path, metavar="STUDY.toml")
     parser.add_argument("--out", type=Path, required=True, help="directory of runs and report")
-    parser.add_argument("--epochs", type=_count, default=0, help="of every run")
-    parser.add_argument("--seeds", type=_count, default=0, help="how many (default: the study's)")
-    parser.add_argument("--jobs", type=_count, default=1, help="trainings side by side")
+    parser.add_argument("--epochs", type=count, default=0, help="of every run")
+    parser.add_argument("--seeds", type=count, default=0, help="how many (default: the study's)")
+    parser.add_argument("--jobs", type=count, default=1, help="trainings side by side")
     parser.add_argument(
         "--set",
         action="append",
@@ -88,12 +89,6 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.command = shlex.join(["python", "-m", "benchmarks.ablations", *argv])
     return run_command(run, args)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
-    return int(text)
 
 
 def run(args: argparse.Namespace) -> int:

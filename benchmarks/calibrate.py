@@ -7,11 +7,11 @@ Writes a JSON line for each configuration, which are to share their precision: {
 than the measurement: on a GPU the training itself is faster.
 """
 
+import argparse
 import dataclasses
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -29,8 +29,10 @@ _WARMUP = 2  # steps
 _BUDGET = 1.0  # seconds
 
 
-def main(paths: list[str]) -> None:
-    for path in paths:
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("configs", nargs="+", metavar="CONFIG.toml")
+    for path in parser.parse_args(argv).configs:
         try:
             found = {"epoch": epoch_seconds(configs.load(Path(path)))}
         except Exception as error:  # whatever it is, the training itself will meet it and say so
@@ -69,4 +71,4 @@ def step_seconds(
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -12,14 +12,18 @@ from pathlib import Path
 import torch
 
 from benchmarks.measurements import Record, Session, save, session
+from fastlab.cli import run_command
 
 _LONGEST = 5.0  # seconds for one ceiling
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="write the records to this JSON file")
-    args = parser.parse_args()
+    return run_command(run, parser.parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> None:
     units = {"matmul": "FLOP/s"}
     found = [
         Record(name, units.get(name.partition("_")[0], "bytes/s"), [value])
@@ -90,4 +94,4 @@ def wait(device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

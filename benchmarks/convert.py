@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 
-from benchmarks.measurements import Record, Session, interleave, save, session
+from benchmarks.measurements import Record, Session, count, interleave, save, session
+from fastlab.cli import run_command
 from fastlab.dataset.blocks import block_size
 from fastlab.dataset.originals import read_originals
 from fastlab.dataset.trees import Tree, open_tree
@@ -30,15 +31,17 @@ from fastlab.dataset.trees import Tree, open_tree
 SIDE = 64  # pixels
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sources", nargs="+", type=Path, help="of the same images")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--workers", type=count, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--rounds", type=count, default=5)
     parser.add_argument("--scratch", type=Path, default=Path("benchmark-scratch"))
     parser.add_argument("--out", type=Path, help="write the records to this JSON file")
-    args = parser.parse_args()
+    return run_command(run, parser.parse_args(argv))
 
+
+def run(args: argparse.Namespace) -> None:
     data = read_all(args.sources[0], args.scratch)
     images, size, workers = len(data), sum(map(len, data)), args.workers
     cases = {"decode": lambda: rate(_decode_all, [data[i::workers] for i in range(workers)])}
@@ -160,4 +163,4 @@ print(time.perf_counter() - started)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -14,7 +14,6 @@ import itertools
 import json
 import os
 import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,24 +21,42 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.ceilings import default_device, wait
-from benchmarks.measurements import Record, Session, in_process, interleave, save, session
+from benchmarks.measurements import (
+    Record,
+    Session,
+    check_dataset,
+    check_measured,
+    check_names,
+    count,
+    counts,
+    in_process,
+    interleave,
+    save,
+    session,
+)
+from fastlab.cli import run_command
+from fastlab.dataset.manifest import read_manifest
 
 BATCH = 256
 TRANSLATE = 4
 _WARM = 8  # batches before the clock starts
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("dataset", type=Path, help="dataset directory with all formats")
     parser.add_argument("--originals", type=Path, help="unpacked images, for DataLoader + PIL")
-    parser.add_argument("--cores", default=str(len(os.sched_getaffinity(0))), help="such as 1,2")
+    cores = [len(os.sched_getaffinity(0))]
+    parser.add_argument("--cores", type=counts, default=cores, help="such as 1,2")
     parser.add_argument("--seconds", type=float, default=3.0, help="timed part of a round")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=count, default=5)
     parser.add_argument("--only", default="", help="names of cases, separated by semicolons")
     parser.add_argument("--out", type=Path, help="write the records to this JSON file")
     parser.add_argument("--case", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return run_command(run, parser.parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> None:
     if args.case:
         print(json.dumps(measure(args)))
         return
@@ -50,7 +67,10 @@ def main() -> None:
 
 
 def run_all(args: argparse.Namespace) -> Session:
-    names = [name for name in CASES if not args.only or name in args.only.split(";")]
+    asked = args.only.split(";") if args.only else list(CASES)
+    check_names(asked, CASES, "--only")
+    check_dataset(args.dataset)
+    names = [name for name in CASES if name in asked]
     details: dict[str, dict] = {}
     problems: dict[str, str] = {}
 
@@ -67,17 +87,16 @@ def run_all(args: argparse.Namespace) -> Session:
 
     cases = {
         f"{name}, {cores}": lambda name=name, cores=cores: run(name, cores)
-        for cores in map(int, args.cores.split(","))
+        for cores in args.cores
         for name in names
     }
     rates = interleave(cases, args.rounds)
-    for name, problem in problems.items():
-        print(f"left out: {name}: {problem}", file=sys.stderr)
     records = [
         Record(name, "images/s", found, {"cores": int(name.rpartition(", ")[2]), **details[name]})
         for name, found in rates.items()
         if name.rpartition(", ")[0] not in problems
     ]
+    check_measured(records, problems)
     return session("loaders", records)
 
 
@@ -118,7 +137,7 @@ def _find(found: Session, name: str, cores: int) -> Record | None:
 
 def measure(args: argparse.Namespace) -> dict:
     """images/s, CPU cores used, peak memory of the case `args.case`."""
-    cores = int(args.cores)
+    cores = args.cores[0]
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     import torch
 
@@ -180,7 +199,6 @@ def _fastlab(engine: str, augmented: bool = True) -> Callable:
         import pipelines.engine
         import pipelines.resident
         from fastlab.config import AugmentConfig, DataConfig
-        from fastlab.dataset.manifest import read_manifest
         from pipelines import make_pipeline
 
         raw = pipelines.resident.augment_on_cpu
@@ -212,7 +230,6 @@ def _normalised(dtype: str) -> Callable:
         import torch
 
         from fastlab.config import AugmentConfig, DataConfig
-        from fastlab.dataset.manifest import read_manifest
         from pipelines import make_pipeline
 
         data = make_pipeline(
@@ -273,7 +290,6 @@ def _decode(args: argparse.Namespace, cores: int) -> Iterator:
 
     import simplejpeg
 
-    from fastlab.dataset.manifest import read_manifest
     from fastlab.dataset.shards import open_shards
 
     shards = open_shards(args.dataset, read_manifest(args.dataset), "train")
@@ -385,4 +401,4 @@ CASES: dict[str, Callable] = {
 }
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -1,16 +1,19 @@
 """Typed records of measurements: what was measured, how often, where, when and by which command."""
 
+import argparse
 import copy
 import json
 import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastlab.dataset.manifest import check_sizes, read_manifest
+from fastlab.errors import UserError
 from fastlab.rundir import environment, write_atomically
 
 
@@ -60,8 +63,14 @@ def session(benchmark: str, records: list[Record], calls: Sequence[str] = ()) ->
 
 
 def save(found: Session, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(asdict(found), indent=1) + "\n")
+    """Raises `UserError` where `path` cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(asdict(found), indent=1) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"--out {path}: cannot be written ({error.strerror}); choose another"
+        ) from None
 
 
 def load(path: Path) -> Session:
@@ -150,3 +159,36 @@ def interleave(
             if turn >= warmup:
                 found[name].append(value)
     return found
+
+
+def count(text: str) -> int:
+    """For argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return int(text)
+
+
+def counts(text: str) -> list[int]:
+    """For argparse: such as 1,2."""
+    return [count(part) for part in text.split(",")]
+
+
+def check_dataset(path: str | Path) -> None:
+    """Raises `UserError` here, once, rather than in every case."""
+    check_sizes(Path(path), read_manifest(Path(path)))
+
+
+def check_names(names: Collection[str], known: Collection[str], option: str) -> None:
+    """Raises `UserError` for a name that is not one of `known`."""
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        expected = "; ".join(known)
+        raise UserError(f"{option} {unknown[0]!r}: no such name; expected some of {expected}")
+
+
+def check_measured(records: list[Record], problems: dict[str, str]) -> None:
+    """Say which cases failed, and why. Raises `UserError` where that leaves none."""
+    for name, problem in problems.items():
+        print(f"left out: {name}: {problem}", file=sys.stderr)
+    if not records:
+        raise UserError("no case could be measured")

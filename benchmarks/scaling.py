@@ -20,24 +20,39 @@ from pathlib import Path
 import torch
 
 from benchmarks import ceilings
-from benchmarks.measurements import Record, Session, interleave, save, session
+from benchmarks.measurements import (
+    Record,
+    Session,
+    check_dataset,
+    count,
+    counts,
+    interleave,
+    save,
+    session,
+)
 from benchmarks.training import forever, time_steps
 from fastlab import config as configs
+from fastlab.cli import run_command
 from fastlab.rundir import RunDir
 from fastlab.train import Trainer, make_accelerator, torch_settings
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--set", action="append", default=[], dest="overrides")
-    parser.add_argument("--processes", default="1,2", help="such as 1,2,4; the first is the base")
-    parser.add_argument("--batch", type=int, default=64, help="images a step of each process")
+    parser.add_argument(
+        "--processes", type=counts, default=[1, 2], help="such as 1,2,4; the first is the base"
+    )
+    parser.add_argument("--batch", type=count, default=64, help="images a step of each process")
     parser.add_argument("--seconds", type=float, default=10.0, help="timed part of a round")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=count, default=3)
     parser.add_argument("--out", type=Path, help="write the records to this JSON file")
     parser.add_argument("--cores", type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return run_command(run, parser.parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> None:
     if args.cores:
         measure(args)
         return
@@ -48,10 +63,10 @@ def main() -> None:
 
 
 def run_all(args: argparse.Namespace) -> Session:
-    counts = [int(count) for count in args.processes.split(",")]
-    cores = max(1, len(os.sched_getaffinity(0)) // max(counts))
+    check_dataset(configs.load(args.config, args.overrides).data.path)
+    cores = max(1, len(os.sched_getaffinity(0)) // max(args.processes))
     rates = interleave(
-        {str(count): lambda count=count: launch(args, count, cores) for count in counts},
+        {str(n): lambda n=n: launch(args, n, cores) for n in args.processes},
         args.rounds,
         warmup=0,
     )
@@ -115,4 +130,4 @@ def measure(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

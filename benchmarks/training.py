@@ -16,7 +16,6 @@ import itertools
 import json
 import resource
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -30,6 +29,11 @@ from benchmarks.measurements import (
     Journal,
     Record,
     Session,
+    check_dataset,
+    check_measured,
+    check_names,
+    count,
+    counts,
     in_process,
     interleave,
     save,
@@ -37,6 +41,7 @@ from benchmarks.measurements import (
 )
 from fastlab import config as configs
 from fastlab import models
+from fastlab.cli import run_command
 from fastlab.config import Config
 from fastlab.rundir import RunDir
 from fastlab.train import Trainer, make_accelerator, torch_settings, train_step
@@ -57,17 +62,20 @@ _BLOCKS = 5
 _UNTIMED = 3
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--set", action="append", default=[], dest="overrides")
-    parser.add_argument("--batches", default="128", help="such as 128,1024")
+    parser.add_argument("--batches", type=counts, default=[128], help="such as 128,1024")
     parser.add_argument("--variants", default="", help="names, separated by semicolons")
     parser.add_argument("--seconds", type=float, default=10.0, help="timed part of a round")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=count, default=3)
     parser.add_argument("--out", type=Path, help="write the records to this JSON file")
     parser.add_argument("--case", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return run_command(run, parser.parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> None:
     if args.case:
         print(json.dumps(measure(args)))
         return
@@ -83,6 +91,8 @@ def run_all(args: argparse.Namespace, journal: Journal) -> Session:
     device = ceilings.default_device()
     known = [name for name in VARIANTS if device.type == "cuda" or name not in _GPU_ONLY]
     names = args.variants.split(";") if args.variants else known
+    check_names(names, VARIANTS, "--variants")
+    check_dataset(configs.load(args.config, args.overrides).data.path)
     limits = journal.measured("limits", lambda: ceilings.measure(device))
     details: dict[str, dict] = {}
     problems: dict[str, str] = {}
@@ -103,15 +113,14 @@ def run_all(args: argparse.Namespace, journal: Journal) -> Session:
         more.update(found)
         return rate
 
-    cases = [f"{name}, batch {batch}" for batch in args.batches.split(",") for name in names]
+    cases = [f"{name}, batch {batch}" for batch in args.batches for name in names]
     rates = interleave({case: lambda case=case: run(case) for case in cases}, args.rounds, warmup=0)
-    for case, problem in problems.items():
-        print(f"left out: {case}: {problem}", file=sys.stderr)
     records = [
         Record(case, "images/s", rates[case], {**details[case], "limits": limits})
         for case in cases
         if case not in problems
     ]
+    check_measured(records, problems)
     return session("training", records, journal.calls)
 
 
@@ -232,4 +241,4 @@ def _peak_memory(device: torch.device) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

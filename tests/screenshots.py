@@ -1,11 +1,12 @@
 """Pictures of a run's trace review and of TensorBoard's profiler page, by a headless Chromium.
 
-python -m tests.screenshots runs/profiled docs
+    python -m tests.screenshots runs/profiled docs
 
 torch-tb-profiler draws by Google Charts, which a browser gets from gstatic.com. Where that cannot
 be reached, a stand-in writes each chart's values as a list: all else on the page is the page's own.
 """
 
+import argparse
 import contextlib
 import http.server
 import socket
@@ -19,13 +20,27 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.browser import shoot
+from fastlab.cli import run_command
+from fastlab.errors import UserError
+from fastlab.trace_events import find_traces
+from tests.browser import CHROMIUM, shoot
 
 _CHARTS = "https://www.gstatic.com/charts/loader.js"
 _PATIENCE = 60  # seconds that TensorBoard may take to start and to read the trace
 
 
-def main(run: Path, out: Path) -> None:
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory with a trace")
+    parser.add_argument("out", type=Path, metavar="FOLDER", help="where the pictures go")
+    return run_command(shoot_both, parser.parse_args(argv))
+
+
+def shoot_both(args: argparse.Namespace) -> None:
+    run, out = args.run, args.out
+    find_traces(run)
+    if CHROMIUM is None:
+        raise UserError("no chromium is installed, which draws the pages")
     out.mkdir(parents=True, exist_ok=True)
     page = out / "review.html"
     subprocess.run(
@@ -112,4 +127,4 @@ def wait_for(address: str, server: subprocess.Popen) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    raise SystemExit(main())

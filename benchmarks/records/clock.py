@@ -19,9 +19,18 @@ from pathlib import Path
 import torch
 
 from benchmarks.ceilings import wait
-from benchmarks.measurements import Journal, Record, Session, save, session
+from benchmarks.measurements import (
+    Journal,
+    Record,
+    Session,
+    check_dataset,
+    count,
+    save,
+    session,
+)
 from fastlab import config as configs
 from fastlab import models
+from fastlab.cli import run_command
 from fastlab.config import Config
 from fastlab.optim import WeightAverage, make_schedule
 from fastlab.rundir import RunDir
@@ -36,24 +45,28 @@ from fastlab.train import (
 _WARM = 4  # steps
 
 
-def main(script: str, target: float, recipe: dict[str, object], config: str) -> None:
+def main(script: str, target: float, recipe: dict[str, object], config: str) -> int:
     """The command line of a record."""
     parser = argparse.ArgumentParser(description=f"Time to {target:.2%} validation top-1.")
     parser.add_argument("--data", required=True, help="dataset directory")
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=count, default=5)
     parser.add_argument("--target", type=float, default=target, help="another top-1, 0 to 1")
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     parser.add_argument("--out", type=Path, help="write the records to this JSON file")
-    args = parser.parse_args()
     sets = [f"{key}={json.dumps(value)}" for key, value in recipe.items()]
-    data = f"data.path={json.dumps(args.data)}"
-    cfg = configs.load(Path(config), [*sets, data, *args.overrides])
-    journal = Journal(f"records.{script}", args.out)
-    found = race(script, cfg, args.target, args.runs, journal)
-    print(table(found))
-    if args.out:
-        save(found, args.out)
-    journal.finish()
+
+    def run(args: argparse.Namespace) -> None:
+        data = f"data.path={json.dumps(args.data)}"
+        cfg = configs.load(Path(config), [*sets, data, *args.overrides])
+        check_dataset(cfg.data.path)
+        journal = Journal(f"records.{script}", args.out)
+        found = race(script, cfg, args.target, args.runs, journal)
+        print(table(found))
+        if args.out:
+            save(found, args.out)
+        journal.finish()
+
+    return run_command(run, parser.parse_args())
 
 
 def race(script: str, cfg: Config, target: float, runs: int, journal: Journal) -> Session:

@@ -29,4 +29,4 @@ RECIPE = {
 }
 
 if __name__ == "__main__":
-    clock.main("reference", TARGET, RECIPE, "configs/resnet11.toml")
+    raise SystemExit(clock.main("reference", TARGET, RECIPE, "configs/resnet11.toml"))

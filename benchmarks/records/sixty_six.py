@@ -15,4 +15,4 @@ RECIPE = {
 }
 
 if __name__ == "__main__":
-    clock.main("sixty_six", TARGET, RECIPE, "configs/resnet18.toml")
+    raise SystemExit(clock.main("sixty_six", TARGET, RECIPE, "configs/resnet18.toml"))

@@ -1,0 +1,89 @@
+"""Commands of this checkout beside `fastlab`: a mistake gets one line and exit status 2."""
+
+import sys
+
+import pytest
+
+from benchmarks import calibrate, convert, loaders, measurements, scaling, training
+from benchmarks.records import clock, reference
+from fastlab.cli import run_command
+from fastlab.errors import UserError
+from tests import screenshots
+from tests.faults import __main__ as faults
+
+DEMO = ["--config", "configs/demo.toml"]
+MISTAKES = {
+    "loaders: no dataset": (loaders.main, ["nope"]),
+    "loaders: no such case": (loaders.main, ["nope", "--only", "fastlab resident;fastlab nope"]),
+    "training: no configuration": (training.main, ["--config", "nope.toml"]),
+    "training: no such variant": (training.main, [*DEMO, "--variants", "foo"]),
+    "training: no dataset": (training.main, [*DEMO, "--set", "data.path=nope"]),
+    "scaling: no configuration": (scaling.main, ["--config", "nope.toml"]),
+    "scaling: no dataset": (scaling.main, [*DEMO, "--set", "data.path=nope"]),
+    "convert: no source": (convert.main, ["nope", "--scratch", "SCRATCH"]),
+    "screenshots: no run": (screenshots.main, ["nope", "nowhere"]),
+    "faults: no such stage": (faults.main, ["--only", "images,nope"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_one_line_and_status_2(mistake, tmp_path, capsys):
+    main, arguments = MISTAKES[mistake]
+    assert main([text.replace("SCRATCH", str(tmp_path)) for text in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("fastlab: ") and len(err.splitlines()) == 1
+    assert ("nope" in err or "foo" in err) and not out
+
+
+def test_a_record_without_its_dataset(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["reference", "--data", "nope"])
+    config = "configs/resnet11.toml"
+    assert clock.main("reference", reference.TARGET, reference.RECIPE, config) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments"),
+    [
+        (scaling.main, [*DEMO, "--processes", "x"]),
+        (loaders.main, ["nope", "--cores", "1,x"]),
+        (training.main, [*DEMO, "--batches", "0"]),
+        (convert.main, ["nope", "--rounds", "0"]),
+        (screenshots.main, []),
+        (calibrate.main, []),
+    ],
+)
+def test_arguments_that_cannot_be_read_end_with_status_2(main, arguments, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+
+
+@pytest.mark.parametrize("main", [calibrate.main, faults.main])
+def test_help_is_no_name_of_a_file(main, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith("usage:")
+
+
+def test_the_stages_of_faults_are_listed(capsys):
+    assert list(faults.STAGES) == list(faults.stages(0, False))
+    with pytest.raises(SystemExit):
+        faults.main(["--help"])
+    shown = capsys.readouterr().out
+    assert all(f"    {name:<16}{what}" in shown for name, what in faults.STAGES.items())
+
+
+def test_where_no_case_ran_there_is_no_table(capsys):
+    with pytest.raises(UserError, match="no case"):
+        measurements.check_measured([], {"case": "why"})
+    assert capsys.readouterr().err == "left out: case: why\n"
+
+
+def test_an_unwritable_output_of_records(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    made = measurements.session("loaders", [])
+    out = tmp_path / "file" / "out.json"
+    assert run_command(lambda _: measurements.save(made, out), None) == 2
+    assert "--out" in capsys.readouterr().err
