@@ -56,6 +56,7 @@ _SLOW_BF16 = (
     'train.precision = "bf16" is slow on this CPU, which has no instructions for it; '
     "with --set train.precision=fp32 it trains faster"
 )
+_COMPILING = "compiling the first step; minutes on a CPU"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -379,6 +380,8 @@ def train(trainer: Trainer) -> int:
     write_summary(trainer, "running")
     if slow_bf16(trainer.device, trainer.cfg.train.precision):
         accelerator.print(_SLOW_BF16)
+    if trainer.cfg.train.compile and trainer.device.type == "cpu":
+        accelerator.print(_COMPILING, flush=True)
     status = 0
     with signals_to(trainer), tensorboard(trainer) as board, trainer.tracer:
         try:

@@ -218,6 +218,21 @@ def test_bf16_is_slow_only_on_a_cpu_without_instructions_for_it(monkeypatch):
     assert not training.slow_bf16(cpu, "bf16")
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_compiling_on_a_cpu_is_announced(compiled, synth_dataset, tmp_path, capsys, monkeypatch):
+    from fastlab import train as training
+    from fastlab.cli import main
+
+    def stopped(trainer, board):
+        raise training.Stop(signal.SIGINT)
+
+    monkeypatch.setattr(training, "epoch", stopped)
+    monkeypatch.setattr(torch, "compile", lambda forward, **kwargs: forward)
+    sets = [f"train.compile={str(compiled).lower()}"]
+    assert main(["train", *command(synth_dataset, tmp_path / "run", *sets)]) == 130
+    assert ("compiling the first step" in capsys.readouterr().out) == compiled
+
+
 def test_a_dataset_without_arrays_is_trained_on_to_the_end(synth_source, tmp_path):
     """Sample predictions too come by the engine of the run."""
     convert(synth_source, tmp_path / "data", Options(formats=("tar",)))
