@@ -31,7 +31,10 @@ def main(argv: list[str] | None = None) -> int:
         _add_doctor,
     ):
         add(commands)
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        args.unknown = unknown[0]
+        return run_command(_refuse, args)
     return run_command(args.call, args)
 
 
@@ -96,6 +99,14 @@ def _silence(stream: TextIO) -> None:
     os.close(null)
 
 
+def _refuse(args: argparse.Namespace) -> None:
+    """In a line, where argparse would give the usage of all commands."""
+    hint = f"see fastlab {args.command} --help"
+    if args.command == "train" and not args.unknown.startswith("-"):
+        hint = f"give it as --config {args.unknown}"
+    raise UserError(f"{args.command}: unexpected argument {args.unknown!r}; {hint}")
+
+
 def _add_download(commands) -> None:
     parser = commands.add_parser("download", help="fetch the official Tiny ImageNet archive")
     parser.add_argument("out", help="a directory, or the file to write")
@@ -133,7 +144,8 @@ def _add_convert(commands) -> None:
     parser.add_argument(
         "source",
         type=Path,
-        help="Tiny ImageNet (directory, .zip, .tar, .tar.xz) or an image folder",
+        help="Tiny ImageNet (directory, .zip, .tar, .tar.xz, .txz, .tar.gz, .tgz, .tar.bz2) "
+        "or an image folder",
     )
     parser.add_argument("out", type=Path, help="dataset directory to write")
     parser.add_argument(
@@ -190,12 +202,15 @@ def _convert(args: argparse.Namespace) -> None:
     print(table(manifest))
 
 
+_SHOW = "draw training images, and below each the same one augmented: flip, shift, cutout, crop"
+
+
 def _add_inspect(commands) -> None:
     parser = commands.add_parser("inspect", help="say what a dataset directory holds")
     parser.add_argument("directory", type=Path)
     parser.add_argument("--json", action="store_true", help="print the manifest")
     parser.add_argument("--verify", action="store_true", help="read every file, check its hash")
-    parser.add_argument("--show", type=Path, metavar="FILE.png", help="draw a grid of samples")
+    parser.add_argument("--show", type=Path, metavar="FILE.png", help=_SHOW)
     parser.set_defaults(call=_inspect)
 
 

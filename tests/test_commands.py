@@ -6,7 +6,9 @@ import pytest
 
 from benchmarks import calibrate, convert, loaders, measurements, scaling, training
 from benchmarks.records import clock, reference
+from fastlab import cli
 from fastlab.cli import run_command
+from fastlab.dataset.trees import COMPRESSED_TAR
 from fastlab.errors import UserError
 from tests import screenshots
 from tests.faults import __main__ as faults
@@ -87,3 +89,26 @@ def test_an_unwritable_output_of_records(tmp_path, capsys):
     out = tmp_path / "file" / "out.json"
     assert run_command(lambda _: measurements.save(made, out), None) == 2
     assert "--out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["train", "configs/demo.toml"], "give it as --config configs/demo.toml"),
+        (["train", "--confg", "configs/demo.toml"], "see fastlab train --help"),
+        (["report", "runs/a", "--nope"], "see fastlab report --help"),
+    ],
+)
+def test_an_unexpected_argument_gets_one_line_with_what_to_do(arguments, hint, capsys):
+    assert cli.main(arguments) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and err.endswith(f"{hint}\n")
+
+
+def test_help_names_every_archive_and_what_a_picture_shows(capsys):
+    for command in ("convert", "inspect"):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(name in shown for name in (".zip", *COMPRESSED_TAR))
+    assert "augmented" in shown
