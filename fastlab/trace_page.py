@@ -180,21 +180,26 @@ def _part_rows(one: Review) -> list[list[str]]:
 
 
 def _tables(run: Reviewed) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Title, head and rows of what a review lists; nothing for an empty list."""
+    """Title, head and rows of what a review lists, what they are sorted by in the second column;
+    nothing for an empty list."""
     one = run.main
     waited = "waited, ms" if one.gpu else "took, ms"
-    width = 4 if one.gpu else 3
+    first = 0 if one.gpu else 1
     tables = [
         (
             "Kernels, by GPU time",
-            ["kernel", "calls a step", "GPU ms a step"],
-            [[_shown(r.name), f"{r.calls:,.1f}", f"{r.gpu_ms:,.3f}"] for r in one.kernels],
+            ["kernel", "GPU ms a step", "calls a step"],
+            [[_shown(r.name), f"{r.gpu_ms:,.3f}", f"{r.calls:,.1f}"] for r in one.kernels],
         ),
         (
             f"Operators, by {'GPU' if one.gpu else 'their own CPU'} time",
-            ["operator", "calls a step", "own CPU ms a step", "GPU ms a step"][:width],
+            ["operator", *["GPU ms a step", "own CPU ms a step"][first:], "calls a step"],
             [
-                [_shown(r.name), f"{r.calls:,.1f}", f"{r.cpu_ms:,.3f}", f"{r.gpu_ms:,.3f}"][:width]
+                [
+                    _shown(r.name),
+                    *[f"{r.gpu_ms:,.3f}", f"{r.cpu_ms:,.3f}"][first:],
+                    f"{r.calls:,.1f}",
+                ]
                 for r in one.ops
             ],
         ),
@@ -202,8 +207,8 @@ def _tables(run: Reviewed) -> list[tuple[str, list[str], list[list[str]]]]:
             "Synchronisations of host and device"
             if one.gpu
             else "Reads of values, which on a GPU synchronise",
-            ["call", "where", "calls a step", waited],
-            [[s.call, s.place, f"{s.calls:,.1f}", f"{s.ms:,.3f}"] for s in one.syncs],
+            ["call", waited, "calls a step", "where"],
+            [[s.call, f"{s.ms:,.3f}", f"{s.calls:,.1f}", s.place] for s in one.syncs],
         ),
         (
             "Ranks",
