@@ -177,17 +177,17 @@ def test_results_row_holds_the_values_at_the_best_epoch(tmp_path: Path) -> None:
     ]
     page = page_of(make_run(tmp_path / "a", epochs, summary=SUMMARY))
     (row,) = results(page)
-    assert row[:4] == ["a", "resnet11", "1,234,567", "4 of 5"]
-    assert row[4:9] == ["42.17", "2", "70.00", "2.3457", "30.00"]
-    assert row[9:] == ["0.50", "2,000", "1 h 02 min", "✓ finished"]
+    assert row[:6] == ["a", "42.17", "2", "70.00", "2.3457", "30.00"]
+    assert row[6:10] == ["0.50", "resnet11", "1,234,567", "4 of 5"]
+    assert row[10:] == ["2,000", "1 h 02 min", "✓ finished"]
 
 
 def test_run_without_a_summary_and_with_one_epoch(tmp_path: Path) -> None:
     page = page_of(make_run(tmp_path / "a", [epoch(1, seconds=61.2, images_per_second=12.0)]))
     (row,) = results(page)
-    assert row[:4] == ["a", "resnet11", "—", "1 of 5"]
-    assert row[4:9] == ["1.00", "1", "3.00", "4.9500", "1.00"]
-    assert row[9:] == ["—", "12", "1 min 01 s", "? unknown"]
+    assert row[:6] == ["a", "1.00", "1", "3.00", "4.9500", "1.00"]
+    assert row[6:10] == ["—", "resnet11", "—", "1 of 5"]
+    assert row[10:] == ["12", "1 min 01 s", "? unknown"]
     # A line through one point draws nothing: the mark must show it.
     group = page.one("g", data_curve="a val top1")
     (mark,) = group.all("path")
@@ -280,7 +280,7 @@ def test_nothing_but_not_a_number(tmp_path: Path) -> None:
     epochs = [epoch(1, train_top1=None, val_top1=float("nan"), val_top5=None, train_top5=None)]
     page = page_of(make_run(tmp_path / "a", epochs))
     assert curve(page, "a val top1") == []
-    assert results(page)[0][4:9] == ["—", "—", "—", "—", "—"]
+    assert results(page)[0][1:6] == ["—", "—", "—", "—", "—"]
 
 
 @pytest.mark.parametrize("loss", ["1e308", "-1e308", "9" * 400, "-1e999"])
@@ -402,14 +402,14 @@ def test_torn_last_line_is_left_out(tmp_path: Path, cut: int) -> None:
     run = make_run(tmp_path / "a", [epoch(1), epoch(2)])
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(epoch(3))[:cut])
-    assert results(page_of(run))[0][3] == "2 of 5"
+    assert results(page_of(run))[0][9] == "2 of 5"
 
 
 def test_last_line_that_lacks_only_its_newline_counts(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a", [epoch(1)])
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(epoch(2)))
-    assert results(page_of(run))[0][3] == "2 of 5"
+    assert results(page_of(run))[0][9] == "2 of 5"
 
 
 BROKEN_LINES = {
