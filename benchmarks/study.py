@@ -20,6 +20,7 @@ from fastlab.report import (
     EPOCH_KEYS,
     MISSING,
     Run,
+    augmented_text,
     best_epoch,
     duration_text,
     flat_rows,
@@ -372,6 +373,7 @@ def _page(folder: StudyDir, results: list[StudyResult], command: str) -> dict[st
         "best": _best(folder, results),
         "environment": _environment(environments),
         "shared": SHARED_RATE.format(shared) if shared > 1 else "",
+        "augmented": augmented_text([dataclasses.asdict(run.task.config) for run in runs.values()]),
     }
 
 

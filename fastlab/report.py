@@ -398,6 +398,8 @@ class Plot:
     curves: list[Curve]
     columns: list[tuple[float, float, str]]
     """Left edge, width and tooltip of each epoch's strip."""
+    hidden: list[str]
+    """Runs whose curve lies under a later one's, as text."""
     rows: list[tuple[int, list[str]]]
     """Epoch, then training and validation of each run in turn, as text."""
 
@@ -457,6 +459,25 @@ def _curve(run: int, split: str, points: list[tuple[float, float | None]]) -> Cu
     return Curve(run, split, lines, marks)
 
 
+def _hidden(names: list[str], heights: dict[tuple[int, str], dict[int, float]]) -> list[str]:
+    """Which curves nobody sees: each of their points is drawn over by a later run. `heights` are in
+    the SVG's units, of each run and split."""
+    found: dict[tuple[int, int], list[str]] = {}
+    for (index, split), lower in heights.items():
+        later = range(index + 1, len(names))
+        over = next((i for i in later if _covers(heights[i, split], lower)), None)
+        if over is not None:
+            found.setdefault((index, over), []).append(dict(SPLITS)[split])
+    return [
+        f"{names[index]} lies under {names[over]} ({', '.join(splits)})"
+        for (index, over), splits in found.items()
+    ]
+
+
+def _covers(upper: dict[int, float], lower: dict[int, float]) -> bool:
+    return bool(lower) and all(n in upper and abs(upper[n] - y) <= 1 for n, y in lower.items())
+
+
 def _plot(runs: list[Run], metric: str, title: str, unit: str, scale: int, digits: int) -> Plot:
     series = {
         (index, split): {
@@ -493,6 +514,10 @@ def _plot(runs: list[Run], metric: str, title: str, unit: str, scale: int, digit
         left, right = max(x(number - 0.5), LEFT), min(x(number + 0.5), RIGHT)
         return left, round(right - left, 2), tooltip(number)
 
+    heights = {
+        key: {number: y(value) for number, value in values.items() if value is not None}
+        for key, values in series.items()
+    }
     last = ", ".join(
         f"{r.name} {text(i, 'val', r.epochs[-1]['epoch'])}" for i, r in enumerate(runs)
     )
@@ -510,6 +535,7 @@ def _plot(runs: list[Run], metric: str, title: str, unit: str, scale: int, digit
             for (index, split), values in series.items()
         ],
         columns=[column(number) for number in numbers],
+        hidden=_hidden([run.name for run in runs], heights),
         rows=[(number, [text(*key, number) for key in series]) for number in numbers],
     )
 
@@ -568,7 +594,24 @@ def _render(runs: list[Run]) -> str:
         }
         for run in runs
     ]
-    return render("report.html.j2", runs=pages, plots=make_plots(runs))
+    augmented = augmented_text([run.config for run in runs])
+    return render("report.html.j2", runs=pages, plots=make_plots(runs), augmented=augmented)
+
+
+def augmented_text(configs: list[dict[str, Any]]) -> str:
+    """What a note on training values says of augmentation; empty where no run augments."""
+    augmenting = [_augments(config.get("augment")) for config in configs]
+    if all(augmenting):
+        return " and on augmented images"
+    return " and, where a run augments them, on augmented images" if any(augmenting) else ""
+
+
+def _augments(settings: Any) -> bool:
+    if not isinstance(settings, dict):
+        return False
+    return settings.get("crop_scale", 1) != 1 or any(
+        settings.get(key) for key in ("flip", "translate", "cutout")
+    )
 
 
 def make_plots(runs: list[Run]) -> list[Plot]:

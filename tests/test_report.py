@@ -302,6 +302,50 @@ def test_table_beneath_a_plot_holds_every_run(tmp_path: Path) -> None:
     assert [head.text for head in table.all("th", scope="colgroup")] == ["a", "b"]
 
 
+def coinciding(page: Element) -> list[str]:
+    notes = [note.text for figure in page.all("figure") for note in figure.all("p", class_="note")]
+    return [note.removeprefix("Coinciding curves: ") for note in notes]
+
+
+def test_a_curve_under_another_is_told(tmp_path: Path) -> None:
+    alike = [epoch(n, val_top1=0.2 + 0.01 * n, val_top5=0.3) for n in (1, 2, 3)]
+    longer = [*alike, epoch(4)]
+    other = [{**e, "val_top1": e["val_top1"] + 0.1} for e in longer]
+    runs = [
+        make_run(tmp_path / name, e) for name, e in zip("abc", (alike, longer, other), strict=True)
+    ]
+    assert coinciding(page_of(*runs[:2])) == ["a lies under b (training, validation)."] * 3
+    assert coinciding(page_of(*runs[1::-1])) == []  # the shorter one is drawn over the longer
+    loss, top1, top5 = coinciding(page_of(*runs[1:]))
+    assert loss == top5 == "b lies under c (training, validation)."
+    assert top1 == "b lies under c (training)."
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (("",), False),
+        (("flip = false\ncrop_scale = 1.0",), False),
+        (("translate = 4",), " and on augmented images;"),
+        (("crop_scale = 0.5", "cutout = 8"), " and on augmented images;"),
+        (("", "flip = true"), " and, where a run augments them, on augmented images;"),
+    ],
+)
+def test_augmentation_is_told_where_it_is_on(
+    tmp_path: Path, settings: tuple[str, ...], said: str | bool
+) -> None:
+    runs = [make_run(tmp_path / str(number), [epoch(1)]) for number in range(len(settings))]
+    for run, text in zip(runs, settings, strict=True):
+        (run / "config.toml").write_text(f"{CONFIG}\n[augment]\n{text}\n")
+    notes = " ".join(note.text for note in page_of(*runs).all("p", class_="note"))
+    assert f"in training mode{said or ';'}" in notes
+
+
+def test_names_of_classes_are_shown_whole(tmp_path: Path) -> None:
+    page = page_of(make_run(tmp_path / "a", [epoch(1)]))
+    assert "line-clamp" not in page.one("style").text
+
+
 def test_predictions_show_right_and_wrong_in_words(tmp_path: Path) -> None:
     guesses = [{"name": "cat", "probability": 0.625}, {"name": "dog", "probability": 0.25}]
     predictions = [
