@@ -1,4 +1,5 @@
-// A stand-in for Google Charts where its server cannot be reached: every chart as its list of values.
+// A stand-in for Google Charts where its server cannot be reached: every chart as a list of its
+// values, below the names of their columns.
 (() => {
   class DataTable {
     constructor() { this.columns = []; this.rows = []; }
@@ -17,8 +18,10 @@
   class Chart {
     constructor(element) { this.element = element; }
     draw(data) {
-      const lines = data.rows.slice(0, 12).map((row) =>
-        row.map(shown).map(short).filter((cell) => cell !== null && keep(cell)).join(" · "));
+      const rows = data.rows.slice(0, 12).map((row) => row.map(shown).map(short));
+      const filled = data.columns.map((_, i) => rows.some((row) => row[i] != null && keep(row[i])));
+      const line = (cells) => cells.filter((_, i) => filled[i]).join(" · ");
+      const lines = [data.columns.map((name) => name || "–"), ...rows].map(line);
       this.element.innerText = ["[stand-in for a chart]", ...lines].join("\n");
     }
     clearChart() { this.element.innerText = ""; }

@@ -20,12 +20,16 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 from fastlab.cli import run_command
 from fastlab.errors import UserError
 from fastlab.trace_events import find_traces
 from tests.browser import CHROMIUM, shoot
 
 _CHARTS = "https://www.gstatic.com/charts/loader.js"
+_STRIPE = 40  # pixels; what is closer belongs together
 _PATIENCE = 60  # seconds that TensorBoard may take to start and to read the trace
 
 
@@ -47,9 +51,19 @@ def shoot_both(args: argparse.Namespace) -> None:
         [sys.executable, "-m", "fastlab", "trace", str(run), "--out", str(page)], check=True
     )
     complaints = shoot(page.resolve().as_uri(), out / "trace-review.png", 1100, 1300)
+    cut(out / "trace-review.png")
     page.unlink()
     complaints += tensorboard(run, out / "tensorboard.png")
     print(*complaints or ["no complaints"], sep="\n")
+
+
+def cut(picture: Path) -> None:
+    """End it between two sections of the page: at the last blank stripe, or leave it."""
+    pixels = np.asarray(Image.open(picture).convert("RGB"))
+    blank = (pixels == pixels[0, 0]).all((1, 2))
+    stripes = [y for y in range(_STRIPE, len(blank) + 1) if blank[y - _STRIPE : y].all()]
+    if stripes:
+        Image.fromarray(pixels[: stripes[-1]]).save(picture, optimize=True)
 
 
 def tensorboard(run: Path, out: Path) -> list[str]:

@@ -2,7 +2,9 @@
 
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from benchmarks import calibrate, convert, loaders, measurements, scaling, training
 from benchmarks.records import clock, reference
@@ -89,6 +91,15 @@ def test_an_unwritable_output_of_records(tmp_path, capsys):
     out = tmp_path / "file" / "out.json"
     assert run_command(lambda _: measurements.save(made, out), None) == 2
     assert "--out" in capsys.readouterr().err
+
+
+def test_a_picture_ends_between_two_parts_of_the_page(tmp_path):
+    pixels = np.full((200, 40, 3), 255, np.uint8)
+    pixels[30:100, 5:30] = 0  # a part of the page, and one that the window cuts off
+    pixels[140:200, 5:30] = np.arange(60, dtype=np.uint8)[:, None, None]
+    Image.fromarray(pixels).save(tmp_path / "page.png")
+    screenshots.cut(tmp_path / "page.png")
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "page.png")), pixels[:140])
 
 
 @pytest.mark.parametrize(
