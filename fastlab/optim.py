@@ -37,11 +37,11 @@ def schedule_factor(config: ScheduleConfig, step: int, steps: int) -> float:
 
     Both rise linearly for the share `warmup` of all steps. Then "cosine" follows half a cosine
     (Loshchilov and Hutter, 2017) and "onecycle" a straight line (Smith and Topin, 2018), down to
-    `final` at the last step.
+    `final` at the last step. The peak comes a step before it at the latest.
     """
     if config.name == "constant":
         return 1.0
-    rise = round(config.warmup * steps)
+    rise = max(0, min(round(config.warmup * steps), steps - 2))
     if step < rise:
         return _WARMUP_START + (1 - _WARMUP_START) * step / rise
     progress = min(1.0, (step - rise) / max(1, steps - 1 - rise))

@@ -48,8 +48,8 @@ def test_rate_at_points_computed_by_hand(name, step, expected):
 @settings(max_examples=100, deadline=None, database=None, derandomize=True)
 @given(
     name=st.sampled_from(["cosine", "onecycle"]),
-    steps=st.integers(4, 400),
-    warmup=st.floats(0, 0.5),
+    steps=st.integers(2, 400),
+    warmup=st.floats(0, 0.999),
     final=st.floats(0, 0.99),
 )
 def test_rate_rises_to_the_peak_once_then_falls_to_its_final_share(name, steps, warmup, final):
@@ -57,7 +57,7 @@ def test_rate_rises_to_the_peak_once_then_falls_to_its_final_share(name, steps, 
     rates = [schedule_factor(config, step, steps) for step in range(steps)]
     peak = rates.index(max(rates))
     assert rates[peak] == pytest.approx(1)
-    assert abs(peak - warmup * steps) <= 0.5
+    assert abs(peak - min(warmup * steps, steps - 2)) <= 0.5
     assert all(a < b for a, b in itertools.pairwise(rates[: peak + 1]))
     falling = rates[peak:]
     assert all(a >= b - 1e-12 for a, b in itertools.pairwise(falling))
