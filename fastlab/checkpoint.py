@@ -1,7 +1,7 @@
 """Checkpoints: whole or absent, and enough of them to go on bit for bit.
 
 ``checkpoints/step-00001234/`` holds `model.safetensors`, `state.pt` (optimizer, schedule, sums,
-position) and a `rank-N.pt` for each process (random state, running statistics). A directory is
+position, number of processes) and a `rank-N.pt` for each process (random state, running statistics). A directory is
 written under another name and renamed; the newest whole one is the last. ``best.safetensors`` holds
 the weights with the best validation top-1. Every file carries checksums that are compared when it
 is read: no changed byte goes unnoticed into a training.
@@ -12,7 +12,8 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def save(
     _write(_rank_state(model, own), partial / f"rank-{accelerator.process_index}.pt")
     if accelerator.is_main_process:
         save_weights(model, partial / "model.safetensors")
-        _write(state, partial / "state.pt")
+        _write({**state, "processes": accelerator.num_processes}, partial / "state.pt")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if target.exists():  # a stop right after a checkpoint within an epoch
@@ -127,10 +128,27 @@ def load(path: Path, model: nn.Module, rank: int) -> tuple[dict[str, Any], Seque
     statistics and its fresh random state. Raises `UserError` for a damaged checkpoint.
     """
     load_weights(model, path / "model.safetensors")
+    state = load_state(path)
+    files = [path / f"rank-{n}.pt" for n in range(state.get("processes", 0))]  # not known before
+    if missing := [file.name for file in files if not file.exists()]:
+        raise UserError(f"{path}: damaged checkpoint ({missing[0]} is missing)")
+    file = path / f"rank-{rank}.pt"
+    if not file.exists():
+        return state, ()
+    with _damage_told(path):
+        return state, _restore_rank(model, _read(file))
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """The main process's state, tensors on the CPU. Raises `UserError` where it is damaged."""
+    with _damage_told(path):
+        return _read(path / "state.pt")
+
+
+@contextmanager
+def _damage_told(path: Path) -> Iterator[None]:
     try:
-        file = path / f"rank-{rank}.pt"
-        own = _restore_rank(model, _read(file)) if file.exists() else ()
-        return _read(path / "state.pt"), own
+        yield
     except Exception as error:  # torch.load raises many kinds on damaged bytes
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path}: damaged checkpoint ({reason})") from None
