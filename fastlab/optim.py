@@ -95,11 +95,15 @@ class WeightAverage:
     def applied(self) -> Iterator[None]:
         """The model holds the average inside, and its own weights again afterwards."""
         own = [t.detach().clone() for t in self._live]
-        self._copy(self.average)
+        self.apply()
         try:
             yield
         finally:
             self._copy(own)
+
+    def apply(self) -> None:
+        """The model holds the average from now on."""
+        self._copy(self.average)
 
     @torch.no_grad()
     def _copy(self, values: list[torch.Tensor]) -> None:

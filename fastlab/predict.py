@@ -16,6 +16,7 @@ from fastlab.config import Config
 from fastlab.dataset.decode import CorruptImage, decode_into
 from fastlab.dataset.manifest import Manifest, check_sizes, read_manifest
 from fastlab.errors import UserError
+from fastlab.optim import WeightAverage
 from fastlab.rundir import RunDir
 from pipelines import make_pipeline
 from pipelines.augment import augment_on_cpu, make_augmenter
@@ -25,6 +26,7 @@ SAMPLES = 12
 
 def load_run(directory: Path, which: str) -> tuple[nn.Module, Config, Manifest, torch.device]:
     """The model of a run with its "best" or "last" weights, in evaluation mode, on the device.
+    Of a run with a moving average, both are that average: it is what training validates.
 
     Raises `UserError` where the run, its checkpoint or its dataset cannot be read.
     """
@@ -33,26 +35,38 @@ def load_run(directory: Path, which: str) -> tuple[nn.Module, Config, Manifest, 
     manifest = read_manifest(Path(cfg.data.path))
     check_sizes(Path(cfg.data.path), manifest)
     model = models.build(cfg.model, len(manifest.classes))
-    path = run.best
-    if which == "last":
-        path = (checkpoint.last(run.checkpoints) or run.checkpoints) / "model.safetensors"
     if cfg.train.precision == "fp64":
         model.double()
-    checkpoint.load_weights(model, path)
+    if which == "best":
+        checkpoint.load_weights(model, run.best)
+    else:
+        _load_last(model, run, cfg)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device).eval(), cfg, manifest, device
+
+
+def _load_last(model: nn.Module, run: RunDir, cfg: Config) -> None:
+    path = checkpoint.last(run.checkpoints) or run.checkpoints
+    checkpoint.load_weights(model, path / "model.safetensors")
+    if cfg.train.ema:
+        average = WeightAverage(model, cfg.train.ema)
+        average.load_state_dict(checkpoint.load_state(path)["average"])
+        average.apply()
 
 
 def evaluate_run(directory: Path, split: str, which: str, as_json: bool) -> str:
     """Figures of a run on every image of a split, as a line or as JSON.
 
-    On a CPU in the run's own precision they equal those of its training to the image.
+    On a CPU they equal those of its training to the image, if that ran on one process: the same
+    precision, the same batches, and compiled where it was (which the compiler's cache makes short).
     """
-    from fastlab.train import DTYPES, evaluate, make_accelerator, torch_settings
+    from fastlab.train import DTYPES, compile_forward, evaluate, make_accelerator, torch_settings
 
     model, cfg, manifest, _ = load_run(directory, which)
     accelerator = make_accelerator(cfg)
     models.set_memory_format(model, cfg.train.channels_last)
+    if cfg.train.compile:
+        compile_forward(model, cfg.train)
     data = make_pipeline(
         cfg.data,
         None,

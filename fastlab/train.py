@@ -31,7 +31,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
 from fastlab import checkpoint, config, memory, models
-from fastlab.config import Config
+from fastlab.config import Config, TrainConfig
 from fastlab.dataset.manifest import Manifest, check_sizes, read_manifest
 from fastlab.doctor import has_bf16
 from fastlab.errors import UserError, first_line
@@ -147,8 +147,7 @@ class Trainer:
         models.set_memory_format(model, settings.channels_last)
         optimizer = make_optimizer(self.cfg.optim, model)
         if settings.compile:
-            # In place and inside DDP and autocast: names of weights stay as they are.
-            model.forward = torch.compile(model.forward, mode=settings.compile_mode, dynamic=False)
+            compile_forward(model, settings)
         with warnings.catch_warnings():
             # torch 2.15 has another name for it, which torch 2.11 and Accelerate do not know.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
@@ -317,6 +316,11 @@ def make_accelerator(cfg: Config) -> Accelerator:
             f"train.batch_size = {cfg.train.batch_size}: expected a multiple of {world} (processes)"
         )
     return accelerator
+
+
+def compile_forward(model: nn.Module, settings: TrainConfig) -> None:
+    """In place and inside DDP and autocast: names of weights stay as they are."""
+    model.forward = torch.compile(model.forward, mode=settings.compile_mode, dynamic=False)
 
 
 def open_dataset(cfg: Config) -> Manifest:

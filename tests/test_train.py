@@ -2,6 +2,7 @@ import base64
 import io
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -101,13 +102,37 @@ def test_a_finished_run_is_not_overwritten(whole_run, synth_dataset, capsys):
     assert (whole_run / "metrics.jsonl").read_bytes() == before
 
 
-def test_evaluate_agrees_with_training(whole_run, capsys):
-    assert main(["evaluate", str(whole_run), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    best = max(metrics(whole_run), key=lambda record: record["val_top1"])
+def evaluated(run: Path, capsys, *arguments: str) -> dict:
+    assert main(["evaluate", str(run), "--json", *arguments]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("which", ["best", "last"])
+def test_evaluate_agrees_with_training(which, whole_run, capsys):
+    """Which validates the moving average; of the last epoch, it lies beside the weights."""
+    records = metrics(whole_run)
+    trained = max(records, key=lambda r: r["val_top1"]) if which == "best" else records[-1]
+    found = evaluated(whole_run, capsys, "--checkpoint", which)
     assert found["images"] == 20
-    assert found["top1"] == best["val_top1"]
-    assert found["loss"] == pytest.approx(best["val_loss"], abs=1e-5)
+    assert found["top1"] == trained["val_top1"]
+    assert found["loss"] == pytest.approx(trained["val_loss"], abs=1e-5)
+
+
+def test_evaluate_compiles_what_training_compiled(whole_run, tmp_path, capsys, monkeypatch):
+    """In bf16, a compiled model rounds otherwise."""
+    run, compiled = tmp_path / "run", []
+    shutil.copytree(whole_run, run)
+    text = (run / "config.toml").read_text()
+    assert "\ncompile = false\n" in text
+    (run / "config.toml").write_text(text.replace("\ncompile = false\n", "\ncompile = true\n"))
+
+    def compile(function, **settings):
+        compiled.append(settings)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile)
+    evaluated(run, capsys)
+    assert compiled == [{"mode": "default", "dynamic": False}]
 
 
 def test_images_per_second_leave_out_the_first_steps_of_each_process(
