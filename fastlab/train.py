@@ -192,10 +192,9 @@ class Trainer:
             self.run.keep_metrics(self.progress.epoch)
         self.accelerator.wait_for_everyone()
 
-    def agree_to_stop(self, step: int) -> None:
-        """Raise `Stop` where a signal reached any process. With several, all look at the same
-        steps, since none may leave the others waiting in a reduction."""
-        due = step % self.cfg.train.log_every == 0
+    def agree_to_stop(self, due: bool) -> None:
+        """Raise `Stop` where a signal reached any process. With several, all look where it is
+        `due`, since none may leave the others waiting in a reduction."""
         if due:
             self.refuse_divergence()
         wanted = self.wanted_stop
@@ -390,6 +389,8 @@ def train(trainer: Trainer) -> int:
     with signals_to(trainer), tensorboard(trainer) as board, trainer.tracer:
         try:
             while progress.epoch < trainer.cfg.train.epochs:
+                # Between epochs too: one may be shorter than train.log_every.
+                trainer.agree_to_stop(due=True)
                 epoch(trainer, board)
         except Stop as stop:
             trainer.save()
@@ -457,7 +458,7 @@ def train_epoch(trainer: Trainer, started: float) -> tuple[Figures, float]:
             if settings.checkpoint_every and progress.step % settings.checkpoint_every == 0:
                 save_within(trainer, started)
             try:
-                trainer.agree_to_stop(progress.step)
+                trainer.agree_to_stop(due=progress.step % settings.log_every == 0)
             except Stop:
                 progress.seconds += time.perf_counter() - started
                 raise

@@ -324,6 +324,36 @@ def forks(process: int) -> list[int]:
     return [int(c) for c in children if Path(f"/proc/{c}/cmdline").read_bytes() == own]
 
 
+STOPPED_BY_ITSELF = """
+import os, signal, sys
+from fastlab import train
+
+step, seen = train.train_step, []
+
+def signalling(trainer, batch):
+    seen.append(trainer.progress.epoch)
+    if len(seen) == 7 and trainer.accelerator.is_main_process:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(trainer, batch)
+
+train.train_step = signalling
+code = train.main(sys.argv[1:])
+print("exit", code, "in epoch", seen[-1] + 1, flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_processes_stop_by_a_signal_to_one_in_epochs_of_few_steps(synth_dataset, tmp_path):
+    """Five steps an epoch, a look at the signals every fifty: they stop at the epoch's end."""
+    script = tmp_path / "script.py"
+    script.write_text(STOPPED_BY_ITSELF)
+    arguments = command(synth_dataset, tmp_path / "run", "train.epochs=30")
+    output, errors = launch(arguments, 2, script=script).communicate(timeout=200)
+    assert output.count("exit 143 in epoch 2") == 2, errors
+    assert (tmp_path / "run" / "checkpoints" / "step-00000010").is_dir()
+
+
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_processes_that_start_die_with_torchruns_agent(synth_dataset, tmp_path):

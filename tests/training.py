@@ -28,13 +28,18 @@ def command(dataset: Path, out: Path, *overrides: str) -> list[str]:
     ]
 
 
-def launch(arguments: list[str], processes: int = 1, **kwargs) -> subprocess.Popen:
+def launch(
+    arguments: list[str],
+    processes: int = 1,
+    script: Path = ROOT / "fastlab" / "train.py",
+    **kwargs,
+) -> subprocess.Popen:
     start = [sys.executable]
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [*start, str(ROOT / "fastlab" / "train.py"), *arguments],
+        [*start, str(script), *arguments],
         env=environment,
         cwd=ROOT,
         text=True,
