@@ -9,6 +9,7 @@ ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 fastlab/train.py --config co
 """
 
 import argparse
+import math
 import signal
 import time
 import warnings
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fastlab.processes import die_with_launcher
 
@@ -119,8 +120,9 @@ class Trainer:
         self.progress = Progress()
         self.own_steps = 0  # done by this process
         self.wanted_stop = 0
-        # Of each step of the epoch under way: looked at now and then, not step by step.
-        self.losses = torch.zeros(self.train_data.steps(), device=self.device)
+        # Of each step of the epoch under way, and what its last step's weights would give: looked
+        # at now and then, not step by step.
+        self.losses = torch.zeros(self.train_data.steps() + 1, device=self.device)
 
     def pipeline(self, split: str, train: bool) -> Pipeline:
         cfg, accelerator = self.cfg, self.accelerator
@@ -212,13 +214,32 @@ class Trainer:
             left = self._most(left)
         if not left:
             return
-        step, last = len(bad) - left + 1, checkpoint.last(self.run.checkpoints)
+        step = len(bad) - left + 1
+        self.diverged("loss", f"at step {step}" if step < len(bad) else "after the last step")
+
+    def diverged(self, what: str, where: str) -> NoReturn:
+        """Every process comes here."""
+        last = checkpoint.last(self.run.checkpoints)
         kept = f"{last} is whole" if last else "there was no checkpoint yet"
         write_summary(self, "diverged")
         raise UserError(
-            f"{self.run.path}: the loss is not a finite number at step {step} of epoch "
+            f"{self.run.path}: the {what} is not a finite number {where} of epoch "
             f"{self.progress.epoch + 1}; {kept}; try a lower optim.lr or train.grad_clip"
         )
+
+    @torch.no_grad()
+    def try_weights(self, batch: Batch) -> None:
+        """Note the loss that the weights give now, as that of the step to come: no loss so far came
+        of the last update, and a checkpoint that diverged must not replace a good one. Of every
+        process, within an epoch; leaves statistics and random state as they were."""
+        devices = [torch.cuda.current_device()] if self.device.type == "cuda" else []
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        # Eagerly: to compile for it takes longer than it is worth.
+        with torch.random.fork_rng(devices), self.accelerator.autocast():
+            logits = type(self.model).forward(self.model, batch.images)
+        self.losses[self.progress.step] = training_loss(logits, batch, self.cfg.train)
+        for buffer, before in buffers:
+            buffer.copy_(before)
 
     def _most(self, value: int) -> int:
         """The largest over all processes."""
@@ -417,6 +438,8 @@ def epoch(trainer: Trainer, board: Any) -> None:
     average_buffers(trainer)
     with trainer.average.applied() if trainer.average else nullcontext():
         found = evaluate(trainer.net, trainer.val_data, trainer.accelerator)
+        if not math.isfinite(found.loss):
+            trainer.diverged("validation loss", "at the end")
         if found.top1 > progress.best_top1:
             progress.best_top1, progress.best_epoch = found.top1, progress.epoch + 1
             if trainer.accelerator.is_main_process:
@@ -456,12 +479,15 @@ def train_epoch(trainer: Trainer, started: float) -> tuple[Figures, float]:
             if progress.step == steps:
                 break  # the epoch's end makes its own checkpoint; a stop waits for it
             if settings.checkpoint_every and progress.step % settings.checkpoint_every == 0:
-                save_within(trainer, started)
+                save_within(trainer, batch, started)
             try:
                 trainer.agree_to_stop(due=progress.step % settings.log_every == 0)
             except Stop:
+                trainer.try_weights(batch)
                 progress.seconds += time.perf_counter() - started
                 raise
+    if trainer.average:  # then validation tries other weights
+        trainer.try_weights(batch)
     trainer.refuse_divergence()
     figures = trainer.sums.reduce(trainer.accelerator)
     return figures, (steps - warm) * settings.batch_size / (time.perf_counter() - clock)
@@ -472,11 +498,7 @@ def train_step(trainer: Trainer, batch: Batch) -> torch.Tensor:
     settings, optimizer = trainer.cfg.train, trainer.optimizer
     with span("forward"):
         logits = trainer.net(batch.images)
-        loss = nn.functional.cross_entropy(
-            logits.to(torch.promote_types(logits.dtype, torch.float32)),
-            batch.labels,
-            label_smoothing=settings.label_smoothing,
-        )
+        loss = training_loss(logits, batch, settings)
     with span("backward"):
         trainer.accelerator.backward(loss)
     with span("optimizer"):
@@ -490,6 +512,14 @@ def train_step(trainer: Trainer, batch: Batch) -> torch.Tensor:
             trainer.average.update()
     trainer.sums.add(logits.detach(), batch.labels, batch.mask)
     return loss.detach()
+
+
+def training_loss(logits: torch.Tensor, batch: Batch, settings: TrainConfig) -> torch.Tensor:
+    return nn.functional.cross_entropy(
+        logits.to(torch.promote_types(logits.dtype, torch.float32)),
+        batch.labels,
+        label_smoothing=settings.label_smoothing,
+    )
 
 
 @torch.no_grad()
@@ -512,8 +542,9 @@ def average_buffers(trainer: Trainer) -> None:
             buffer.copy_(trainer.accelerator.reduce(buffer, "mean"))
 
 
-def save_within(trainer: Trainer, started: float) -> None:
+def save_within(trainer: Trainer, batch: Batch, started: float) -> None:
     """A checkpoint in the middle of an epoch, with the time it took so far."""
+    trainer.try_weights(batch)
     before = trainer.progress.seconds
     trainer.progress.seconds += time.perf_counter() - started
     trainer.save()

@@ -234,6 +234,30 @@ def test_a_rate_that_diverges_is_refused(synth_dataset, tmp_path, capsys):
     assert "not a finite number at step" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("every", "said"), [("0", "validation loss is not a finite number"), ("1", "at step 2 of")]
+)
+def test_weights_that_give_no_number_are_not_saved(every, said, synth_dataset, tmp_path, capsys):
+    """Of the last update of an epoch, and of one within it: their own loss is still finite."""
+    from fastlab.cli import main
+
+    batch = "80" if every == "0" else "16"
+    sets = (f"train.checkpoint_every={every}", f"train.batch_size={batch}", "train.epochs=1")
+    wild = ("train.ema=0", "optim.name=sgd", "optim.lr=1e38", "schedule.name=constant")
+    assert main(["train", *command(synth_dataset, tmp_path / "run", *sets, *wild)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line and "no checkpoint yet" in line
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "diverged"
+
+
+def test_a_checkpoint_changes_nothing_of_what_comes_after_it(whole_run, synth_dataset, tmp_path):
+    """Before one is written, its weights are tried, with dropout and running statistics."""
+    train(command(synth_dataset, tmp_path / "run", "train.checkpoint_every=0"))
+    assert metrics(tmp_path / "run") == metrics(whole_run)
+    assert_same_weights(tmp_path / "run", whole_run)
+
+
 def test_bf16_is_slow_only_on_a_cpu_without_instructions_for_it(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(training, "has_bf16", lambda: False)
