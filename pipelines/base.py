@@ -125,7 +125,10 @@ class Schedule:
 def make_schedule(
     where: str, split: str, images: int, batch_size: int, shard: Shard, seed: int, train: bool
 ) -> Schedule:
-    """Raises `UserError` where the split has no full training batch."""
+    """Raises `UserError` where the split has no full training batch. An evaluation batch larger
+    than the split would be padding, of any size that somebody may write."""
+    if not train:
+        batch_size = min(batch_size, images)
     if train and images < batch_size:
         raise UserError(
             f"train.batch_size = {batch_size}: split {split} of {where} has only "

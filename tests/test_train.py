@@ -102,6 +102,20 @@ def test_a_finished_run_is_not_overwritten(whole_run, synth_dataset, capsys):
     assert (whole_run / "metrics.jsonl").read_bytes() == before
 
 
+def test_an_evaluation_batch_may_be_larger_than_any_split(synth_dataset, tmp_path, capsys):
+    """Samples and figures are those of the split, and no memory is asked for more."""
+    from fastlab.cli import main
+
+    sets = ("train.epochs=1", "train.eval_batch_size=1000000000000")
+    assert main(["train", *command(synth_dataset, tmp_path / "run", *sets)]) == 0
+    capsys.readouterr()
+    assert len(json.loads((tmp_path / "run" / "predictions.json").read_text())) == 12
+    (record,) = metrics(tmp_path / "run")
+    found = evaluated(tmp_path / "run", capsys)
+    assert found["images"] == record["val_images"] == 20
+    assert found["loss"] == pytest.approx(record["val_loss"], abs=1e-5)
+
+
 def evaluated(run: Path, capsys, *arguments: str) -> dict:
     assert main(["evaluate", str(run), "--json", *arguments]) == 0
     return json.loads(capsys.readouterr().out)
