@@ -26,6 +26,20 @@ def explained(trainer: "Trainer") -> Iterator[None]:
     raise UserError(_advice(trainer))
 
 
+@contextmanager
+def building(width: int) -> Iterator[None]:
+    """A model that is too large for any batch becomes a `UserError`."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        # The second: more bytes than a number of 64 bits counts.
+        if not is_out_of_memory(error) and "size calculation overflowed" not in str(error):
+            raise
+        raise UserError(
+            f"model.width = {width}: the model does not fit into memory; take a smaller one"
+        ) from None
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Also of the host's allocator, which has no exception of its own."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -109,12 +109,13 @@ class Trainer:
         self.manifest = manifest
         self.train_data = self.pipeline("train", train=True)
         self.val_data = self.pipeline("val", train=False)
-        self.model = models.build(cfg.model, len(manifest.classes))
+        with memory.building(cfg.model.width):
+            self.model = models.build(cfg.model, len(manifest.classes))
+            self.net, self.optimizer = self._prepare()
+            self.average = WeightAverage(self.model, cfg.train.ema) if cfg.train.ema else None
         self.parameters = models.count_parameters(self.model)
-        self.net, self.optimizer = self._prepare()
         steps = cfg.train.epochs * self.train_data.steps()
         self.schedule = make_schedule(cfg.schedule, self.optimizer.optimizer, steps)
-        self.average = WeightAverage(self.model, cfg.train.ema) if cfg.train.ema else None
         self.sums = Sums(self.device)
         self.tracer = Tracer(cfg.profile, run.traces, accelerator.process_index, self.device)
         self.progress = Progress()

@@ -50,3 +50,12 @@ def test_a_batch_size_that_fits_is_named(key, name, synth_dataset, tmp_path, mon
     assert main(["train", *command(synth_dataset, tmp_path / "run")]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and f"--set train.{key}=5" in lines[0]
+
+
+@pytest.mark.parametrize("width", [2_000_000, 4 * 10**18])
+def test_a_model_that_fits_nowhere_is_one_line(width, synth_dataset, tmp_path, capsys):
+    """144 TB, which no machine allocates; and more than 64 bits count."""
+    assert main(["train", *command(synth_dataset, tmp_path / "run", f"model.width={width}")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"model.width = {width}" in line
+    assert not (tmp_path / "run").exists()
