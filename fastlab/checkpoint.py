@@ -1,10 +1,10 @@
 """Checkpoints: whole or absent, and enough of them to go on bit for bit.
 
 ``checkpoints/step-00001234/`` holds `model.safetensors`, `state.pt` (optimizer, schedule, sums,
-position, number of processes) and a `rank-N.pt` for each process (random state, running statistics). A directory is
-written under another name and renamed; the newest whole one is the last. ``best.safetensors`` holds
-the weights with the best validation top-1. Every file carries checksums that are compared when it
-is read: no changed byte goes unnoticed into a training.
+position, number of processes) and a `rank-N.pt` for each process (random state, running
+statistics). A directory is written under another name and renamed; the newest whole one is the
+last. ``best.safetensors`` holds the weights with the best validation top-1. Every file carries
+checksums that are compared when it is read: no changed byte goes unnoticed into a training.
 """
 
 import io
