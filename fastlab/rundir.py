@@ -85,9 +85,26 @@ class RunDir:
             os.fsync(file.fileno())
 
     def keep_metrics(self, epochs: int) -> None:
-        """Drop what was written after the checkpoint of `epochs` whole epochs."""
-        lines = self.metrics.read_text(encoding="utf-8").splitlines() if epochs else []
+        """Drop what was written after the checkpoint of `epochs` whole epochs.
+
+        Raises `UserError` where one of those is missing: it was written before its checkpoint.
+        """
+        try:
+            lines = self.metrics.read_text(encoding="utf-8").splitlines() if epochs else []
+            found = [json.loads(line)["epoch"] for line in lines[:epochs]]
+        except OSError as error:
+            raise self._metrics_lost(epochs, error.strerror) from None
+        except (ValueError, TypeError, KeyError, RecursionError):  # also bad UTF-8
+            raise self._metrics_lost(epochs, "damaged") from None
+        if found != list(range(1, epochs + 1)):
+            raise self._metrics_lost(epochs, f"holds {len(found)}")
         write_atomically(self.metrics, "".join(line + "\n" for line in lines[:epochs]))
+
+    def _metrics_lost(self, epochs: int, reason: str) -> UserError:
+        return UserError(
+            f"{self.metrics}: the epochs 1 to {epochs} before the checkpoint are not all there "
+            f"({reason}); put the file back, or train anew with another --out"
+        )
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         _write_json(self.summary, summary)

@@ -77,6 +77,33 @@ def test_metrics_after_the_checkpoint_are_dropped(tmp_path, kept):
     assert [record["epoch"] for record in records(run)] == list(range(1, kept + 2))
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        b"",
+        b'{"epoch": 1}\n',
+        b'{"epoch": 1}\n{"ep',
+        b'{"epoch": 1}\n{"epoch": 3}\n',
+        b"\xff\xfe",
+        b"[]\n[]\n",
+        b"1\n2\n",
+        "a directory",
+    ],
+)
+def test_metrics_that_a_checkpoint_needs_are_missed(tmp_path, content):
+    run = RunDir(tmp_path)
+    if content == "a directory":
+        run.metrics.mkdir()
+    elif content is not None:
+        run.metrics.write_bytes(content)
+    with pytest.raises(UserError, match="the epochs 1 to 2 ") as caught:
+        run.keep_metrics(2)
+    assert str(caught.value).startswith(str(run.metrics)) and "\n" not in str(caught.value)
+    if isinstance(content, bytes):
+        assert run.metrics.read_bytes() == content
+
+
 def test_no_metrics_are_kept_where_none_were_written(tmp_path):
     run = RunDir(tmp_path)
     run.keep_metrics(0)

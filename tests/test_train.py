@@ -132,6 +132,17 @@ def test_evaluate_agrees_with_training(which, whole_run, capsys):
     assert found["loss"] == pytest.approx(trained["val_loss"], abs=1e-5)
 
 
+def test_a_run_whose_metrics_are_lost_is_not_gone_on_with(whole_run, tmp_path, capsys):
+    from fastlab.cli import main
+
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run)
+    (run / "metrics.jsonl").write_text("")
+    assert main(["train", "--resume", str(run)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the epochs 1 to 3 " in line
+
+
 def test_evaluate_compiles_what_training_compiled(whole_run, tmp_path, capsys, monkeypatch):
     """In bf16, a compiled model rounds otherwise."""
     run, compiled = tmp_path / "run", []
