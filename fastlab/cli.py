@@ -4,14 +4,13 @@ so that ``--help`` is instant."""
 import argparse
 import contextlib
 import io
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
 import fastlab
-from fastlab.errors import UserError
+from fastlab.errors import UserError, silence, tell
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,13 +46,13 @@ def run_command(call: Callable[[argparse.Namespace], int | None], args: argparse
             sys.stdout.flush()  # here, where a failure can still be told
             return status
     except UserError as error:
-        _complain(error)
+        tell(error)
         return 2
     except KeyboardInterrupt:
-        _complain("interrupted")
+        tell("interrupted")
         return 130
     except BrokenPipeError:
-        _silence(stdout)  # the reader left
+        silence(stdout)  # the reader left
         return 141
 
 
@@ -79,24 +78,10 @@ class _Output:
         except BrokenPipeError:
             raise
         except OSError as error:
-            _silence(self._stream)
+            silence(self._stream)
             raise UserError(
                 f"standard output: cannot be written ({error.strerror}); write it to another place"
             ) from None
-
-
-def _complain(what: object) -> None:
-    try:
-        print(f"fastlab: {what}", file=sys.stderr, flush=True)
-    except OSError:
-        _silence(sys.stderr)  # the exit status is all that is left to tell
-
-
-def _silence(stream: TextIO) -> None:
-    """Nothing more may be written to it: what it holds would fail again when Python ends."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, stream.fileno())
-    os.close(null)
 
 
 def _refuse(args: argparse.Namespace) -> None:

@@ -1,8 +1,27 @@
 """The one exception for mistakes that a user can mend, and how its line stays one."""
 
+import os
+import sys
+from typing import TextIO
+
 
 class UserError(Exception):
     """Bad input, told in one line: what, where, what to do. The command exits with 2."""
+
+
+def tell(what: object) -> None:
+    """Print the one line."""
+    try:
+        print(f"fastlab: {what}", file=sys.stderr, flush=True)
+    except OSError:
+        silence(sys.stderr)  # the exit status is all that is left to tell
+
+
+def silence(stream: TextIO) -> None:
+    """Nothing more may be written to it: what it holds would fail again when Python ends."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
 
 
 def printable(text: str) -> str:

@@ -1,5 +1,7 @@
 """The run directory: what a training leaves behind, and all that reports read."""
 
+import errno
+import fcntl
 import json
 import math
 import os
@@ -7,10 +9,12 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -48,27 +52,51 @@ class RunDir:
         self.best = self.checkpoints / "best.safetensors"
         self.tensorboard = path / "tensorboard"
         self.traces = path / "traces"
+        self.lock = path / "lock"
 
-    def create(self, config: Config, processes: int) -> None:
-        """Raises `UserError` where the directory holds something already or cannot be written."""
-        try:
+    def claim(self) -> None:
+        """Make the directory of a new run. Raises `UserError` where it holds something already or
+        cannot be written."""
+        with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
             if not self._unused():
                 raise UserError(
                     f"{self.path}: is not empty; go on with --resume {self.path}, or choose "
                     f"another --out"
                 )
+
+    def create(self, config: Config, processes: int) -> None:
+        """Make a claimed directory a run. Raises `UserError` where it cannot be written."""
+        with self._writing():
             self.checkpoints.mkdir(exist_ok=True)
             _write_json(self.environment, environment(processes))
             # Last: a directory with a configuration is a run.
             write_atomically(self.config, configs.dump(config))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold on to the run against other trainings. Raises `UserError` where one has it."""
+        with self._writing():
+            file = self.lock.open("w")
+        with file:
+            if not _try_lock(file):
+                raise UserError(
+                    f"{self.path}: another process trains this run; wait for it or stop it"
+                )
+            yield
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror})") from None
 
     def _unused(self) -> bool:
         """Empty, or with no more than what a `create` that was killed leaves."""
         started = (self.environment.name, self.config.name)
-        left = {self.checkpoints.name, started[0], *(f"{name}.partial" for name in started)}
+        left = {self.checkpoints.name, self.lock.name, started[0]}
+        left |= {f"{name}.partial" for name in started}
         begun = self.checkpoints.exists() and any(self.checkpoints.iterdir())
         return not begun and {path.name for path in self.path.iterdir()} <= left
 
@@ -132,6 +160,16 @@ def environment(processes: int) -> dict[str, Any]:
         "processes": processes,
         "git": _git_revision(),
     }
+
+
+def _try_lock(file: IO[str]) -> bool:
+    """Until the file is closed or this process ends. Not flock: decoding workers, which are forked
+    and may outlive their parent by seconds, would hold on to that."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:  # some network file systems have no locks: as well as without
+        return error.errno not in (errno.EACCES, errno.EAGAIN)
+    return True
 
 
 def write_atomically(path: Path, text: str) -> None:

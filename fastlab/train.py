@@ -14,7 +14,7 @@ import signal
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -35,7 +35,7 @@ from fastlab import checkpoint, config, memory, models
 from fastlab.config import Config, TrainConfig
 from fastlab.dataset.manifest import Manifest, check_sizes, read_manifest
 from fastlab.doctor import has_bf16
-from fastlab.errors import UserError, first_line
+from fastlab.errors import UserError, first_line, tell
 from fastlab.metrics import Figures, Sums
 from fastlab.models.norm import synchronise
 from fastlab.optim import WeightAverage, make_optimizer, make_schedule
@@ -105,12 +105,12 @@ class Trainer:
     def __init__(self, cfg: Config, run: RunDir, accelerator: Accelerator) -> None:
         self.cfg, self.run, self.accelerator = cfg, run, accelerator
         self.device = accelerator.device
-        manifest = open_dataset(cfg)
-        self.manifest = manifest
-        self.train_data = self.pipeline("train", train=True)
-        self.val_data = self.pipeline("val", train=False)
+        with agreed(accelerator), memory.building(cfg.model.width):
+            self.manifest = open_dataset(cfg)
+            self.train_data = self.pipeline("train", train=True)
+            self.val_data = self.pipeline("val", train=False)
+            self.model = models.build(cfg.model, len(self.manifest.classes))
         with memory.building(cfg.model.width):
-            self.model = models.build(cfg.model, len(manifest.classes))
             self.net, self.optimizer = self._prepare()
             self.average = WeightAverage(self.model, cfg.train.ema) if cfg.train.ema else None
         self.parameters = models.count_parameters(self.model)
@@ -193,7 +193,6 @@ class Trainer:
                 self.sums.values.copy_(state["sums"])
         if self.accelerator.is_main_process:
             self.run.keep_metrics(self.progress.epoch)
-        self.accelerator.wait_for_everyone()
 
     def agree_to_stop(self, due: bool) -> None:
         """Raise `Stop` where a signal reached any process. With several, all look where it is
@@ -219,14 +218,15 @@ class Trainer:
         self.diverged("loss", f"at step {step}" if step < len(bad) else "after the last step")
 
     def diverged(self, what: str, where: str) -> NoReturn:
-        """Every process comes here."""
+        """Of every process."""
         last = checkpoint.last(self.run.checkpoints)
         kept = f"{last} is whole" if last else "there was no checkpoint yet"
         write_summary(self, "diverged")
-        raise UserError(
-            f"{self.run.path}: the {what} is not a finite number {where} of epoch "
-            f"{self.progress.epoch + 1}; {kept}; try a lower optim.lr or train.grad_clip"
-        )
+        with agreed(self.accelerator):
+            raise UserError(
+                f"{self.run.path}: the {what} is not a finite number {where} of epoch "
+                f"{self.progress.epoch + 1}; {kept}; try a lower optim.lr or train.grad_clip"
+            )
 
     @torch.no_grad()
     def try_weights(self, batch: Batch) -> None:
@@ -263,17 +263,56 @@ def run(args: argparse.Namespace) -> int:
         cfg = replace(cfg, profile=replace(cfg.profile, enabled=True))
     accelerator = make_accelerator(cfg)
     with torch_settings(cfg):
-        trainer = Trainer(cfg, directory, accelerator)
-        if args.resume:
-            trainer.restore()
-        elif accelerator.is_main_process:
-            directory.create(cfg, accelerator.num_processes)
-        accelerator.wait_for_everyone()
         try:
-            with memory.explained(trainer), disk_explained(trainer), worker_explained(trainer):
+            trainer = Trainer(cfg, directory, accelerator)
+            with (
+                run_held(trainer, bool(args.resume)),
+                memory.explained(trainer),
+                disk_explained(trainer),
+                worker_explained(trainer),
+            ):
                 return train(trainer)
         finally:
             accelerator.end_training()
+
+
+@contextmanager
+def run_held(trainer: Trainer, resume: bool) -> Iterator[None]:
+    """The run's directory, new or as it was left, held by the main process to the end."""
+    directory, accelerator = trainer.run, trainer.accelerator
+    with ExitStack() as held:
+        with agreed(accelerator), disk_explained(trainer):
+            if accelerator.is_main_process:
+                if not resume:
+                    directory.claim()
+                held.enter_context(directory.locked())
+                if not resume:
+                    directory.create(trainer.cfg, accelerator.num_processes)
+            if resume:
+                trainer.restore()
+        yield
+
+
+@contextmanager
+def agreed(accelerator: Accelerator) -> Iterator[None]:
+    """A mistake that any process finds ends all of them, with the line of the first that found one.
+    Every process enters this, and nothing inside waits for the others."""
+    if accelerator.num_processes == 1:
+        yield
+        return
+    failure = None
+    try:
+        yield
+    except UserError as error:
+        failure = error
+    found = torch.tensor([failure is not None], device=accelerator.device)
+    failed = accelerator.gather(found).tolist()
+    if not any(failed):
+        return
+    if failed.index(True) == accelerator.process_index:
+        tell(failure)
+    accelerator.wait_for_everyone()  # the launcher ends the others as soon as one has left
+    raise SystemExit(2)
 
 
 @contextmanager
@@ -332,10 +371,12 @@ def make_accelerator(cfg: Config) -> Accelerator:
         kwargs_handlers=[ddp],
     )
     world = accelerator.num_processes
-    if cfg.train.batch_size % world:
-        raise UserError(
-            f"train.batch_size = {cfg.train.batch_size}: expected a multiple of {world} (processes)"
-        )
+    with agreed(accelerator):
+        if cfg.train.batch_size % world:
+            raise UserError(
+                f"train.batch_size = {cfg.train.batch_size}: expected a multiple of {world} "
+                f"(processes)"
+            )
     return accelerator
 
 

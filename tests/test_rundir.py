@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import sys
 
 import pytest
@@ -28,12 +29,14 @@ def records(run: RunDir) -> list[dict]:
 def test_a_new_run_gives_its_configuration_back(tmp_path):
     config = Config(model=ModelConfig(name="cnn8", width=3))
     run = RunDir(tmp_path / "deep" / "er" / "run")
+    run.claim()
     run.create(config, processes=3)
     assert RunDir(run.path).load_config() == config
 
 
 def test_a_new_run_records_where_it_ran(tmp_path):
     run = RunDir(tmp_path / "run")
+    run.claim()
     run.create(Config(), processes=3)
     found = strict(run.environment.read_text(encoding="utf-8"))
     assert found["processes"] == 3
@@ -46,7 +49,7 @@ def test_a_new_run_records_where_it_ran(tmp_path):
 def test_a_directory_that_holds_something_is_refused_and_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty") as caught:
-        RunDir(tmp_path).create(Config(), processes=1)
+        RunDir(tmp_path).claim()
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("notes.txt", "mine")]
@@ -57,12 +60,45 @@ def test_a_file_in_the_way_is_a_users_mistake(tmp_path, below):
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        RunDir(file / below).create(Config(), processes=1)
+        RunDir(file / below).claim()
 
 
 def test_a_directory_without_configuration_is_no_run(tmp_path):
     with pytest.raises(UserError, match="not a run directory"):
         RunDir(tmp_path).load_config()
+
+
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_run_that_is_trained_is_not_trained_by_another(tmp_path):
+    """Until that one ends, however it ends."""
+    run = RunDir(tmp_path)
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(run.lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match="another process trains this run"), run.locked():
+            pass
+    finally:
+        other.kill()
+        other.communicate()
+    with run.locked():
+        pass
+
+
+def test_a_lock_alone_is_no_run(tmp_path):
+    """It is what a kill just before the first file leaves."""
+    run = RunDir(tmp_path)
+    with run.locked():
+        run.claim()
 
 
 @pytest.mark.parametrize("kept", [0, 1, 2, 3])

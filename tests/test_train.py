@@ -2,6 +2,7 @@ import base64
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -401,6 +402,19 @@ def test_two_processes_stop_by_a_signal_to_one_in_epochs_of_few_steps(synth_data
     output, errors = launch(arguments, 2, script=script).communicate(timeout=200)
     assert output.count("exit 143 in epoch 2") == 2, errors
     assert (tmp_path / "run" / "checkpoints" / "step-00000010").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_what_one_of_two_processes_refuses_ends_both_with_one_line(synth_dataset, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    _, errors = launch(command(synth_dataset, tmp_path), 2).communicate(timeout=200)
+    told = [line for line in errors.splitlines() if line.startswith("fastlab: ")]
+    assert len(told) == 1 and "is not empty" in told[0], errors
+    assert 'File "' + str(ROOT) not in errors, errors
+    # By itself, or as the launcher ends it when the other has left.
+    assert {"2"} <= set(re.findall(r"exitcode *: (-?\d+)", errors)) <= {"2", "-15"}, errors
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 @pytest.mark.slow
