@@ -16,6 +16,7 @@ from fastlab.config import Config
 from fastlab.dataset.decode import CorruptImage, decode_into
 from fastlab.dataset.manifest import Manifest, check_sizes, read_manifest
 from fastlab.errors import UserError
+from fastlab.fingerprint import check_dataset
 from fastlab.optim import WeightAverage
 from fastlab.rundir import RunDir
 from pipelines import make_pipeline
@@ -28,12 +29,14 @@ def load_run(directory: Path, which: str) -> tuple[nn.Module, Config, Manifest, 
     """The model of a run with its "best" or "last" weights, in evaluation mode, on the device.
     Of a run with a moving average, both are that average: it is what training validates.
 
-    Raises `UserError` where the run, its checkpoint or its dataset cannot be read.
+    Raises `UserError` where the run, its checkpoint or its dataset cannot be read, or that is
+    another than it was trained on.
     """
     run = RunDir(directory)
     cfg = run.load_config()
     manifest = read_manifest(Path(cfg.data.path))
     check_sizes(Path(cfg.data.path), manifest)
+    check_dataset(run, cfg, manifest)
     model = models.build(cfg.model, len(manifest.classes))
     if cfg.train.precision == "fp64":
         model.double()

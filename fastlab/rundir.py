@@ -45,6 +45,7 @@ class RunDir:
         self.path = path
         self.config = path / "config.toml"
         self.environment = path / "environment.json"
+        self.dataset = path / "dataset.json"
         self.summary = path / "summary.json"
         self.metrics = path / "metrics.jsonl"
         self.predictions = path / "predictions.json"
@@ -65,11 +66,13 @@ class RunDir:
                     f"another --out"
                 )
 
-    def create(self, config: Config, processes: int) -> None:
-        """Make a claimed directory a run. Raises `UserError` where it cannot be written."""
+    def create(self, config: Config, dataset: dict[str, Any], processes: int) -> None:
+        """Make a claimed directory a run. `dataset` is a fingerprint. Raises `UserError` where it
+        cannot be written."""
         with self._writing():
             self.checkpoints.mkdir(exist_ok=True)
             _write_json(self.environment, environment(processes))
+            _write_json(self.dataset, dataset)
             # Last: a directory with a configuration is a run.
             write_atomically(self.config, configs.dump(config))
 
@@ -94,8 +97,8 @@ class RunDir:
 
     def _unused(self) -> bool:
         """Empty, or with no more than what a `create` that was killed leaves."""
-        started = (self.environment.name, self.config.name)
-        left = {self.checkpoints.name, self.lock.name, started[0]}
+        started = (self.environment.name, self.dataset.name, self.config.name)
+        left = {self.checkpoints.name, self.lock.name, *started[:-1]}
         left |= {f"{name}.partial" for name in started}
         begun = self.checkpoints.exists() and any(self.checkpoints.iterdir())
         return not begun and {path.name for path in self.path.iterdir()} <= left
@@ -104,6 +107,13 @@ class RunDir:
         if not self.config.is_file():
             raise UserError(f"{self.path}: not a run directory (no config.toml)")
         return configs.load(self.config)
+
+    def read_dataset(self) -> Any:
+        """The fingerprint of the run's dataset. Raises `UserError` where it cannot be read."""
+        try:
+            return json.loads(self.dataset.read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{self.dataset}: damaged ({error}); put the file back") from None
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         line = json.dumps(_finite(record))

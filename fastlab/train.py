@@ -36,6 +36,7 @@ from fastlab.config import Config, TrainConfig
 from fastlab.dataset.manifest import Manifest, check_sizes, read_manifest
 from fastlab.doctor import has_bf16
 from fastlab.errors import UserError, first_line, tell
+from fastlab.fingerprint import check_dataset, fingerprint
 from fastlab.metrics import Figures, Sums
 from fastlab.models.norm import synchronise
 from fastlab.optim import WeightAverage, make_optimizer, make_schedule
@@ -176,6 +177,7 @@ class Trainer:
             checkpoint.save(self.run.checkpoints, done, self.model, state, self.accelerator, own)
 
     def restore(self) -> None:
+        check_dataset(self.run, self.cfg, self.manifest)
         path = checkpoint.last(self.run.checkpoints)
         if path is not None:
             state, own = checkpoint.load(path, self.model, self.accelerator.process_index)
@@ -287,7 +289,8 @@ def run_held(trainer: Trainer, resume: bool) -> Iterator[None]:
                     directory.claim()
                 held.enter_context(directory.locked())
                 if not resume:
-                    directory.create(trainer.cfg, accelerator.num_processes)
+                    dataset = fingerprint(trainer.manifest)
+                    directory.create(trainer.cfg, dataset, accelerator.num_processes)
             if resume:
                 trainer.restore()
         yield

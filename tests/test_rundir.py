@@ -30,14 +30,14 @@ def test_a_new_run_gives_its_configuration_back(tmp_path):
     config = Config(model=ModelConfig(name="cnn8", width=3))
     run = RunDir(tmp_path / "deep" / "er" / "run")
     run.claim()
-    run.create(config, processes=3)
+    run.create(config, {}, processes=3)
     assert RunDir(run.path).load_config() == config
 
 
 def test_a_new_run_records_where_it_ran(tmp_path):
     run = RunDir(tmp_path / "run")
     run.claim()
-    run.create(Config(), processes=3)
+    run.create(Config(), {}, processes=3)
     found = strict(run.environment.read_text(encoding="utf-8"))
     assert found["processes"] == 3
     assert torch.__version__.startswith(found["versions"]["torch"])
