@@ -308,11 +308,11 @@ def agreed(accelerator: Accelerator) -> Iterator[None]:
         yield
     except UserError as error:
         failure = error
-    found = torch.tensor([failure is not None], device=accelerator.device)
+    found = torch.tensor([int(failure is not None)], device=accelerator.device)
     failed = accelerator.gather(found).tolist()
     if not any(failed):
         return
-    if failed.index(True) == accelerator.process_index:
+    if failed.index(1) == accelerator.process_index:
         tell(failure)
     accelerator.wait_for_everyone()  # the launcher ends the others as soon as one has left
     raise SystemExit(2)
