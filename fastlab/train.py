@@ -237,12 +237,13 @@ class Trainer:
         process, within an epoch; leaves statistics and random state as they were."""
         devices = [torch.cuda.current_device()] if self.device.type == "cuda" else []
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-        # Eagerly: to compile for it takes longer than it is worth.
-        with torch.random.fork_rng(devices), self.accelerator.autocast():
-            logits = type(self.model).forward(self.model, batch.images)
-        self.losses[self.progress.step] = training_loss(logits, batch, self.cfg.train)
-        for buffer, before in buffers:
-            buffer.copy_(before)
+        with span("checkpoint"):
+            # Eagerly: to compile for it takes longer than it is worth.
+            with torch.random.fork_rng(devices), self.accelerator.autocast():
+                logits = type(self.model).forward(self.model, batch.images)
+            self.losses[self.progress.step] = training_loss(logits, batch, self.cfg.train)
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
     def _most(self, value: int) -> int:
         """The largest over all processes."""
