@@ -290,7 +290,7 @@ def test_what_a_page_cannot_calculate_with_is_no_number(tmp_path: Path, loss: st
     (run / "metrics.jsonl").write_text(lines.replace('"val_loss": 4.9,', f'"val_loss": {loss},'))
     page = page_of(run)
     assert [len(segment) for segment in curve(page, "a val loss")] == [1]
-    assert results(page)[0][7] == "4.8500"
+    assert "4.8500" in results(page)[0]
 
 
 def test_table_beneath_a_plot_holds_every_run(tmp_path: Path) -> None:
