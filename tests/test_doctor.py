@@ -7,6 +7,7 @@ import torch
 from fastlab import doctor
 from fastlab.cli import main
 from fastlab.doctor import examine
+from tests.packages import forget
 
 
 def findings():
@@ -45,7 +46,7 @@ def test_a_missing_engine_is_told_with_the_way_to_install_it(monkeypatch):
 def test_an_engine_that_cannot_be_imported_is_told_so(code, said, monkeypatch, tmp_path):
     (tmp_path / "ffcv.py").write_text(f"{code}\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "ffcv", raising=False)
+    forget("ffcv", monkeypatch)
     found = findings()["engines", "ffcv"]
     assert not found.usable and "cannot be imported" in found.detail and said in found.detail
 

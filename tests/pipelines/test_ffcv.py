@@ -23,6 +23,7 @@ from fastlab.errors import UserError
 from pipelines import ffcv, make_pipeline
 from pipelines.base import Shard
 from pipelines.ffcv import open_engine, open_samples
+from tests.packages import forget
 
 pytestmark = pytest.mark.ffcv
 CPU = torch.device("cpu")
@@ -328,7 +329,7 @@ def test_importing_ffcv_keeps_the_number_of_threads(monkeypatch, tmp_path):
         "torch.set_num_threads(1), numba.set_num_threads(1)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "ffcv", raising=False)
+    forget("ffcv", monkeypatch)
     before = torch.get_num_threads(), numba.get_num_threads()
     try:
         torch.set_num_threads(3)
@@ -346,7 +347,7 @@ def test_importing_ffcv_keeps_the_number_of_threads(monkeypatch, tmp_path):
 def test_an_ffcv_that_cannot_be_imported_is_named(error, tmp_path, monkeypatch):
     (tmp_path / "ffcv.py").write_text(f"raise {error}")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "ffcv", raising=False)
+    forget("ffcv", monkeypatch)
     with pytest.raises(UserError, match="FFCV is not installed here") as found:
         ffcv._import_ffcv()
     assert len(str(found.value).splitlines()) == 1
