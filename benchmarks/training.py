@@ -102,9 +102,11 @@ def run_all(args: argparse.Namespace, journal: Journal) -> Session:
             return 0.0
         more = details.setdefault(case, {"held": [], "stall": [], "call": []})
         key = f"{case}, round {len(more['held']) + 1}"
-        found = journal.measured(key, lambda: attempt(args, case))
-        if "problem" in found:
-            problems[case] = found["problem"]
+        try:
+            command = arguments(args, case)
+            found = journal.measured(key, lambda: in_process("benchmarks.training", command))
+        except RuntimeError as error:  # tried again by the next call, were this one cut off
+            problems[case] = str(error)
             return 0.0
         more["held"].append(found.pop("held"))
         more["stall"].append(found.pop("stall"))
@@ -122,14 +124,6 @@ def run_all(args: argparse.Namespace, journal: Journal) -> Session:
     ]
     check_measured(records, problems)
     return session("training", records, journal.calls)
-
-
-def attempt(args: argparse.Namespace, case: str) -> dict:
-    """What `measure` finds in a process of its own, or the "problem" with that."""
-    try:
-        return in_process("benchmarks.training", arguments(args, case))
-    except RuntimeError as error:
-        return {"problem": str(error)}
 
 
 def arguments(args: argparse.Namespace, case: str) -> list[str]:

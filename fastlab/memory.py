@@ -27,17 +27,15 @@ def explained(trainer: "Trainer") -> Iterator[None]:
 
 
 @contextmanager
-def building(width: int) -> Iterator[None]:
-    """A model that is too large for any batch becomes a `UserError`."""
+def fitting(advice: str) -> Iterator[None]:
+    """What is too large whatever the batch becomes a `UserError` with this `advice`."""
     try:
         yield
     except (torch.OutOfMemoryError, RuntimeError) as error:
         # The second: more bytes than a number of 64 bits counts.
         if not is_out_of_memory(error) and "size calculation overflowed" not in str(error):
             raise
-        raise UserError(
-            f"model.width = {width}: the model does not fit into memory; take a smaller one"
-        ) from None
+        raise UserError(advice) from None
 
 
 def is_out_of_memory(error: Exception) -> bool:

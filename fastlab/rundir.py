@@ -67,8 +67,9 @@ class RunDir:
                 )
 
     def create(self, config: Config, dataset: dict[str, Any], processes: int) -> None:
-        """Make a claimed directory a run. `dataset` is a fingerprint. Raises `UserError` where it
-        cannot be written."""
+        """Make a claimed directory, which is locked, a run. `dataset` is a fingerprint. Raises
+        `UserError` where it cannot be written, or was made a run before it was locked."""
+        self.claim()
         with self._writing():
             self.checkpoints.mkdir(exist_ok=True)
             _write_json(self.environment, environment(processes))

@@ -58,6 +58,8 @@ _SLOW_BF16 = (
     'train.precision = "bf16" is slow on this CPU, which has no instructions for it; '
     "with --set train.precision=fp32 it trains faster"
 )
+_LARGE_DATA = 'data.placement = "{}": the images do not fit into memory; set it to "stream"'
+_LARGE_MODEL = "model.width = {}: the model does not fit into memory; take a smaller one"
 _COMPILING = "compiling the first step; minutes on a CPU"
 
 
@@ -106,12 +108,14 @@ class Trainer:
     def __init__(self, cfg: Config, run: RunDir, accelerator: Accelerator) -> None:
         self.cfg, self.run, self.accelerator = cfg, run, accelerator
         self.device = accelerator.device
-        with agreed(accelerator), memory.building(cfg.model.width):
+        with agreed(accelerator):
             self.manifest = open_dataset(cfg)
-            self.train_data = self.pipeline("train", train=True)
-            self.val_data = self.pipeline("val", train=False)
-            self.model = models.build(cfg.model, len(self.manifest.classes))
-        with memory.building(cfg.model.width):
+            with memory.fitting(_LARGE_DATA.format(cfg.data.placement)):
+                self.train_data = self.pipeline("train", train=True)
+                self.val_data = self.pipeline("val", train=False)
+            with memory.fitting(_LARGE_MODEL.format(cfg.model.width)):
+                self.model = models.build(cfg.model, len(self.manifest.classes))
+        with memory.fitting(_LARGE_MODEL.format(cfg.model.width)):
             self.net, self.optimizer = self._prepare()
             self.average = WeightAverage(self.model, cfg.train.ema) if cfg.train.ema else None
         self.parameters = models.count_parameters(self.model)

@@ -59,3 +59,14 @@ def test_a_model_that_fits_nowhere_is_one_line(width, synth_dataset, tmp_path, c
     (line,) = capsys.readouterr().err.splitlines()
     assert f"model.width = {width}" in line
     assert not (tmp_path / "run").exists()
+
+
+def test_images_that_do_not_fit_are_one_line(synth_dataset, tmp_path, monkeypatch, capsys):
+    def place(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("pipelines.resident.ResidentPipeline._place", place)
+    assert main(["train", *command(synth_dataset, tmp_path / "run")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert 'data.placement = "auto": the images do not fit' in line and '"stream"' in line
+    assert not (tmp_path / "run").exists()

@@ -40,6 +40,7 @@ from fastlab.dataset.originals import (
     select_classes,
 )
 from fastlab.dataset.place import (
+    check_free,
     check_replaceable,
     is_free,
     move_into_place,
@@ -88,7 +89,7 @@ def convert(source: Path, out: Path, options: Options) -> tuple[Manifest, bool]:
     if out in (originals, *originals.parents):
         raise UserError(f"{out}: holds the originals; choose another directory for the dataset")
     if options.force:
-        check_replaceable(out, manifests.NAME, "dataset directory")
+        _check_place(out, options)
     try:
         return _convert(source, out, options)
     except OSError as error:  # of the output: a source that cannot be read is told apart before
@@ -131,8 +132,17 @@ def _convert(source: Path, out: Path, options: Options) -> tuple[Manifest, bool]
         if found:
             _add_into_place(partial, out, missing)
         else:
+            _check_place(out, options)  # somebody may have filled it meanwhile
             move_into_place(partial, out)
     return manifest, True
+
+
+def _check_place(out: Path, options: Options) -> None:
+    if not options.force:
+        check_free(out)
+        return
+    own = (manifests.NAME, *FORMATS)
+    check_replaceable(out, "dataset directory", manifests.NAME, own.__contains__)
 
 
 def _tell(source: Path, left_out: tuple[str, ...]) -> None:

@@ -13,6 +13,7 @@ MAX_PIXELS = 64_000_000
 _FRAMES = (b"\xc0", b"\xc1", b"\xc2")  # markers of baseline, extended and progressive ones
 _FOUR = {"CMYK": "CMYK", "YCCK": "CMYK"}  # decoded to see whether they are damaged
 _METADATA = (b"Exif\0\0", b"http://ns.adobe.com/xap/")
+_PNG_METADATA = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type")
 _FORMATS = ("JPEG", "PNG", "WEBP")  # another of Pillow's, EPS, starts a program
 # libjpeg's warnings that pixels are made up, which Pillow passes over in silence.
 _DAMAGE = ("Corrupt JPEG data", "Premature end of JPEG file")
@@ -81,7 +82,9 @@ def is_plain(data: bytes) -> bool:
         return _plain_until(data) > 0
     if data[:4] == b"RIFF":
         return data[12:16] in (b"VP8 ", b"VP8L")
-    return data[:4] == b"\x89PNG" and data[24] <= 8 and data.find(b"eXIf") < 0
+    # Behind the bit depth, orientation as EXIF or XMP may come in three kinds of chunks.
+    png = data[:4] == b"\x89PNG" and data[24:25] in (b"\1", b"\2", b"\4", b"\x08")
+    return png and not any(kind in data for kind in _PNG_METADATA)
 
 
 def _plain_until(jpeg: bytes) -> int:

@@ -4,10 +4,10 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fastlab.errors import UserError
+from fastlab.errors import UserError, printable
 
 
 def settled(out: Path) -> Path:
@@ -27,14 +27,26 @@ def is_free(out: Path) -> bool:
     return not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir()))
 
 
-def check_replaceable(out: Path, mark: str, kind: str) -> None:
-    """Raises `UserError` where `out` is neither free nor a directory that has `mark`, by which a
-    `kind` is known: --force is not to cost anybody other files."""
-    if not is_free(out) and not (out / mark).exists():
+def check_replaceable(out: Path, kind: str, mark: str, own: Callable[[str], bool]) -> None:
+    """Raises `UserError` unless `out` is free, or a `kind`: a directory that has `mark` and nothing
+    but names that are its `own`. --force is not to cost anybody other files."""
+    if is_free(out):
+        return
+    why = f"no {mark}" if not (out / mark).exists() else ""
+    others = [] if why else sorted(name for name in os.listdir(out) if not own(name))
+    if others:
+        why = f"{printable(others[0])} is no part of one"
+    if why:
         raise UserError(
-            f"{out}: is no {kind} (no {mark}), and --force replaces nothing else; choose another "
+            f"{out}: is no {kind} ({why}), and --force replaces nothing else; choose another "
             f"directory, or move this away"
         )
+
+
+def check_free(out: Path) -> None:
+    """Raises `UserError` where something would be lost."""
+    if not is_free(out):
+        raise UserError(f"{out}: exists; choose another directory, or replace it with --force")
 
 
 @contextlib.contextmanager

@@ -7,8 +7,8 @@ import numpy as np
 from PIL import Image
 
 from fastlab.dataset.place import (
+    check_free,
     check_replaceable,
-    is_free,
     move_into_place,
     partial_directory,
     settled,
@@ -35,16 +35,23 @@ def synthesise(out: Path, classes: int, per_class: int, seed: int = 0, force: bo
     if seed < 0:
         raise UserError(f"--seed {seed}: expected 0 or more")
     out = settled(out)
-    if force:
-        check_replaceable(out, f"train/{_ID.format(0)}", "generated dataset")
-    elif not is_free(out):
-        raise UserError(f"{out}: exists; choose another directory, or replace it with --force")
+    _check_place(out, force)
     try:
         with partial_directory(out) as partial:
             _write(partial, classes, per_class, np.random.default_rng(seed))
+            _check_place(out, force)  # somebody may have filled it meanwhile
             move_into_place(partial, out)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror})") from None
+
+
+def _check_place(out: Path, force: bool) -> None:
+    if not force:
+        check_free(out)
+        return
+    own, first = ("train", "val", "wnids.txt", "words.txt"), _ID.format(0)
+    check_replaceable(out, "generated dataset", f"train/{first}", own.__contains__)
+    check_replaceable(out / "train", "generated dataset", first, lambda name: name[:2] == first[:2])
 
 
 def _write(root: Path, classes: int, per_class: int, random: np.random.Generator) -> None:

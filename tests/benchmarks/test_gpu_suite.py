@@ -1,6 +1,7 @@
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,21 @@ def test_failing_tests_are_named_in_the_log_and_run_again(tmp_path):
         assert attempt(failing, "s", tmp_path, time.monotonic() + 60) == 1
     assert [line["outcome"] for line in log(tmp_path)] == ["failed (1)"] * 2
     assert "test_that_fails" in (tmp_path / "step.log").read_text() and not result.exists()
+
+
+def test_a_report_of_failed_runs_is_a_result_too(tmp_path):
+    code = f"open({str(tmp_path / 'result')!r}, 'w').close(); raise SystemExit(1)"
+    study = replace(step(tmp_path, code), codes=(0, 1))
+    assert attempt(study, "s", tmp_path, time.monotonic() + 60) == 0
+    assert log(tmp_path)[0]["outcome"] == "done" and study.result.exists()
+    (stage,) = gpu_suite.ablations(gpu_suite.Suite(tmp_path, tmp_path, tiny=False))
+    assert stage.codes == (0, 1)
+
+
+def test_a_torn_line_of_the_log_is_passed_over(tmp_path):
+    line = json.dumps({"stage": "a", "outcome": "cut off", "seconds": 9.0})
+    (tmp_path / "suite.jsonl").write_text(line + "\n" + line[:20])
+    assert by_turn(["a", "b"], tmp_path) == ["b", "a"]
 
 
 def test_a_step_is_asked_to_stop_at_the_end_of_the_budget(tmp_path, monkeypatch):

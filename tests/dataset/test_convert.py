@@ -420,3 +420,46 @@ def test_the_working_directory_is_no_place_to_write(tmp_path, monkeypatch, capsy
     for command in (["convert", str(source)], ["synth"]):
         assert main([*command, ".", "--force"]) == 2
         assert ".: choose a directory below it" in capsys.readouterr().err
+
+
+def test_force_keeps_what_lies_within_a_dataset(synth_source, tmp_path, capsys):
+    out = tmp_path / "out"
+    convert(synth_source, out, Options())
+    (out / "runs").mkdir()
+    other = tmp_path / "project"
+    other.mkdir()
+    (other / "manifest.json").write_text('{"name": "an extension"}')
+    (other / "a.js").write_text("years")
+    for place, name in ((out, "runs"), (other, "a.js")):
+        assert main(["convert", str(synth_source), str(place), "--force"]) == 2
+        assert f"{name} is no part of one" in capsys.readouterr().err
+    assert (out / "runs").exists() and (other / "a.js").exists()
+    (out / "runs").rmdir()
+    assert main(["convert", str(synth_source), str(out), "--force"]) == 0
+
+
+@pytest.mark.parametrize("where", ["mine", "train/mine"])
+def test_force_keeps_what_lies_within_generated_originals(where, tmp_path, capsys):
+    made = ["synth", str(tmp_path / "out"), "--classes", "2", "--per-class", "1"]
+    assert main(made) == 0 and main([*made, "--force"]) == 0
+    (tmp_path / "out" / where).mkdir()
+    assert main([*made, "--force"]) == 2
+    assert "mine is no part of one" in capsys.readouterr().err
+    assert (tmp_path / "out" / where).exists()
+
+
+@pytest.mark.parametrize("more", [[], ["--force"]])
+def test_a_place_that_is_filled_meanwhile_is_kept(
+    more, synth_source, tmp_path, monkeypatch, capsys
+):
+    out, finish = tmp_path / "out", conversion._finish
+
+    def filled(*args):
+        out.mkdir()
+        (out / "thesis.tex").write_text("years")
+        finish(*args)
+
+    monkeypatch.setattr(conversion, "_finish", filled)
+    assert main(["convert", str(synth_source), str(out), *more]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert os.listdir(out) == ["thesis.tex"] and os.listdir(tmp_path) == ["out"]

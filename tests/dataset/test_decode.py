@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from fastlab.dataset import decode
 from fastlab.dataset.decode import CorruptImage, decode_into, is_plain
@@ -158,6 +159,12 @@ def test_plain_are_those_that_every_decoder_reads_alike():
             assert is_plain(encoded(image, **kind))
     for format in ("JPEG", "PNG", "WEBP"):
         assert not is_plain(encoded(colour, format, exif=TURNED))
+    turned_by_xmp, turned_by_text = PngInfo(), PngInfo()
+    turned_by_xmp.add_itxt("XML:com.adobe.xmp", XMP.decode())
+    turned_by_text.add_text("Raw profile type exif", "\nexif\n8\n", zip=True)
+    for info in (turned_by_xmp, turned_by_text):
+        assert not is_plain(encoded(colour, "PNG", pnginfo=info))
+    assert not is_plain(encoded(colour, "PNG")[:20])
     for data in (cmyk(False), encoded(deep, "PNG"), encoded(colour, "GIF"), b"", b"\xff\xd8"):
         assert not is_plain(data)
 
