@@ -411,7 +411,7 @@ def test_what_one_of_two_processes_refuses_ends_both_with_one_line(synth_dataset
     _, errors = launch(command(synth_dataset, tmp_path), 2).communicate(timeout=200)
     told = [line for line in errors.splitlines() if line.startswith("fastlab: ")]
     assert len(told) == 1 and "is not empty" in told[0], errors
-    assert 'File "' + str(ROOT) not in errors, errors
+    assert f'File "{ROOT / "fastlab"}' not in errors, errors
     # By itself, or as the launcher ends it when the other has left.
     assert {"2"} <= set(re.findall(r"exitcode *: (-?\d+)", errors)) <= {"2", "-15"}, errors
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
