@@ -12,7 +12,8 @@ class UserError(Exception):
 def tell(what: object) -> None:
     """Print the one line."""
     try:
-        print(f"fastlab: {what}", file=sys.stderr, flush=True)
+        # At once: other processes may write to the same terminal.
+        print(f"fastlab: {what}\n", end="", file=sys.stderr, flush=True)
     except OSError:
         silence(sys.stderr)  # the exit status is all that is left to tell
 
