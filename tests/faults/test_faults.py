@@ -18,6 +18,7 @@ def unmeasured(monkeypatch):
         monkeypatch.delenv(name)
 
 
+@pytest.mark.timeout(900)  # many trainings, on a machine that may be busy
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("stage", STAGES)
