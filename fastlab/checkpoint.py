@@ -48,7 +48,7 @@ def save(
     accelerator.wait_for_everyone()
     _write(_rank_state(model, own), partial / f"rank-{accelerator.process_index}.pt")
     if accelerator.is_main_process:
-        save_weights(model, partial / "model.safetensors")
+        save_weights(model.state_dict(), partial / "model.safetensors")
         _write({**state, "processes": accelerator.num_processes}, partial / "state.pt")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -76,9 +76,9 @@ def _read(path: Path) -> dict[str, Any]:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def save_weights(model: nn.Module, path: Path) -> None:
+def save_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
     """safetensors, in place of `path` at once. Raises OSError."""
-    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    tensors = {name: t.detach().cpu().contiguous() for name, t in weights.items()}
     data = safetensors_bytes(tensors, {_HASH: _digest(tensors)})
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(data)

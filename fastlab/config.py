@@ -146,9 +146,15 @@ class TrainConfig:
     ema: float = _fraction(0.0)
     """Decay a step of the moving average of weights that is then validated and saved; 0: off."""
     log_every: int = _at_least(50, 1)
-    """Steps between looks at the loss and at the other processes' wish to stop."""
+    """Steps between looks at the loss, the clock and the other processes' wish to stop."""
+    checkpoint_seconds: float = _at_least(30.0, 0)
+    """Seconds between checkpoints, looked at every `log_every` steps and at the end of an epoch;
+    0: at the end of every epoch. The end of the training always writes one."""
     checkpoint_every: int = _at_least(0, 0)
-    """Steps between checkpoints within an epoch; 0: only at its end."""
+    """Steps between checkpoints within an epoch, whatever the clock says; 0: off."""
+    deterministic: bool = False
+    """On a GPU: True takes deterministic convolutions, so that a resumed run repeats an undisturbed
+    one bit for bit; False lets cuDNN choose the fastest by trial. A CPU is always deterministic."""
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,17 @@ class Sums:
         return Figures(loss / max(images, 1), int(top1), int(top5), int(images))
 
 
+def loss_and_sums(
+    logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, smoothing: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss to train by (scalar, at least fp32: mean cross-entropy with label `smoothing`) and
+    `batch_sums` of the same logits, in one function: compiled, it is one kernel a pass where
+    PyTorch launches some thirty."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+    return loss, batch_sums(logits.detach(), labels, mask)
+
+
 def batch_sums(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """[4] float64: cross-entropy, top-1 hits, top-5 hits and images of one batch.
 

@@ -4,6 +4,10 @@ import ctypes
 import functools
 import os
 import signal
+import time
+
+STARTED = time.perf_counter()
+"""When this process imported fastlab: wall time counts from here."""
 
 _PR_SET_PDEATHSIG = 1
 

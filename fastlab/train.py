@@ -10,6 +10,7 @@ ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 fastlab/train.py --config co
 
 import argparse
 import math
+import os
 import signal
 import time
 import warnings
@@ -19,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fastlab.processes import die_with_launcher
+from fastlab.processes import STARTED, die_with_launcher
 
 if __name__ == "__main__":
     die_with_launcher()  # before the imports, which take seconds
@@ -34,10 +35,11 @@ from tqdm import tqdm
 from fastlab import checkpoint, config, memory, models
 from fastlab.config import Config, TrainConfig
 from fastlab.dataset.manifest import Manifest, check_sizes, read_manifest
+from fastlab.delayed import DelayedRead
 from fastlab.doctor import has_bf16
 from fastlab.errors import UserError, first_line, tell
 from fastlab.fingerprint import check_dataset, fingerprint
-from fastlab.metrics import Figures, Sums
+from fastlab.metrics import Figures, Sums, loss_and_sums
 from fastlab.models.norm import synchronise
 from fastlab.optim import WeightAverage, make_optimizer, make_schedule
 from fastlab.predict import sample_predictions
@@ -91,7 +93,9 @@ class Progress:
     lr: float = 0.0
     """Rate of the first step of the epoch under way."""
     seconds: float = 0.0
-    """Of training and evaluation, over all resumptions."""
+    """Training and evaluation, over all resumptions."""
+    wall: float = 0.0
+    """Seconds from start to last checkpoint of the processes before this one."""
 
 
 class Stop(Exception):
@@ -122,13 +126,20 @@ class Trainer:
         steps = cfg.train.epochs * self.train_data.steps()
         self.schedule = make_schedule(cfg.schedule, self.optimizer.optimizer, steps)
         self.sums = Sums(self.device)
+        self.loss_and_sums = loss_and_sums
+        if cfg.train.compile:
+            self.loss_and_sums = torch.compile(loss_and_sums, dynamic=False)
         self.tracer = Tracer(cfg.profile, run.traces, accelerator.process_index, self.device)
         self.progress = Progress()
         self.own_steps = 0  # done by this process
         self.wanted_stop = 0
-        # Of each step of the epoch under way, and what its last step's weights would give: looked
-        # at now and then, not step by step.
+        self.saved = time.perf_counter()  # when the last checkpoint was written
+        self.best_weights: dict[str, torch.Tensor] = {}  # not written yet
+        # The loss of each step of the epoch under way, and the one that its last step's weights
+        # would give: looked at every train.log_every steps, not step by step.
         self.losses = torch.zeros(self.train_data.steps() + 1, device=self.device)
+        self.remaining = torch.arange(len(self.losses), 0, -1, device=self.device)
+        self.looks = DelayedRead(7, self.device)
 
     def pipeline(self, split: str, train: bool) -> Pipeline:
         cfg, accelerator = self.cfg, self.accelerator
@@ -163,7 +174,7 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "progress": asdict(self.progress),
+            "progress": {**asdict(self.progress), "wall": self.wall()},
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "average": self.average.state_dict() if self.average else None,
@@ -172,13 +183,27 @@ class Trainer:
             "sums": self.accelerator.reduce(self.sums.values.clone(), "sum").cpu(),
         }
 
+    def wall(self) -> float:
+        """Seconds of all processes of this run, from their starts."""
+        return self.progress.wall + time.perf_counter() - STARTED
+
+    def keep_best(self) -> None:
+        """Note the weights that the model holds now as the best; `save` writes them."""
+        state = self.model.state_dict()
+        self.best_weights = {name: tensor.detach().clone() for name, tensor in state.items()}
+
     def save(self) -> None:
         with span("checkpoint"):  # a review leaves it out of the step around it
             self.refuse_divergence()
+            if self.best_weights and self.accelerator.is_main_process:
+                checkpoint.save_weights(self.best_weights, self.run.best)
+            self.best_weights = {}
             done = self.progress.epoch * self.train_data.steps() + self.progress.step
             state = self.state_dict()
             own = self.average.buffers if self.average else ()
             checkpoint.save(self.run.checkpoints, done, self.model, state, self.accelerator, own)
+            self.saved = time.perf_counter()
+            self.looks.forget()  # the last one may have asked for this checkpoint
 
     def restore(self) -> None:
         check_dataset(self.run, self.cfg, self.manifest)
@@ -200,31 +225,53 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.run.keep_metrics(self.progress.epoch)
 
-    def agree_to_stop(self, due: bool) -> None:
-        """Raise `Stop` where a signal reached any process. With several, all look where it is
-        `due`, since none may leave the others waiting in a reduction."""
-        if due:
-            self.refuse_divergence()
-        wanted = self.wanted_stop
-        if self.accelerator.num_processes > 1:
-            wanted = self._most(wanted) if due else 0
-        if wanted:
+    def checkpoint_due(self) -> bool:
+        return time.perf_counter() - self.saved >= self.cfg.train.checkpoint_seconds
+
+    def agree_to_stop(self) -> None:
+        """Collective: every process calls this between two epochs. Raises `UserError` where a loss
+        was not finite, `Stop` where a signal reached any process."""
+        self.refuse_divergence()
+        if wanted := self._most(self.wanted_stop):
             raise Stop(wanted)
 
-    def refuse_divergence(self) -> None:
-        """Raise `UserError` where a loss was no finite number: before anything is saved that came
-        after it. Every process calls this at the same step."""
-        bad = ~self.losses.isfinite()
-        left = len(bad) - int(bad.int().argmax()) if bool(bad.any()) else 0
+    def look(self) -> tuple[bool, list[float]]:
+        """Collective: every process calls this every `train.log_every` steps. Raises `UserError`
+        and `Stop` as `agree_to_stop` does; returns whether a checkpoint is due, and this process's
+        sums of the epoch. All of it is as of the look before, since the device need not be
+        drained for that; the first look of an epoch returns no sums."""
+        due = self.cfg.train.checkpoint_seconds > 0 and self.checkpoint_due()
+        own = torch.tensor([self.wanted_stop, due], dtype=torch.float64)
+        own = own.to(self.device, non_blocking=True)
+        largest = torch.cat([self._steps_since_divergence().double()[None], own])
         if self.accelerator.num_processes > 1:
-            left = self._most(left)
-        if not left:
-            return
-        step = len(bad) - left + 1
-        self.diverged("loss", f"at step {step}" if step < len(bad) else "after the last step")
+            largest = self.accelerator.gather(largest[None]).amax(dim=0)
+        before = self.looks.exchange(torch.cat([largest, self.sums.values]))
+        if not before:
+            return False, []
+        diverged, wanted, due, *sums = before
+        self._refuse(int(diverged))
+        if wanted:
+            raise Stop(int(wanted))
+        return bool(due), sums
+
+    def refuse_divergence(self) -> None:
+        """Collective: every process calls this before anything is saved. Raises `UserError` where
+        a loss of the epoch under way was not finite. Waits for the device."""
+        self._refuse(self._most(int(self._steps_since_divergence())))
+
+    def _steps_since_divergence(self) -> torch.Tensor:
+        """int64 scalar on the device: entries of `losses` from the first that is not finite on."""
+        return torch.where(self.losses.isfinite(), 0, self.remaining).amax()
+
+    def _refuse(self, steps_since_divergence: int) -> None:
+        if steps_since_divergence:
+            step = len(self.losses) - steps_since_divergence + 1
+            after_all = step == len(self.losses)
+            self.diverged("loss", "after the last step" if after_all else f"at step {step}")
 
     def diverged(self, what: str, where: str) -> NoReturn:
-        """Of every process."""
+        """Collective: every process calls this."""
         last = checkpoint.last(self.run.checkpoints)
         kept = f"{last} is whole" if last else "there was no checkpoint yet"
         write_summary(self, "diverged")
@@ -245,12 +292,16 @@ class Trainer:
             # Eagerly: to compile for it takes longer than it is worth.
             with torch.random.fork_rng(devices), self.accelerator.autocast():
                 logits = type(self.model).forward(self.model, batch.images)
-            self.losses[self.progress.step] = training_loss(logits, batch, self.cfg.train)
+            self.losses[self.progress.step] = loss_and_sums(
+                logits, batch.labels, batch.mask, self.cfg.train.label_smoothing
+            )[0]
             for buffer, before in buffers:
                 buffer.copy_(before)
 
     def _most(self, value: int) -> int:
-        """The largest over all processes."""
+        """Collective: the largest `value` over all processes."""
+        if self.accelerator.num_processes == 1:
+            return value
         return int(self.accelerator.gather(torch.tensor([value], device=self.device)).max())
 
 
@@ -407,18 +458,27 @@ def open_dataset(cfg: Config) -> Manifest:
 
 @contextmanager
 def torch_settings(cfg: Config) -> Iterator[None]:
-    """The same initial weights on every process, and TF32 where precision is mixed anyway: in
-    matrix products and, by a switch of its own that is on by default, in convolutions."""
-    mixed = cfg.train.precision not in ("fp32", "fp64")
-    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    """The same initial weights on every process; TF32 where precision is mixed anyway, in matrix
+    products and, by a switch of its own that is on by default, in convolutions; convolutions that
+    cuDNN chooses by trial, or deterministic ones."""
+    mixed, deterministic = cfg.train.precision not in ("fp32", "fp64"), cfg.train.deterministic
+    products = torch.get_float32_matmul_precision()
+    algorithms = torch.are_deterministic_algorithms_enabled()
+    cudnn = torch.backends.cudnn.flags(
+        enabled=True, benchmark=not deterministic, deterministic=deterministic, allow_tf32=mixed
+    )
+    if deterministic:
+        # Read where cuBLAS is first used: https://docs.nvidia.com/cuda/cublas/#results-reproducibility
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_float32_matmul_precision("high" if mixed else "highest")
-    torch.backends.cudnn.allow_tf32 = mixed
+    torch.use_deterministic_algorithms(deterministic)
     set_seed(cfg.train.seed)
     try:
-        yield
+        with cudnn:
+            yield
     finally:
         torch.set_float32_matmul_precision(products)
-        torch.backends.cudnn.allow_tf32 = convolutions
+        torch.use_deterministic_algorithms(algorithms)
 
 
 @contextmanager
@@ -460,8 +520,7 @@ def train(trainer: Trainer) -> int:
     with signals_to(trainer), tensorboard(trainer) as board, trainer.tracer:
         try:
             while progress.epoch < trainer.cfg.train.epochs:
-                # Between epochs too: one may be shorter than train.log_every.
-                trainer.agree_to_stop(due=True)
+                trainer.agree_to_stop()
                 epoch(trainer, board)
         except Stop as stop:
             trainer.save()
@@ -492,17 +551,19 @@ def epoch(trainer: Trainer, board: Any) -> None:
             trainer.diverged("validation loss", "at the end")
         if found.top1 > progress.best_top1:
             progress.best_top1, progress.best_epoch = found.top1, progress.epoch + 1
-            if trainer.accelerator.is_main_process:
-                checkpoint.save_weights(trainer.model, trainer.run.best)
+            trainer.keep_best()
     if isinstance(trainer.schedule, ReduceLROnPlateau):
         trainer.schedule.step(found.top1)
     progress.epoch, progress.step = progress.epoch + 1, 0
     trainer.sums.values.zero_()
+    trainer.looks.forget()
     seconds = time.perf_counter() - started
     progress.seconds += seconds
     if trainer.accelerator.is_main_process:
         record(trainer, board, trained, found, rate, seconds)
-    trainer.save()
+    last = progress.epoch == trainer.cfg.train.epochs
+    if last or trainer._most(trainer.checkpoint_due()):
+        trainer.save()
 
 
 def train_epoch(trainer: Trainer, started: float) -> tuple[Figures, float]:
@@ -524,14 +585,10 @@ def train_epoch(trainer: Trainer, started: float) -> tuple[Figures, float]:
             if progress.step == warm:
                 wait_for_device(trainer.device)
                 clock = time.perf_counter()
-            if progress.step % settings.log_every == 0 or progress.step == steps:
-                show(bar, trainer, progress.step)
             if progress.step == steps:
-                break  # the epoch's end makes its own checkpoint; a stop waits for it
-            if settings.checkpoint_every and progress.step % settings.checkpoint_every == 0:
-                save_within(trainer, batch, started)
+                break  # a stop, and the checkpoint, wait for the validation
             try:
-                trainer.agree_to_stop(due=progress.step % settings.log_every == 0)
+                save_or_stop(trainer, batch, started, bar)
             except Stop:
                 trainer.try_weights(batch)
                 progress.seconds += time.perf_counter() - started
@@ -543,12 +600,29 @@ def train_epoch(trainer: Trainer, started: float) -> tuple[Figures, float]:
     return figures, (steps - warm) * settings.batch_size / (time.perf_counter() - clock)
 
 
+def save_or_stop(trainer: Trainer, batch: Batch, started: float, bar: Any) -> None:
+    """What may be due after a step within an epoch: a look, a checkpoint, a stop."""
+    step, settings = trainer.progress.step, trainer.cfg.train
+    due = settings.checkpoint_every and step % settings.checkpoint_every == 0
+    if step % settings.log_every == 0:
+        clock_due, sums = trainer.look()
+        due = due or clock_due
+        show(bar, sums, step)
+    if due:
+        save_within(trainer, batch, started)
+    # Several processes stop together, by a look or between two epochs.
+    if trainer.wanted_stop and trainer.accelerator.num_processes == 1:
+        raise Stop(trainer.wanted_stop)
+
+
 def train_step(trainer: Trainer, batch: Batch) -> torch.Tensor:
     """Forward, backward, update: nothing here waits for the device. Returns this process's loss."""
     settings, optimizer = trainer.cfg.train, trainer.optimizer
     with span("forward"):
         logits = trainer.net(batch.images)
-        loss = training_loss(logits, batch, settings)
+        loss, sums = trainer.loss_and_sums(
+            logits, batch.labels, batch.mask, settings.label_smoothing
+        )
     with span("backward"):
         trainer.accelerator.backward(loss)
     with span("optimizer"):
@@ -560,16 +634,8 @@ def train_step(trainer: Trainer, batch: Batch) -> torch.Tensor:
             trainer.schedule.step()
         if trainer.average:
             trainer.average.update()
-    trainer.sums.add(logits.detach(), batch.labels, batch.mask)
+    trainer.sums.values += sums
     return loss.detach()
-
-
-def training_loss(logits: torch.Tensor, batch: Batch, settings: TrainConfig) -> torch.Tensor:
-    return nn.functional.cross_entropy(
-        logits.to(torch.promote_types(logits.dtype, torch.float32)),
-        batch.labels,
-        label_smoothing=settings.label_smoothing,
-    )
 
 
 @torch.no_grad()
@@ -620,6 +686,7 @@ def record(
         "val_top5": found.top5,
         "images_per_second": rate,
         "seconds": s,
+        "wall_seconds": trainer.wall(),
     }
     step = progress.epoch * trainer.train_data.steps()
     counts = {
@@ -661,9 +728,9 @@ def progress_bar(trainer: Trainer, steps: int, first: int) -> Iterator[Any]:
         yield bar
 
 
-def show(bar: Any, trainer: Trainer, step: int) -> None:
-    if not bar.disable:
-        loss, hits, _, images = trainer.sums.values.tolist()
+def show(bar: Any, sums: list[float], step: int) -> None:
+    if sums and not bar.disable:
+        loss, hits, _, images = sums
         bar.set_postfix_str(f"loss {loss / images:.3f}, top-1 {hits / images:.1%}", refresh=False)
         bar.update(step - bar.n)
 
@@ -685,6 +752,7 @@ def write_summary(trainer: Trainer, status: str) -> None:
             },
             "status": status,
             "train_seconds": trainer.progress.seconds,
+            "wall_seconds": trainer.wall(),
         }
     )
 

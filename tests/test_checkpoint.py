@@ -265,9 +265,9 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, name):
 
 def test_saved_weights_are_read_back_and_replace_the_old_ones_at_once(tmp_path):
     path = tmp_path / "best.safetensors"
-    checkpoint.save_weights(small(1), path)
+    checkpoint.save_weights(small(1).state_dict(), path)
     with path.open("rb") as reader:
-        checkpoint.save_weights(small(2), path)
+        checkpoint.save_weights(small(2).state_dict(), path)
         (tmp_path / "old").write_bytes(reader.read())
     for name, value in (("old", 1), ("best.safetensors", 2)):
         model = small()

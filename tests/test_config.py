@@ -79,7 +79,9 @@ VALUES = {
         "grad_clip": NOT_NEGATIVE,
         "ema": FRACTION,
         "log_every": COUNT,
+        "checkpoint_seconds": NOT_NEGATIVE,
         "checkpoint_every": SIZE,
+        "deterministic": st.booleans(),
     },
     "profile": {
         "enabled": st.booleans(),
@@ -217,6 +219,7 @@ def test_unknown_name_is_refused_with_the_nearest_valid_one(
         ("train.seed", "-1"),
         ("train.seed", "2147483648"),
         ("train.checkpoint_every", "-1"),
+        ("train.checkpoint_seconds", "-0.1"),
         ("train.precision", '"fp8"'),
         ("data.pipeline", '"a\\nb"'),
         ("model.name", '""'),

@@ -16,6 +16,7 @@ TINY = (
     "train.eval_batch_size=7",
     "train.epochs=3",
     "train.checkpoint_every=2",
+    "train.checkpoint_seconds=0",
     "model.dropout_conv=0.1",
     "train.ema=0.9",
 )
@@ -59,7 +60,7 @@ def train(arguments: list[str], processes: int = 1) -> None:
 def metrics(run: Path) -> list[dict]:
     """All but times."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    timed = ("seconds", "images_per_second")
+    timed = ("seconds", "wall_seconds", "images_per_second")
     return [{k: v for k, v in line.items() if k not in timed} for line in lines]
 
 
