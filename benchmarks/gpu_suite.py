@@ -1,259 +1,403 @@
-"""Everything worth measuring on a rented GPU, in order of value, in time-boxed, resumable slices.
+"""Fifteen minutes on a rented GPU, in stages that are commands of their own.
 
-    python -m benchmarks.gpu_suite --data data/tiny-imagenet --out OUT --budget 540
-    python -m benchmarks.gpu_suite --data demo/dataset --out OUT --budget 600 --tiny   # any CPU
+    python3 -m benchmarks.gpu_suite smoke --pack OUT                       # needs no data
+    python3 -m benchmarks.gpu_suite data --piece .lease/piece-1.tar.xz     # then 2 and 3
+    python3 -m benchmarks.gpu_suite reference --pack OUT
+    python3 -m benchmarks.gpu_suite measure --pack OUT
+    python3 -m benchmarks.gpu_suite more --pack OUT
 
-A stage is a list of steps, a step one command of this project that writes its own records. A step
-that ended is never run again. One that the budget cuts off is asked to stop, and goes on from what
-it has (a checkpoint, its finished cases) at its stage's next turn. The first call goes by value;
-later ones begin with the stage that has had least time for steps that did not end, so that a long
-one does not take all calls and each gets a whole call now and then. `OUT/suite.jsonl` logs every
-step with its seconds.
+The machine is bare: nothing is installed but PyTorch and what usually comes with it, there is no
+network, and a command brings at most a checkout and some files. So a stage takes the missing
+packages from ``wheels/`` (`make wheels`), keeps everything under ``lease/``, and packs its results
+into a few small files when it ends. Each step has a time limit; one that fails is reported with its
+last line and the next one begins. `benchmarks.rehearsal` runs these very commands on a CPU, where
+the same steps take small sizes.
 """
 
 import argparse
-import contextlib
+import io
 import json
 import os
-import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fastlab.errors import UserError
+from fastlab.errors import UserError, tell
 
-_REFERENCE = ("resnet11", "resnet15", "resnet19", "cnn8", "cnn10", "cnn12")
-_GRACE = 20.0  # seconds that a step has to save what it did
-_LEAST = 15.0  # seconds left that are not worth starting a step
+LEASE = Path("lease")
+SITE, LOGS, RESULTS, RUNS = (LEASE / name for name in ("site", "logs", "results", "runs"))
+CACHE, ORIGINALS = LEASE / "inductor", LEASE / "originals"
+SYNTHETIC, FIRST, DATASET = (LEASE / name for name in ("synthetic", "first", "dataset"))
+WHEELS = Path("wheels")
+
+_GRACE = 10.0  # seconds that a step has to save what it did
+_PART = 15 << 20  # bytes of a file of the packed cache
+_SHOWN = 12  # last lines of each step's log that a stage prints
+_OTHERS = ("resnet15", "resnet19", "cnn8", "resnet18")
 
 
 @dataclass(frozen=True)
 class Step:
+    """One command of this project, which writes its own records."""
+
     name: str
     command: list[str]
-    result: Path
-    """Exists when the step ended well."""
-    codes: tuple[int, ...] = (0,)
-    """Exit statuses of a step that ended well."""
+    seconds: float
+    """Time limit. At its end the command and what it started get SIGTERM."""
+    beside: bool = False
+    """It runs beside the steps that follow, which measure nothing; its stage waits for it."""
 
 
 @dataclass(frozen=True)
-class Suite:
-    """Where and how large."""
-
-    data: Path
-    out: Path
-    tiny: bool
-
-    def module(self, name: str, *arguments: str) -> list[str]:
-        return [sys.executable, "-m", name, *arguments]
-
-    def measured(self, name: str, module: str, *arguments: str) -> Step:
-        result = self.out / f"{name}.json"
-        return Step(name, self.module(module, *arguments, "--out", str(result)), result)
-
-    def trained(self, name: str, config: str, *overrides: str) -> Step:
-        """A run in ``OUT/runs/<name>``, resumed where it was begun; over when its report exists."""
-        run, report = self.out / "runs" / name, self.out / "runs" / f"{name}.html"
-        script = f"{_fastlab('train')} --resume {run} || exit $?"
-        if not (run / "config.toml").exists():
-            sets = [f"data.path={json.dumps(str(self.data))}", *overrides]
-            options = shlex.join([part for value in sets for part in ("--set", value)])
-            script = f"{_fastlab('train')} --config {config} {options} --out {run} || exit $?"
-        script += f"\n{_fastlab('report')} {run} --out {report}"
-        return Step(name, ["bash", "-c", script], report)
+class Stage:
+    seconds: float
+    """Time limit of all steps together."""
+    steps: Callable[["Sizes", argparse.Namespace], list[Step]]
+    about: str
 
 
-def _fastlab(command: str) -> str:
-    return shlex.join([sys.executable, "-m", "fastlab", command])
+@dataclass(frozen=True)
+class Sizes:
+    """How much each command does: on a GPU, or where there is none and it is only rehearsed."""
+
+    batches: str = "128,1024"
+    variants: str = ""
+    epochs: int = 100
+    rounds: int = 3
+    loader_batches: str = "256,1024,4096,16384,65536"
+    classes: int = 200
+    overrides: list[str] = field(default_factory=list)
+    """Makes the models small."""
+
+    def sets(self, *overrides: str) -> list[str]:
+        return [part for value in (*overrides, *self.overrides) for part in ("--set", value)]
 
 
-def environment(suite: Suite) -> list[Step]:
-    return [suite.measured("ceilings", "benchmarks.ceilings")]
+ON_CPU = Sizes(
+    batches="16",
+    variants="eager fp32",
+    epochs=2,
+    rounds=1,
+    loader_batches="8",
+    classes=4,
+    overrides=[
+        "model.width=4",
+        "train.batch_size=16",
+        "train.precision=fp32",
+        "train.compile=false",
+    ],
+)
 
 
-def correctness(suite: Suite) -> list[Step]:
-    report = suite.out / "gpu-tests.xml"
-    # On a CPU the same tests skip; what they are about is tested there by others.
-    tests = "tests/pipelines/test_augment.py" if suite.tiny else "tests"
-    options = ["-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}"]
-    return [Step("gpu-tests", suite.module("pytest", "-q", tests, *options), report)]
+def python(module: str, *arguments: object) -> list[str]:
+    return [sys.executable, "-m", module, *map(str, arguments)]
 
 
-def loaders(suite: Suite) -> list[Step]:
-    seconds, rounds = ("0.2", "1") if suite.tiny else ("3", "5")
-    only = "memory gather, no augmentation;fastlab resident"
-    if not suite.tiny:
-        only += ";fastlab torchvision;fastlab dali;fastlab ffcv, raw"
-    arguments = [str(suite.data), "--seconds", seconds, "--rounds", rounds, "--only", only]
-    return [suite.measured("loaders", "benchmarks.loaders", *arguments)]
+def training(sizes: Sizes, data: Path, name: str, configs: list[str], *more: object) -> list[str]:
+    return python(
+        "benchmarks.training",
+        *("--config", *(f"configs/{config}.toml" for config in configs)),
+        *sizes.sets(f"data.path={data}"),
+        *("--batches", sizes.batches, "--out", RESULTS / f"{name}.json"),
+        *(("--variants", sizes.variants) if sizes.variants else ()),
+        *more,
+    )
 
 
-def training(suite: Suite) -> list[Step]:
-    batches, seconds, rounds = ("32", "0.5", "1") if suite.tiny else ("128,512,1024,4096", "5", "3")
-    names = ("demo",) if suite.tiny else _REFERENCE
-    steps = []
-    for name in names:
-        arguments = ["--config", f"configs/{name}.toml", "--batches", batches]
-        arguments += ["--set", f"data.path={json.dumps(str(suite.data))}"]
-        arguments += ["--seconds", seconds, "--rounds", rounds]
-        if suite.tiny:
-            arguments += ["--variants", "eager fp32"]
-        steps.append(suite.measured(f"training-{name}", "benchmarks.training", *arguments))
+def smoke(sizes: Sizes, _: argparse.Namespace) -> list[Step]:
+    """Whether everything works there at all; it also fills the compiler's cache."""
+    loaders = ("--batches", sizes.loader_batches, "--rounds", 1)
+    first_steps = ("--rounds", 1, "--epochs", 1)
+    return [
+        Step("synth", _synth(sizes), 30),
+        Step("convert-synthetic", _convert(SYNTHETIC / "originals", SYNTHETIC / "dataset"), 30),
+        Step("gpu-tests", _gpu_tests("smoke-gpu-tests"), 85, beside=True),
+        Step(
+            "smoke-training",
+            training(sizes, SYNTHETIC / "dataset", "smoke-training", ["resnet11"], *first_steps),
+            80,
+            beside=True,
+        ),
+        *(warm(sizes, SYNTHETIC / "dataset", name, 80) for name in _OTHERS),
+        Step(
+            "smoke-loaders",
+            python(
+                "benchmarks.device_loaders",
+                *(SYNTHETIC / "dataset", *loaders, "--out", RESULTS / "smoke-loaders.json"),
+            ),
+            80,
+            beside=True,
+        ),
+        Step("smoke-record", _record(sizes, "reference", SYNTHETIC / "dataset", 1, 60), 80),
+    ]
+
+
+def data(sizes: Sizes, args: argparse.Namespace) -> list[Step]:
+    """Unpack one piece of the original images. The first is a whole, smaller dataset."""
+    if args.piece is None or not args.piece.is_file():
+        raise UserError(f"--piece {args.piece}: no such file; a piece of the dataset is needed")
+    unpack = ["tar", "-xf", str(args.piece), "-C", str(ORIGINALS), "--strip-components=1"]
+    steps = [Step(f"unpack-{args.piece.name}", unpack, 30)]
+    if not FIRST.exists():
+        steps.append(Step("convert-first", _convert(ORIGINALS, FIRST), 30))
     return steps
 
 
-def traces(suite: Suite) -> list[Step]:
-    names = ("demo",) if suite.tiny else _REFERENCE
+def reference(sizes: Sizes, _: argparse.Namespace) -> list[Step]:
+    """The reference's ResNet-11 for all of its epochs, by the seed that no earlier rental took."""
+    seed = next_seed("resnet11", Path("benchmarks/results"))
+    steps = [] if DATASET.exists() else [Step("convert", _convert(ORIGINALS, DATASET), 60)]
+    run = RUNS / f"resnet11-seed{seed}"
+    steps += [warm(sizes, DATASET, name, 150) for name in ("resnet11", *_OTHERS)]
+    sets = sizes.sets(f"data.path={DATASET}", f"train.seed={seed}", f"train.epochs={sizes.epochs}")
     return [
-        suite.trained(f"trace-{n}", f"configs/{n}.toml", "profile.enabled=true", "train.epochs=1")
-        for n in names
+        *steps,
+        Step("gpu-tests", _gpu_tests("gpu-tests"), 150, beside=True),
+        Step("reference", _train(run, "resnet11", sets), 265),
     ]
 
 
-def accuracy(suite: Suite) -> list[Step]:
-    if suite.tiny:
-        return [suite.trained("demo", "configs/demo.toml", "train.epochs=2")]
-    names = ("resnet11", "resnet11-modern", "resnet18")
-    return [suite.trained(name, f"configs/{name}.toml") for name in names]
-
-
-def ablations(suite: Suite) -> list[Step]:
-    studies = sorted(str(path) for path in Path("configs/ablations").glob("*.toml"))
-    study = suite.out / "study"
-    arguments = [*studies, "--out", str(study), "--set", f"data.path={json.dumps(str(suite.data))}"]
-    if suite.tiny:
-        short = "configs/ablations/resnet-normalization.toml"
-        arguments = [short, *arguments[len(studies) :], "--epochs", "1", "--seeds", "1"]
-        arguments += ["--set", "model.width=4", "--set", "train.compile=false"]
-        arguments += ["--set", 'train.precision="fp32"', "--set", "train.batch_size=32"]
-    else:
-        arguments += ["--jobs", "4"]
-    command = suite.module("benchmarks.ablations", *arguments)
-    # 1: some runs failed, which the report says.
-    return [Step("study", command, study / "report.html", codes=(0, 1))]
-
-
-def records(suite: Suite) -> list[Step]:
-    arguments = ["--data", str(suite.data)]
-    if suite.tiny:
-        arguments += ["--runs", "1", "--set", "train.epochs=1", "--set", "train.batch_size=32"]
-        arguments += ["--set", "model.width=4", "--set", "train.compile=false"]
-        arguments += ["--set", 'train.precision="fp32"']
+def measure(sizes: Sizes, _: argparse.Namespace) -> list[Step]:
+    """Alone on the machine: roofs, the training step, the input path, time to the reference."""
+    ceilings = RESULTS / "ceilings.json"
+    rounds = ("--rounds", sizes.rounds, "--ceilings", ceilings, "--traces", RESULTS / "traces")
+    loaders = (DATASET, "--batches", sizes.loader_batches, "--rounds", sizes.rounds)
     return [
-        suite.measured(f"record-{name}", f"benchmarks.records.{name}", *arguments)
-        for name in ("reference", "sixty_six")
+        Step("ceilings", python("benchmarks.ceilings", "--out", ceilings), 30),
+        Step(
+            "training",
+            training(sizes, DATASET, "training", ["resnet11"], *rounds, "--epochs", 1),
+            90,
+        ),
+        Step("record", _record(sizes, "reference", DATASET, 5, 85), 95),
+        Step(
+            "loaders",
+            python("benchmarks.device_loaders", *loaders, "--out", RESULTS / "loaders.json"),
+            50,
+        ),
     ]
 
 
-STAGES: dict[str, Callable[[Suite], list[Step]]] = {
-    "environment": environment,
-    "correctness": correctness,
-    "loaders": loaders,
-    "training": training,
-    "traces": traces,
-    "accuracy": accuracy,
-    "ablations": ablations,
-    "records": records,
+def more(sizes: Sizes, _: argparse.Namespace) -> list[Step]:
+    """The other models, then one attempt at 66 % in the time that is left."""
+    ceilings = ("--ceilings", RESULTS / "ceilings.json", "--rounds", 1, "--epochs", 1)
+    return [
+        *(
+            Step(
+                f"training-{name}",
+                training(sizes, DATASET, f"training-{name}", [name], *ceilings, "--steps", 100),
+                45,
+            )
+            for name in _OTHERS
+        ),
+        Step("sixty-six", _record(sizes, "sixty_six", DATASET, 1, 100), 110),
+    ]
+
+
+STAGES = {
+    "smoke": Stage(110, smoke, "tests marked gpu and a few steps of every variant, generated data"),
+    "data": Stage(40, data, "unpack a piece of the dataset (--piece)"),
+    "reference": Stage(275, reference, "the reference's ResNet-11 for its 100 epochs"),
+    "measure": Stage(190, measure, "roofs, training steps, loaders, time to 46.04 %"),
+    "more": Stage(120, more, "the other models, one attempt at 66 %"),
 }
 
 
+def _synth(sizes: Sizes) -> list[str]:
+    arguments = ("synth", SYNTHETIC / "originals", "--classes", sizes.classes, "--per-class", 20)
+    return python("fastlab", *arguments, "--force")
+
+
+def _convert(originals: Path, dataset: Path) -> list[str]:
+    return python("fastlab", "convert", originals, dataset, "--formats", "array,tar")
+
+
+def _gpu_tests(name: str) -> list[str]:
+    options = ("-m", "gpu", "-q", "-p", "no:cacheprovider", "--durations", 15, "-n", 4)
+    return python("pytest", "tests", *options, f"--junitxml={RESULTS / name}.xml")
+
+
+def _train(run: Path, config: str, sets: list[str]) -> list[str]:
+    if (run / "config.toml").exists():
+        return python("fastlab", "train", "--resume", run)
+    return python("fastlab", "train", "--config", f"configs/{config}.toml", *sets, "--out", run)
+
+
+def _record(sizes: Sizes, name: str, dataset: Path, runs: int, limit: float) -> list[str]:
+    short = ("--set", f"train.epochs={sizes.epochs}") if sizes.overrides else ()
+    out = RESULTS / f"record-{name}-{dataset.name}.json"
+    arguments = ("--data", dataset, "--runs", runs, "--limit", limit, "--out", out)
+    return python(f"benchmarks.records.{name}", *arguments, *short, *sizes.sets())
+
+
+def warm(sizes: Sizes, dataset: Path, config: str, seconds: float) -> Step:
+    """Compile what later stages measure, beside what measures nothing."""
+    command = training(sizes, dataset, f"warm-{config}", [config], "--compile-only")
+    return Step(f"warm-{config}", command, seconds, beside=True)
+
+
+def next_seed(name: str, results: Path) -> int:
+    """The first seed without a finished run under `results`: those of earlier rentals add up."""
+    finished = {
+        int(path.parent.name.rpartition("seed")[2])
+        for path in results.glob(f"*/runs/{name}-seed*/summary.json")
+        if json.loads(path.read_text(encoding="utf-8"))["status"] == "finished"
+    }
+    return min(set(range(len(finished) + 1)) - finished)
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="dataset directory")
-    parser.add_argument("--out", type=Path, required=True, help="where results go, and are kept")
-    parser.add_argument("--budget", type=float, required=True, help="seconds of this call")
-    parser.add_argument("--only", nargs="+", default=list(STAGES), metavar="STAGE")
-    parser.add_argument("--tiny", action="store_true", help="all stages on any CPU, in minutes")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    about = "; ".join(
+        f"{name} ({stage.seconds:.0f} s): {stage.about}" for name, stage in STAGES.items()
+    )
+    parser.add_argument("stage", choices=STAGES, help=about)
+    parser.add_argument("--piece", type=Path, help="for data: a .tar.xz of original images")
+    parser.add_argument("--cache", type=Path, help="a folder with a packed compiler cache")
+    parser.add_argument("--pack", type=Path, help="where packed results go")
+    parser.add_argument("--seconds", type=float, help="another time limit of the stage")
     args = parser.parse_args(argv)
     try:
         return run(args)
     except UserError as error:
-        print(f"gpu_suite: {error}", file=sys.stderr)
+        tell(error)
         return 2
 
 
 def run(args: argparse.Namespace) -> int:
-    unknown = sorted(set(args.only) - set(STAGES))
-    if unknown:
-        raise UserError(f"--only {unknown[0]}: expected some of {', '.join(STAGES)}")
-    if not (args.data / "manifest.json").is_file():
-        raise UserError(f"--data {args.data}: not a dataset directory; make it by fastlab convert")
-    args.out.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + args.budget
-    suite = Suite(args.data.resolve(), args.out.resolve(), args.tiny)
-    status = 0
-    for stage in by_turn(args.only, suite.out):
-        for step in STAGES[stage](suite):
-            status = max(status, attempt(step, stage, suite.out, deadline))
-    return status
-
-
-def by_turn(stages: list[str], out: Path) -> list[str]:
-    """`stages`, those first that were given least time without an end; else in their order."""
-    spent = dict.fromkeys(stages, 0.0)
-    log = out / "suite.jsonl"
-    for text in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
-        with contextlib.suppress(ValueError):  # the last line may be torn
-            line = json.loads(text)
-            if line["stage"] in spent and line["outcome"] != "done":
-                spent[line["stage"]] += line["seconds"]
-    return sorted(stages, key=spent.__getitem__)
-
-
-def attempt(step: Step, stage: str, out: Path, deadline: float) -> int:
-    """Run `step` unless it ended before or no time is left. 0: it has its result or will be gone
-    on with; 1: it failed."""
-    left = deadline - time.monotonic()
-    if step.result.exists() or left < _LEAST:
-        print(f"{stage}/{step.name}: {'done before' if step.result.exists() else 'no time left'}")
-        return 0
+    """Exit status: 0, or 1 where a step failed."""
+    stage = STAGES[args.stage]
     started = time.monotonic()
-    with (out / f"{step.name}.log").open("a", encoding="utf-8") as log:
-        code, cut = run_until(step.command, left - _GRACE / 2, log)
-    done = code in step.codes and step.result.exists()
-    if not done:  # pytest writes its report of failed tests too; they are in the log
-        step.result.unlink(missing_ok=True)
-    outcome = "done" if done else "cut off" if cut else f"failed ({code})"
-    seconds = time.monotonic() - started
-    print(f"{stage}/{step.name}: {outcome}, {seconds:.1f} s", flush=True)
-    line = {
-        "stage": stage,
-        "step": step.name,
-        "outcome": outcome,
-        "seconds": round(seconds, 1),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(step.command),
-    }
-    with (out / "suite.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-    return 1 if outcome.startswith("failed") else 0
+    deadline = started + (args.seconds or stage.seconds)
+    for folder in (LOGS, RESULTS, RUNS, CACHE, ORIGINALS):
+        folder.mkdir(parents=True, exist_ok=True)
+    install_wheels()
+    if args.cache:
+        unpack_cache(args.cache)
+    device = identify()
+    sizes = Sizes() if device["machine"]["gpus"] else ON_CPU
+    outcomes = attempt(stage.steps(sizes, args), deadline, args.stage)
+    if args.pack:
+        pack(args.pack, args.stage)
+    print(f"{args.stage}: {time.monotonic() - started:.1f} s in all", flush=True)
+    return int(any(outcome.startswith("failed") for outcome in outcomes))
 
 
-def run_until(command: list[str], seconds: float, log) -> tuple[int, bool]:
-    """(exit status, whether it was cut off). At the end of its time the command and what it started
-    get SIGTERM, and where that does not end them in time, SIGKILL."""
-    process = subprocess.Popen(
-        command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, process_group=0
-    )
-    try:
-        return process.wait(max(1.0, seconds)), False
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGTERM)
-    except BaseException:  # Ctrl-C here is not theirs
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(_GRACE)
-        raise
-    try:
-        return process.wait(_GRACE), True
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        return process.wait(), True
+def install_wheels() -> None:
+    """Into a folder of its own, once; what runs from here finds it and this checkout."""
+    wheels = sorted(map(str, WHEELS.glob("*.whl")))
+    if wheels and not SITE.exists():
+        options = ("--quiet", "--no-index", "--no-deps", "--no-compile", "--target", SITE)
+        subprocess.run(python("pip", "install", *options, *wheels), check=True)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(SITE.resolve()), str(Path.cwd())])
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(CACHE.resolve())
+    os.environ["PYTHONUNBUFFERED"] = "1"
+
+
+def identify() -> dict:
+    """The machine and the versions, by a process of its own: this one imports no torch."""
+    code = "import json; from fastlab.rundir import environment; print(json.dumps(environment(1)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"fastlab does not start here: {done.stderr.strip().splitlines()[-1]}")
+    (RESULTS / "environment.json").write_text(done.stdout)
+    return json.loads(done.stdout)
+
+
+def attempt(steps: list[Step], deadline: float, stage: str) -> list[str]:
+    """Run all steps until `deadline` (of the monotonic clock). Returns their outcomes."""
+    outcomes, beside = [], []
+    for step in steps:
+        if step.beside:
+            beside.append(Running(step, deadline))
+            continue
+        outcomes.append(Running(step, deadline).finish(stage))
+    return outcomes + [each.finish(stage) for each in beside]
+
+
+class Running:
+    """A step under way, in a process group of its own."""
+
+    def __init__(self, step: Step, deadline: float) -> None:
+        self.step, self.started = step, time.monotonic()
+        self.deadline = min(deadline, self.started + step.seconds)
+        self.log = LOGS / f"{step.name}.log"
+        with self.log.open("a", encoding="utf-8") as log:
+            self.process = subprocess.Popen(
+                step.command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                process_group=0,
+            )
+
+    def finish(self, stage: str) -> str:
+        """Wait for it, report it in the log and on the console; returns how it ended."""
+        code, cut = self._wait()
+        outcome = "cut off" if cut else "done" if code == 0 else f"failed ({code})"
+        seconds = time.monotonic() - self.started
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        print(f"== {stage}/{self.step.name}: {outcome}, {seconds:.1f} s")
+        print("\n".join(lines[-_SHOWN:] if outcome == "done" else lines[-3 * _SHOWN :]), flush=True)
+        record = {
+            "stage": stage,
+            "step": self.step.name,
+            "outcome": outcome,
+            "seconds": round(seconds, 1),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "last_line": lines[-1] if lines and outcome != "done" else "",
+        }
+        with (RESULTS / "suite.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        return outcome
+
+    def _wait(self) -> tuple[int, bool]:
+        """(exit status, whether its time was up)."""
+        try:
+            return self.process.wait(max(0.1, self.deadline - time.monotonic())), False
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGTERM)
+        try:
+            return self.process.wait(_GRACE), True
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            return self.process.wait(), True
+
+
+def pack(out: Path, stage: str) -> None:
+    """Results and logs without checkpoints, and the compiler's cache, as a few small files."""
+    out.mkdir(parents=True, exist_ok=True)
+    for run in RUNS.iterdir():
+        ignore = shutil.ignore_patterns("checkpoints", "lock", "*.partial")
+        shutil.copytree(run, RESULTS / "runs" / run.name, ignore=ignore, dirs_exist_ok=True)
+    with tarfile.open(out / f"{stage}.tar.gz", "w:gz") as archive:
+        archive.add(RESULTS, RESULTS.name)
+        archive.add(LOGS, LOGS.name)
+    packed_cache = LEASE / "inductor.tar.gz"
+    with tarfile.open(packed_cache, "w:gz", compresslevel=4) as archive:
+        archive.add(CACHE, CACHE.name)
+    with packed_cache.open("rb") as file:
+        for number, part in enumerate(iter(lambda: file.read(_PART), b"")):
+            (out / f"{packed_cache.name}.{number}").write_bytes(part)
+
+
+def unpack_cache(folder: Path) -> None:
+    """What `pack` packed, in this rental or one before."""
+    parts = sorted(folder.glob("inductor.tar.gz.*"))
+    if not parts:
+        raise UserError(f"--cache {folder}: holds no inductor.tar.gz.0; drop the option")
+    whole = io.BytesIO(b"".join(part.read_bytes() for part in parts))
+    with tarfile.open(fileobj=whole, mode="r:gz") as archive:
+        archive.extractall(LEASE, filter="data")
 
 
 if __name__ == "__main__":

@@ -441,6 +441,10 @@ def make_accelerator(cfg: Config) -> Accelerator:
 
 def compile_forward(model: nn.Module, settings: TrainConfig) -> None:
     """In place and inside DDP and autocast: names of weights stay as they are."""
+    if settings.deterministic:
+        import torch._inductor.config as inductor  # slow to import
+
+        inductor.deterministic = True  # its kernels are not chosen by trial either
     model.forward = torch.compile(model.forward, mode=settings.compile_mode, dynamic=False)
 
 

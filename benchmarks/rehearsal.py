@@ -1,0 +1,173 @@
+"""Rehearse the stages of `benchmarks.gpu_suite` on a CPU, as they will run on the rented machine.
+
+    python -m benchmarks.rehearsal                                     # this environment
+    python -m benchmarks.rehearsal --python env-2.11/bin/python --pieces .lease
+
+In an empty folder that holds an upload's content and nothing else: the files that git tracks or
+does not ignore, ``wheels/`` and the pieces of a dataset. Under a Python that sees, of the packages
+of `--python`, only those that the machine has. So nothing fails there for want of a file, a package
+or a name. Generated images are cut into three pieces, unless `--pieces` has real ones.
+"""
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from importlib.metadata import Distribution, distributions
+from pathlib import Path
+
+from fastlab.errors import UserError, tell
+
+ROOT = Path(__file__).parents[1]
+CARRIED = ("braceexpand", "simplejpeg", "tomli-w", "webdataset")
+THERE = {"torch": "2.11.0", "torchvision": "0.26.0", "accelerate": "1.15.0"}
+"""What the machine has, with the versions that matter; its other packages are in `_USUAL`."""
+_USUAL = """
+absl-py annotated-doc anyio attrs certifi click coverage cuda-bindings cuda-pathfinder cuda-toolkit
+execnet filelock fsspec grpcio h11 hf-xet httpcore httpcore2 httpx httpx2 huggingface-hub
+hypothesis idna iniconfig jinja2 llvmlite markdown markupsafe mpmath networkx numba numpy packaging
+pillow pip pluggy protobuf psutil pygments pytest pytest-cov pytest-timeout pytest-xdist pyyaml
+regex requests rich safetensors setuptools shellingham six sortedcontainers sympy tensorboard
+tensorboard-data-server tqdm triton truststore typer typing-extensions urllib3 werkzeug xxhash
+""".split()
+_PIECES = [f".lease/piece-{number}.tar.xz" for number in (1, 2, 3)]
+COMMANDS = [
+    "python3 -m benchmarks.gpu_suite smoke --pack $OUT/smoke",
+    f"python3 -m benchmarks.gpu_suite data --piece {_PIECES[0]} --cache $OUT/smoke",
+    *(f"python3 -m benchmarks.gpu_suite data --piece {piece}" for piece in _PIECES[1:]),
+    *(
+        f"python3 -m benchmarks.gpu_suite {stage} --pack $OUT/{stage}"
+        for stage in ("reference", "measure", "more")
+    ),
+]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--python", type=Path, default=Path(sys.executable))
+    parser.add_argument("--pieces", type=Path, help="a folder with piece-1.tar.xz to piece-3")
+    parser.add_argument("--keep", type=Path, help="work in this new folder and keep it")
+    args = parser.parse_args(argv)
+    try:
+        return run(args)
+    except UserError as error:
+        tell(error)
+        return 2
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit status: 0 where every stage ended well, else 1."""
+    folder = args.keep or Path(tempfile.mkdtemp(prefix="rehearsal-"))
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"--keep {folder}: is not empty; name a new folder")
+    upload = folder / "upload"
+    copy_checkout(upload)
+    fetch_wheels(args.python, upload / "wheels")
+    bring_pieces(args.pieces, upload / ".lease", folder / "originals")
+    bare = bare_environment(args.python, folder / "python")
+    status = max(rehearse(command, upload, bare, folder / "out") for command in COMMANDS)
+    if not args.keep:
+        shutil.rmtree(folder)
+    return status
+
+
+def copy_checkout(upload: Path) -> None:
+    """Every file that git tracks or does not ignore."""
+    command = ["git", "-C", str(ROOT), "ls-files", "-z", "-co", "--exclude-standard"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (upload / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, upload / name)
+
+
+def fetch_wheels(python: Path, wheels: Path) -> None:
+    """What `make wheels` downloads, for the Python of the rehearsal."""
+    options = ["--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(wheels)]
+    command = [str(python), "-m", "pip", "download", *options, *CARRIED]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"wheels cannot be downloaded: {done.stderr.strip().splitlines()[-1]}")
+
+
+def bring_pieces(pieces: Path | None, target: Path, scratch: Path) -> None:
+    target.mkdir(parents=True)
+    if pieces is None:
+        cut(scratch, target)
+        return
+    for name in map(Path, _PIECES):
+        if not (pieces / name.name).is_file():
+            raise UserError(f"--pieces {pieces}: has no {name.name}")
+        shutil.copy2(pieces / name.name, target / name.name)
+
+
+def cut(originals: Path, target: Path) -> None:
+    """Three pieces of a generated dataset, laid out as those of Tiny ImageNet are: the first holds
+    all validation images and the first third of every class."""
+    from fastlab.dataset.synth import synthesise
+
+    synthesise(originals, classes=4, per_class=24)
+    archives = [tarfile.open(target / Path(name).name, "w:xz") for name in _PIECES]
+    for name in ("wnids.txt", "words.txt", "val"):
+        archives[0].add(originals / name, f"tiny-imagenet-200/{name}")
+    for number, path in enumerate(sorted(originals.glob("train/*/images/*"))):
+        archives[number % 3].add(path, f"tiny-imagenet-200/{path.relative_to(originals)}")
+    for archive in archives:
+        archive.close()
+
+
+def bare_environment(python: Path, folder: Path) -> Path:
+    """A folder with a ``python3`` that has the machine's packages and no others."""
+    subprocess.run([str(python), "-m", "venv", "--without-pip", str(folder)], check=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    source = subprocess.run([str(python), "-c", ask], capture_output=True, text=True, check=True)
+    for distribution in distributions(path=[source.stdout.strip()]):
+        name = distribution.name.lower().replace("_", "-")
+        if name in THERE or name in _USUAL or name.startswith("nvidia-"):
+            _check_version(name, distribution.version)
+            link(distribution, site)
+    return folder / "bin"
+
+
+def _check_version(name: str, version: str) -> None:
+    if name in THERE and version.partition("+")[0] != THERE[name]:
+        print(f"rehearsed with {name} {version}; the machine has {THERE[name]}", flush=True)
+
+
+def link(distribution: Distribution, site: Path) -> None:
+    """Links to the packages, modules and metadata of `distribution`."""
+    tops = {file.parts[0] for file in distribution.files or () if file.parts[0] != ".."}
+    for top in tops - {"__pycache__"}:
+        source, target = Path(str(distribution.locate_file(top))), site / top
+        if not source.exists():
+            continue
+        if target.is_symlink() or target.is_dir():
+            continue  # a namespace that several distributions share, such as nvidia
+        target.symlink_to(source)
+
+
+def rehearse(command: str, upload: Path, bare: Path, out: Path) -> int:
+    """Run `command` as the machine would. Returns its exit status."""
+    print(f"$ {command}", flush=True)
+    environment = {
+        "PATH": f"{bare}:{os.environ['PATH']}",
+        "HOME": str(upload),
+        "OUT": str(out.resolve()),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    started = time.monotonic()
+    code = subprocess.run(["bash", "-c", command], cwd=upload, env=environment).returncode
+    print(f"{shlex.split(command)[3]}: exit {code}, {time.monotonic() - started:.0f} s", flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
