@@ -25,16 +25,6 @@ from fastlab.errors import UserError, tell
 
 ROOT = Path(__file__).parents[1]
 CARRIED = ("braceexpand", "simplejpeg", "tomli-w", "webdataset")
-THERE = {"torch": "2.11.0", "torchvision": "0.26.0", "accelerate": "1.15.0"}
-"""What the machine has, with the versions that matter; its other packages are in `_USUAL`."""
-_USUAL = """
-absl-py annotated-doc anyio attrs certifi click coverage cuda-bindings cuda-pathfinder cuda-toolkit
-execnet filelock fsspec grpcio h11 hf-xet httpcore httpcore2 httpx httpx2 huggingface-hub
-hypothesis idna iniconfig jinja2 llvmlite markdown markupsafe mpmath networkx numba numpy packaging
-pillow pip pluggy protobuf psutil pygments pytest pytest-cov pytest-timeout pytest-xdist pyyaml
-regex requests rich safetensors setuptools shellingham six sortedcontainers sympy tensorboard
-tensorboard-data-server tqdm triton truststore typer typing-extensions urllib3 werkzeug xxhash
-""".split()
 _PIECES = [f".lease/piece-{number}.tar.xz" for number in (1, 2, 3)]
 COMMANDS = [
     "python3 -m benchmarks.gpu_suite smoke --pack $OUT/smoke",
@@ -114,32 +104,36 @@ def cut(originals: Path, target: Path) -> None:
     from fastlab.dataset.synth import synthesise
 
     synthesise(originals, classes=4, per_class=24)
-    archives = [tarfile.open(target / Path(name).name, "w:xz") for name in _PIECES]
-    for name in ("wnids.txt", "words.txt", "val"):
-        archives[0].add(originals / name, f"tiny-imagenet-200/{name}")
-    for number, path in enumerate(sorted(originals.glob("train/*/images/*"))):
-        archives[number % 3].add(path, f"tiny-imagenet-200/{path.relative_to(originals)}")
-    for archive in archives:
-        archive.close()
+    images = sorted(originals.glob("train/*/images/*"))
+    for number, name in enumerate(_PIECES):
+        first = [originals / part for part in ("wnids.txt", "words.txt", "val")]
+        with tarfile.open(target / Path(name).name, "w:xz") as archive:
+            for path in [*(first if number == 0 else ()), *images[number::3]]:
+                archive.add(path, f"tiny-imagenet-200/{path.relative_to(originals)}")
 
 
 def bare_environment(python: Path, folder: Path) -> Path:
     """A folder with a ``python3`` that has the machine's packages and no others."""
     subprocess.run([str(python), "-m", "venv", "--without-pip", str(folder)], check=True)
     (site,) = folder.glob("lib/python*/site-packages")
+    there = packages_there()
     ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
     source = subprocess.run([str(python), "-c", ask], capture_output=True, text=True, check=True)
     for distribution in distributions(path=[source.stdout.strip()]):
         name = distribution.name.lower().replace("_", "-")
-        if name in THERE or name in _USUAL or name.startswith("nvidia-"):
-            _check_version(name, distribution.version)
+        if name in there or name.startswith("nvidia-"):
+            version = distribution.version.partition("+")[0]
+            if there.get(name, "") not in ("", version):
+                print(f"rehearsed with {name} {version}; the machine has {there[name]}", flush=True)
             link(distribution, site)
     return folder / "bin"
 
 
-def _check_version(name: str, version: str) -> None:
-    if name in THERE and version.partition("+")[0] != THERE[name]:
-        print(f"rehearsed with {name} {version}; the machine has {THERE[name]}", flush=True)
+def packages_there() -> dict[str, str]:
+    """Name of each package of the machine -> its version, "" where that does not matter."""
+    lines = (Path(__file__).parent / "gpu_machine.txt").read_text(encoding="utf-8").splitlines()
+    parts = (line.partition("==") for line in lines if not line.startswith("#"))
+    return {name: version for name, _, version in parts}
 
 
 def link(distribution: Distribution, site: Path) -> None:
