@@ -24,15 +24,17 @@ $(VENV)/.extras: $(VENV)/.installed
 	$(BIN)/pip install --quiet --no-deps ffcv==1.0.2
 	touch $@
 
-# What fastlab needs beside torch, torchvision and accelerate, for a machine without network:
-# there, `pip install --no-index --no-deps wheels/*.whl`, then `pip install --no-deps -e .`
-WHEELS_PYTHON := 3.12
+# The dependencies that a rented GPU machine, which has torch and the usual packages, lacks: less
+# than 1 MB. Without network and without installing fastlab, in a copy of the checkout there:
+#   python3 -m pip install --no-index --no-deps --target build/site wheels/*.whl
+#   PYTHONPATH=build/site:. python3 -m fastlab --help
+WHEELS_PYTHON ?= 3.12
 wheels: setup
+	rm -rf wheels
 	$(BIN)/pip download --quiet --dest wheels --no-deps --only-binary=:all: \
 	  --python-version $(WHEELS_PYTHON) --platform manylinux_2_28_x86_64 \
 	  --platform manylinux2014_x86_64 --platform any \
-	  braceexpand jinja2 llvmlite markupsafe numba pillow pluggy iniconfig pytest \
-	  pytest-timeout simplejpeg tomli-w webdataset pyyaml xxhash
+	  braceexpand simplejpeg tomli-w webdataset
 
 demo: setup
 	rm -rf $(DEMO)/run

@@ -16,6 +16,7 @@ from benchmarks.runner import State, StudyDir, look
 from fastlab import config as configs
 from fastlab.config import Config
 from fastlab.errors import UserError
+from fastlab.public import public_text
 from fastlab.report import (
     EPOCH_KEYS,
     MISSING,
@@ -71,6 +72,9 @@ SCALE_ADVICE = (
     "Compare rows with each other; the difference from the reference's row is mostly one of scale."
 )
 SHARED_RATE = "images/s and time were measured with up to {} trainings side by side."
+
+# Each run has its own; a virtual machine's memory, as reported, grows while it is used.
+_OF_ONE_RUN = ("command", "date", "machine.memory_gib")
 
 # Quantiles 0.975 of Student's t for 1 to 30 degrees of freedom.
 _T975 = (
@@ -343,7 +347,7 @@ def write_report(folder: StudyDir, studies: list[Study], command: str) -> None:
     results = analyse(folder, studies)
     page = _page(folder, results, command)
     write_whole(folder.html, render("study.html.j2", **page))
-    write_whole(folder.markdown, _markdown(page))
+    write_whole(folder.markdown, public_text(_markdown(page)))
 
 
 def _page(folder: StudyDir, results: list[StudyResult], command: str) -> dict[str, Any]:
@@ -547,7 +551,7 @@ def _environment(environments: list[dict[str, Any]]) -> list[tuple[str, str]]:
     found: dict[str, dict[str, None]] = {}
     for environment in environments:
         for key, text in flat_rows(environment):
-            if key not in ("command", "date"):
+            if key not in _OF_ONE_RUN:
                 found.setdefault(key, {})[text] = None
     dates = sorted(str(environment.get("date", "")) for environment in environments)
     span = [("runs begun", " to ".join(dict.fromkeys([dates[0], dates[-1]])))] if dates else []

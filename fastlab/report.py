@@ -18,6 +18,7 @@ import jinja2
 
 from fastlab import __version__
 from fastlab.errors import UserError
+from fastlab.public import public_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -620,7 +621,8 @@ def make_plots(runs: list[Run]) -> list[Plot]:
 
 
 def render(template: str, **values: Any) -> str:
-    """A page from one of `TEMPLATES`, with what parts.html.j2 needs beside its `values`."""
+    """A page from one of `TEMPLATES`, with what parts.html.j2 needs beside its `values`. Pages are
+    passed on: no absolute path is left in it."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -638,7 +640,7 @@ def render(template: str, **values: Any) -> str:
         now=datetime.now(UTC),
         version=__version__,
     )
-    return environment.get_template(template).render(**values)
+    return public_text(environment.get_template(template).render(**values))
 
 
 def write_whole(out: Path, page: str) -> None:

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import platform
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from fastlab import config as configs
 from fastlab.config import Config
 from fastlab.doctor import has_bf16
 from fastlab.errors import UserError
+from fastlab.public import public_command
 
 _PACKAGES = (
     "accelerate",
@@ -157,7 +157,7 @@ def environment(processes: int) -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(sys.argv),
+        "command": public_command(sys.argv),
         "machine": {
             "cpu": _cpu_name(),
             "instructions": _instructions(),

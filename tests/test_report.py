@@ -386,6 +386,17 @@ def test_configuration_and_environment_as_tables(tmp_path: Path) -> None:
     assert tables["environment"]["git"] == "—"
 
 
+def test_a_page_tells_nowhere_where_things_lie(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", [epoch(1)], summary=SUMMARY)
+    for file in run.iterdir():
+        content = file.read_text().replace("fastlab train", "/elsewhere/bin/fastlab train")
+        content = re.sub(r'"(tiny|/data/<i>tiny</i>)"', '"/elsewhere/data/tiny"', content)
+        file.write_text(content)
+    page = page_of(run)
+    assert "elsewhere" not in page.text
+    assert "tiny, 200 classes" in page.text and "fastlab train" in page.text
+
+
 def test_untrusted_text_stays_text(tmp_path: Path) -> None:
     attack = "\"'><script>alert(1)</script><img src=x onerror=alert(1)>"
     prediction = {

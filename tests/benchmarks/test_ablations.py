@@ -430,6 +430,21 @@ def test_every_runs_configuration_is_on_the_page(partial):
         assert "details" in found[task.name]["within"]
 
 
+def test_reports_tell_neither_where_things_lie_nor_a_memory_that_grows(tmp_path):
+    path = write_study(tmp_path, 'factor = "optim.lr"\nvalues = [0.1, 0.2]\nseeds = [0]')
+    found = read_study(path, ["data.path=/elsewhere/data/tiny"])
+    folder = StudyDir(tmp_path / "out")
+    for row, memory in zip(found.rows, (101.5, 102.5), strict=True):
+        make_run(folder, row.tasks[0], 0.5)
+        made = {"machine": {"cores": 2, "memory_gib": memory}}
+        (folder.run(row.tasks[0]) / "environment.json").write_text(json.dumps(made))
+    study.write_report(folder, [found], "python -m x --set 'data.path=\"/elsewhere/data/tiny\"'")
+    for report in (folder.html, folder.markdown):
+        text = report.read_text()
+        assert "elsewhere" not in text and "tiny" in text
+        assert "machine.cores" in text and "memory_gib" not in text
+
+
 def test_markdown_says_the_same(partial):
     folder, studies = partial
     study.write_report(folder, studies, "python -m x")
