@@ -1,12 +1,12 @@
-"""Images/s of every engine and of what one would use instead, on the same images.
+"""Images/s of every engine on the CPU and of what one would use instead, on the same images.
 
     python -m benchmarks.loaders data/tiny-imagenet --originals tiny-imagenet-200/ --cores 1,2
 
 All give uint8 batches, flipped at random and translated by up to 4 pixels, except where a name says
-"no augmentation". `fastlab NAME` is the whole pipeline; on a GPU, where its batches arrive, they
-are normalised bf16, on a CPU only where the name says so. Each case runs in a process of its own,
-bound to the cores, one round after the other over all cases; the first batches of an epoch that
-compile or fill caches are not timed.
+"no augmentation". `fastlab NAME` is the whole pipeline, whose batches are normalised only where the
+name says so. Each case runs in a process of its own, bound to the cores, one round after the other
+over all cases; the first batches of an epoch that compile or fill caches are not timed. What feeds
+a GPU on the GPU is measured by `benchmarks.device_loaders`.
 """
 
 import argparse
@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.ceilings import default_device, wait
 from benchmarks.measurements import (
     Record,
     Session,
@@ -150,7 +149,6 @@ def measure(args: argparse.Namespace) -> dict:
         images += len(batch)
         if time.perf_counter() - started > args.seconds:
             break
-    wait(default_device())
     seconds = time.perf_counter() - started
     used = (_cpu_seconds() - cpu) / seconds
     peak = _peak_memory()
@@ -192,7 +190,7 @@ def _forever(epoch: Callable[[int], Iterator]) -> Iterator:
         yield from epoch(number)
 
 
-def _fastlab(engine: str, augmented: bool = True) -> Callable:
+def _fastlab(engine: str) -> Callable:
     def batches(args: argparse.Namespace, cores: int) -> Iterator:
         import torch
 
@@ -206,19 +204,16 @@ def _fastlab(engine: str, augmented: bool = True) -> Callable:
         def as_bytes(*arguments):  # the rivals do not normalise
             return raw(*arguments, raw=True)
 
-        device = default_device()
-        if device.type == "cpu":
-            pipelines.resident.augment_on_cpu = pipelines.engine.augment_on_cpu = as_bytes
+        pipelines.resident.augment_on_cpu = pipelines.engine.augment_on_cpu = as_bytes
         data = make_pipeline(
             DataConfig(path=str(args.dataset), pipeline=engine, workers=cores),
-            AugmentConfig(flip=True, translate=TRANSLATE) if augmented else None,
+            AugmentConfig(flip=True, translate=TRANSLATE),
             read_manifest(args.dataset),
             "train",
             batch_size=BATCH,
-            device=device,
-            dtype=torch.float32 if device.type == "cpu" else torch.bfloat16,
+            device=torch.device("cpu"),
+            dtype=torch.float32,
             train=True,
-            compile=device.type != "cpu",
         )
         return (batch.images for batch in _forever(data.epoch))
 
@@ -248,9 +243,7 @@ def _normalised(dtype: str) -> Callable:
 
 
 def _gather(args: argparse.Namespace, cores: int) -> Iterator:
-    """Copies of random images and nothing else: on the GPU, or by a thread a core."""
-    if default_device().type == "cuda":
-        return _gather_on_device(args)
+    """Copies of random images and nothing else, by a thread a core."""
     from concurrent.futures import ThreadPoolExecutor
 
     images = np.asarray(np.load(args.dataset / "array" / "train-images.npy", mmap_mode="r"))
@@ -267,19 +260,6 @@ def _gather(args: argparse.Namespace, cores: int) -> Iterator:
         rows = [order[i : i + BATCH] for i in range(0, len(order) - BATCH + 1, BATCH)]
         for first in range(0, len(rows), cores):
             yield from pool.map(gather, rows[first : first + cores], buffers)
-
-    return _forever(epoch)
-
-
-def _gather_on_device(args: argparse.Namespace) -> Iterator:
-    import torch
-
-    images = np.load(args.dataset / "array" / "train-images.npy", mmap_mode="r")
-    images = torch.from_numpy(np.array(images)).cuda()
-
-    def epoch(number: int) -> Iterator:
-        order = torch.randperm(len(images), device="cuda")
-        return (images[rows] for rows in order.split(BATCH) if len(rows) == BATCH)
 
     return _forever(epoch)
 

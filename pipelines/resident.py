@@ -17,6 +17,7 @@ from fastlab.config import AugmentConfig, DataConfig
 from fastlab.dataset.manifest import Manifest
 from fastlab.errors import UserError
 from pipelines.augment import (
+    Augmenter,
     augment_on_cpu,
     device_augmenter,
     epoch_key,
@@ -66,7 +67,7 @@ class ResidentPipeline:
         key = epoch_key(self._seed, epoch)
         rows, masks = self._schedule.rows(epoch, start)
         if self._on_device is not None:
-            return self._device_batches(rows, masks, key)
+            return device_batches(self._apply, self._augmenter, self._on_device, rows, masks, key)
         return self._host_batches(rows, masks, key)
 
     def _place(self, placement: str) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -75,20 +76,7 @@ class ResidentPipeline:
             return None
         if placement == "auto" and self._images.nbytes > _SHARE * _free_memory(self._device):
             return None
-        images = torch.empty(self._images.shape, dtype=torch.uint8, device=self._device)
-        for first in range(0, len(images), 8192):  # the map is read once, not copied whole first
-            block = np.array(self._images[first : first + 8192])
-            images[first : first + len(block)] = torch.from_numpy(block).to(self._device)
-        return images, torch.from_numpy(self._labels).to(self._device)
-
-    def _device_batches(self, rows: np.ndarray, masks: np.ndarray, key: int) -> Iterator[Batch]:
-        images, labels = self._on_device
-        # One transfer an epoch: nothing in a step waits for the host.
-        on_device = (torch.from_numpy(part).to(self._device) for part in (rows, masks))
-        key_tensor = torch.tensor(key, device=self._device)
-        for row, mask in zip(*on_device, strict=True):
-            pixels = self._apply(self._augmenter, images, row, row, key_tensor)
-            yield Batch(pixels, labels[row], mask)
+        return upload(self._images, self._labels, self._device)
 
     def _host_batches(self, rows: np.ndarray, masks: np.ndarray, key: int) -> Iterator[Batch]:
         on_cpu = self._device.type == "cpu"
@@ -141,6 +129,36 @@ def open_array(directory: Path, manifest: Manifest, split: str) -> tuple[np.ndar
     if not whole or labels.min() < 0 or labels.max() >= len(manifest.classes):
         raise UserError(f"{folder}: {split}-labels.npy does not fit manifest.json; convert again")
     return images, labels
+
+
+def upload(
+    images: np.ndarray, labels: np.ndarray, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Copies of what `open_array` returned, on `device`: uint8 [N, H, W, 3] and int64 [N]."""
+    copy = torch.empty(images.shape, dtype=torch.uint8, device=device)
+    for first in range(0, len(images), 8192):  # the map is read once, not copied whole first
+        block = np.array(images[first : first + 8192])
+        copy[first : first + len(block)] = torch.from_numpy(block).to(device)
+    return copy, torch.from_numpy(labels).to(device)
+
+
+def device_batches(
+    apply: Callable[..., torch.Tensor],
+    augmenter: Augmenter,
+    uploaded: tuple[torch.Tensor, torch.Tensor],
+    rows: np.ndarray,
+    masks: np.ndarray,
+    key: int,
+) -> Iterator[Batch]:
+    """A batch for each of `rows` (int64 [steps, b]) and `masks` (bool [steps, b]), gathered from
+    the `uploaded` images and augmented by `apply`, one of `device_augmenter`."""
+    images, labels = uploaded
+    # One transfer an epoch: nothing in a step waits for the host.
+    on_device = (torch.from_numpy(part).to(images.device) for part in (rows, masks))
+    key_tensor = torch.tensor(key, device=images.device)
+    for row, mask in zip(*on_device, strict=True):
+        pixels = apply(augmenter, images, row, row, key_tensor)
+        yield Batch(pixels, labels[row], mask)
 
 
 def _ahead(jobs: Iterator[Callable], threads: int) -> Iterator:

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import calibrate, convert, loaders, measurements, scaling, training
+from benchmarks import (
+    calibrate,
+    convert,
+    device_loaders,
+    loaders,
+    measurements,
+    scaling,
+    training,
+)
 from benchmarks.records import clock, reference
 from fastlab import cli
 from fastlab.cli import run_command
@@ -19,6 +27,8 @@ DEMO = ["--config", "configs/demo.toml"]
 MISTAKES = {
     "loaders: no dataset": (loaders.main, ["nope"]),
     "loaders: no such case": (loaders.main, ["nope", "--only", "fastlab resident;fastlab nope"]),
+    "device_loaders: no dataset": (device_loaders.main, ["nope"]),
+    "device_loaders: no such case": (device_loaders.main, ["nope", "--cases", "copy roof;nope"]),
     "training: no configuration": (training.main, ["--config", "nope.toml"]),
     "training: no such variant": (training.main, [*DEMO, "--variants", "foo"]),
     "training: no dataset": (training.main, [*DEMO, "--set", "data.path=nope"]),
@@ -51,6 +61,7 @@ def test_a_record_without_its_dataset(monkeypatch, capsys):
     [
         (scaling.main, [*DEMO, "--processes", "x"]),
         (loaders.main, ["nope", "--cores", "1,x"]),
+        (device_loaders.main, ["nope", "--batches", "256,0"]),
         (training.main, [*DEMO, "--batches", "0"]),
         (convert.main, ["nope", "--rounds", "0"]),
         (screenshots.main, []),
