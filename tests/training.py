@@ -33,12 +33,14 @@ def launch(
     arguments: list[str],
     processes: int = 1,
     script: Path = ROOT / "fastlab" / "train.py",
+    device: str = "cpu",
     **kwargs,
 ) -> subprocess.Popen:
     start = [sys.executable]
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    use_cpu = str(device == "cpu").lower()
+    environment = {**os.environ, "ACCELERATE_USE_CPU": use_cpu, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [*start, str(script), *arguments],
         env=environment,
@@ -48,8 +50,8 @@ def launch(
     )
 
 
-def train(arguments: list[str], processes: int = 1) -> None:
-    process = launch(arguments, processes)
+def train(arguments: list[str], processes: int = 1, device: str = "cpu") -> None:
+    process = launch(arguments, processes, device=device)
     try:
         _, errors = process.communicate(timeout=120)
     finally:

@@ -53,22 +53,6 @@ def test_both_implementations_give_the_same_bits(config, dtype, images):
     assert host.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("config", CONFIGS)
-def test_the_compiled_kernel_gives_the_same_bits_on_a_gpu(config, images):
-    rows = np.arange(len(images))
-    augmenter, moved = (
-        make_augmenter(config, SIDE, MEAN, STD, torch.bfloat16, device)
-        for device in ("cpu", "cuda")
-    )
-    row_tensor = torch.from_numpy(rows).cuda()
-    found = torch.compile(augment_on_device)(
-        moved, torch.from_numpy(images).cuda(), row_tensor, row_tensor, torch.tensor(7).cuda()
-    )
-    assert torch.equal(found.cpu(), augment_on_cpu(augmenter, images, rows, rows, 7))
-
-
 def test_a_second_shape_is_compiled_for_itself(images, monkeypatch):
     """As validation is after training."""
     graphs = []

@@ -1,0 +1,489 @@
+"""What holds on a GPU: bits, figures, waits and messages of real trainings on a CUDA device.
+
+Where a test means something on a CPU too, it also runs there, so that an ordinary machine executes
+its lines. On a CPU a simpler compiler takes the place of Inductor, which would take minutes.
+"""
+
+import json
+import re
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from torch import nn
+from torch._dynamo.utils import counters
+
+from fastlab import config, models
+from fastlab import train as training
+from fastlab.cli import main
+from fastlab.config import AugmentConfig, DataConfig, ModelConfig, TrainConfig
+from fastlab.dataset.convert import Options, convert
+from fastlab.dataset.manifest import read_manifest
+from fastlab.dataset.synth import synthesise
+from fastlab.rundir import RunDir
+from fastlab.trace_page import look
+from pipelines import augment, make_pipeline
+from pipelines.augment import device_augmenter, make_augmenter
+from pipelines.resident import open_array
+from pipelines.torchvision import open_engine
+from tests.training import (
+    ROOT,
+    TINY,
+    assert_same_weights,
+    command,
+    launch,
+    metrics,
+    train,
+)
+
+try:
+    from pipelines.augment_cpu import augment_on_cpu
+except ImportError:
+    augment_on_cpu = augment.augment_on_cpu
+
+# What torch, Triton and Accelerate warn of on one machine or another is no failure of fastlab's,
+# which itself raises no warnings.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning",
+    "ignore::FutureWarning",
+    "ignore::UserWarning",
+    "ignore::ResourceWarning",
+)
+needs_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+CUDA = pytest.param("cuda", marks=needs_gpu)
+both_devices = pytest.mark.parametrize("device", ["cpu", CUDA], indirect=True)
+gpu_only = pytest.mark.parametrize("device", [CUDA], indirect=True)
+
+_KNOWN = {field.name for field in fields(TrainConfig)}
+DETERMINISTIC = ("train.deterministic=true",) if "deterministic" in _KNOWN else ()
+NO_DROPOUT = ("model.dropout_conv=0", "model.dropout_stem=0", "model.dropout_fc=0")
+# One model for all tests that compile: the compiler's cache serves the later ones.
+COMPILED = ("model.name=cnn8", "model.width=8", "train.precision=bf16", *NO_DROPOUT)
+
+
+@pytest.fixture
+def device(request, monkeypatch) -> Iterator[str]:
+    """The device that Accelerate takes. Its choice holds for a process: it is forgotten before and
+    after, as are the functions that other tests compiled."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", str(request.param == "cpu").lower())
+    if request.param == "cpu":
+        monkeypatch.setattr(torch, "compile", _without_inductor(torch.compile))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.compiler.reset()
+    yield request.param
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _without_inductor(compile: Callable) -> Callable:
+    def plainly(function: Callable, mode: str = "default", **settings):
+        return compile(function, backend="aot_eager", **settings)
+
+    return plainly
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    """160 training images, ten steps of 16, and 50 validation images of ten classes."""
+    root = tmp_path_factory.mktemp("gpu")
+    synthesise(root / "originals", classes=10, per_class=16)
+    convert(root / "originals", root / "dataset", Options())
+    return root / "dataset"
+
+
+@pytest.fixture
+def make_trainer(device, dataset, tmp_path) -> Iterator[Callable[..., training.Trainer]]:
+    """A `Trainer` with the same initial weights at each call, under the settings of its run."""
+    with ExitStack() as held:
+
+        def make(*overrides: str) -> training.Trainer:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            sets = [f"data.path={dataset}", *TINY, *overrides]
+            cfg = config.load(ROOT / "configs" / "demo.toml", sets)
+            accelerator = training.make_accelerator(cfg)
+            held.enter_context(training.torch_settings(cfg))
+            trainer = training.Trainer(cfg, RunDir(tmp_path / "run"), accelerator)
+            assert trainer.device.type == device
+            return trainer
+
+        yield make
+
+
+def take_steps(trainer: training.Trainer, batches: Iterator, count: int) -> list[torch.Tensor]:
+    """The losses, on the device."""
+    return [training.train_step(trainer, batch) for batch in islice(batches, count)]
+
+
+# Data
+
+AUGMENTATIONS = [
+    AugmentConfig(crop_scale=0.4),
+    AugmentConfig(flip=True, translate=4, cutout=7, crop_scale=0.4),
+    AugmentConfig(flip=True, translate=4, padding="mean", cutout=7),
+]
+MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
+
+
+@both_devices
+@pytest.mark.parametrize("settings", AUGMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_augmentation_gives_the_bits_of_the_cpu_kernel(settings, dtype, compiled, device):
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
+    rows, key = random.permutation(40), 7
+    host, moved = (make_augmenter(settings, 16, MEAN, STD, dtype, to) for to in ("cpu", device))
+    row_tensor = torch.from_numpy(rows).to(device)
+    found = device_augmenter(compiled)(
+        moved,
+        torch.from_numpy(images).to(device),
+        row_tensor,
+        row_tensor,
+        torch.tensor(key, device=device),
+    )
+    expected = augment_on_cpu(host, images, rows, rows, key)
+    assert found.dtype == dtype and found.device.type == device
+    assert torch.equal(found.cpu(), expected)
+
+
+def resident(dataset: Path, split: str, placement: str, device: str):
+    return make_pipeline(
+        DataConfig(path=str(dataset), placement=placement),
+        AUGMENTATIONS[1] if split == "train" else None,
+        read_manifest(dataset),
+        split,
+        batch_size=16,
+        device=torch.device(device),
+        dtype=torch.bfloat16,
+        seed=3,
+        train=split == "train",
+    )
+
+
+@both_devices
+@pytest.mark.parametrize("placement", ["device", "stream"])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_the_placement_of_images_does_not_show_in_batches(split, placement, device, dataset):
+    expected = list(resident(dataset, split, "auto", "cpu").epoch(2))
+    count = 0
+    # One by one: a batch is valid until the next is asked for.
+    for batch in resident(dataset, split, placement, device).epoch(2):
+        for found, wanted in zip(batch, expected[count], strict=True):
+            assert found.device.type == device and torch.equal(found.cpu(), wanted)
+        count += 1
+    assert count == len(expected)
+
+
+GREY, SMALLER = 3, 1  # places in a class of the single-channel JPEG and of the resized one
+EACH = 6
+
+
+@pytest.fixture(scope="module")
+def encoded_dataset(tmp_path_factory) -> Path:
+    """Smooth images, in which no decoder finds an edge to disagree about: JPEGs, of which one a
+    class is greyscale and one of another size, and a PNG."""
+    root, random = tmp_path_factory.mktemp("encoded"), np.random.default_rng(0)
+    for folder in (
+        root / "originals" / split / name for split in ("train", "val") for name in "ab"
+    ):
+        folder.mkdir(parents=True)
+        for number in range(EACH):
+            coarse = Image.fromarray(random.integers(0, 256, (3, 3, 3), dtype=np.uint8))
+            size = (90, 75) if number == SMALLER else (64, 64)
+            image = coarse.resize(size, Image.Resampling.BICUBIC)
+            image = image.convert("L") if number == GREY else image
+            image.save(folder / f"{number}{'.png' if number == EACH - 1 else '.jpg'}")
+    convert(root / "originals", root / "dataset", Options(formats=("array", "tar")))
+    return root / "dataset"
+
+
+@both_devices
+def test_decoding_agrees_with_the_converters_to_a_few_levels(device, encoded_dataset):
+    """By nvJPEG on a GPU, by libjpeg-turbo on a CPU."""
+    manifest = read_manifest(encoded_dataset)
+    pixels, labels = open_array(encoded_dataset, manifest, "train")
+    settings = DataConfig(path=str(encoded_dataset), pipeline="torchvision", workers=1)
+    engine = open_engine(settings, manifest, "train", torch.device(device))
+    rows = np.random.default_rng(1).permutation(2 * EACH).reshape(3, -1)
+    for row, (images, found_labels) in zip(rows, engine.batches(rows), strict=True):
+        assert images.device.type == device and images.shape == (len(row), 64, 64, 3)
+        assert found_labels.tolist() == labels[row].tolist()
+        difference = np.abs(images.cpu().numpy().astype(int) - pixels[row]).reshape(len(row), -1)
+        assert difference.mean(axis=1).max() < 2, difference.mean(axis=1)
+        assert difference.max() < 24, difference.max(axis=1)
+        grey = images[torch.from_numpy(row % EACH == GREY).to(device)]
+        assert torch.equal(grey, grey[..., :1].expand_as(grey))
+
+
+# Arithmetic
+
+
+def loss_and_gradient(
+    name: str, device: str, precision: str, compiled: bool = False, channels_last: bool = True
+) -> tuple[float, torch.Tensor]:
+    """Of one training batch, without dropout; the gradient of all weights, fp64, on the host."""
+    plain = ModelConfig(name=name, width=8, dropout_conv=0, dropout_stem=0, dropout_fc=0)
+    torch.manual_seed(0)
+    images, labels = torch.randn(8, 3, 64, 64), torch.arange(8, device=device)
+    model = models.build(plain, classes=10).to(
+        device, torch.float64 if precision == "fp64" else torch.float32
+    )
+    models.set_memory_format(model, channels_last)
+    if compiled:
+        training.compile_forward(model, TrainConfig(precision=precision))
+    images = images.to(device, training.DTYPES[precision], memory_format=torch.channels_last)
+    with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+        logits = model(images)
+    loss = nn.functional.cross_entropy(logits if precision == "fp64" else logits.float(), labels)
+    loss.backward()
+    gradient = torch.cat([weight.grad.double().flatten() for weight in model.parameters()])
+    return loss.item(), gradient.cpu()
+
+
+@pytest.fixture
+def without_tf32() -> Iterator[None]:
+    with training.torch_settings(config.load(None, ["train.precision=fp32"])):
+        yield
+
+
+# Largest relative differences of the loss and of the gradient's norm. A rounding error switches
+# ReLUs and max pools that are close to switching, which moves the gradient by more than its own
+# size: measured on a CPU, by up to 0.003 in fp32 and 0.53 in bf16 (ResNet-19, the deepest). In fp64
+# nothing switches, so that this is the precision that tells a wrong gradient.
+BOUNDS = {"fp64": (1e-9, 1e-6), "fp32": (1e-4, 2e-2), "bf16": (5e-2, 0.75)}
+
+
+def assert_close(found: tuple, expected: tuple, bounds: tuple[float, float]) -> None:
+    assert found[0] == pytest.approx(expected[0], rel=bounds[0])
+    difference = (found[1] - expected[1]).norm() / expected[1].norm()
+    assert difference < bounds[1]
+
+
+CASES = [("cpu", "cnn8"), ("cpu", "resnet11")] + [
+    pytest.param("cuda", name, marks=needs_gpu) for name in models.MODELS
+]
+
+
+@pytest.mark.parametrize("precision", BOUNDS)
+@pytest.mark.parametrize(("device", "name"), CASES, indirect=["device"])
+def test_loss_and_gradient_are_those_of_fp64_on_a_cpu(device, name, precision, without_tf32):
+    expected = loss_and_gradient(name, "cpu", "fp64", channels_last=False)
+    assert_close(loss_and_gradient(name, device, precision), expected, BOUNDS[precision])
+
+
+@both_devices
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_compiled_model_gives_the_eager_loss_and_gradient(device, precision, without_tf32):
+    eager = loss_and_gradient("resnet11", device, precision)
+    counters.clear()
+    compiled = loss_and_gradient("resnet11", device, precision, compiled=True)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert_close(compiled, eager, BOUNDS[precision])
+
+
+@both_devices
+def test_cuda_graphs_train_as_plain_launches_do(make_trainer, device):
+    found = []
+    for mode in ("default", "reduce-overhead"):
+        counters.clear()
+        sets = ("train.compile=true", f"train.compile_mode={mode}", "optim.lr=0.001")
+        trainer = make_trainer(*COMPILED, *DETERMINISTIC, *sets)
+        found.append(torch.stack(take_steps(trainer, trainer.train_data.epoch(0), 8)).tolist())
+        assert counters["stats"]["unique_graphs"] >= 1
+        assert counters["inductor"]["cudagraph_skips"] == 0
+    assert found[1] == pytest.approx(found[0], rel=1e-2)
+    assert len(set(found[0])) == 8
+
+
+@torch.no_grad()
+def plain_evaluation(trainer: training.Trainer, dataset: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and labels of the validation images, as one batch that is normalised here."""
+    arrays = open_array(dataset, trainer.manifest, "val")
+    images, labels = (torch.from_numpy(np.array(part)).to(trainer.device) for part in arrays)
+    moments = (trainer.manifest.mean, trainer.manifest.std)
+    mean, std = (torch.tensor(value, device=trainer.device) for value in moments)
+    pixels = ((images / 255 - mean) / std).permute(0, 3, 1, 2)
+    model = trainer.model.eval()
+    return type(model).forward(model, pixels), labels
+
+
+@both_devices
+@pytest.mark.parametrize("mode", ["eager", "reduce-overhead"])
+@pytest.mark.parametrize("batch_size", [7, 1000])
+def test_evaluation_counts_each_image_once(mode, batch_size, make_trainer, dataset, device):
+    """As does an evaluation of them all in one batch."""
+    compiled = () if mode == "eager" else ("train.compile=true", f"train.compile_mode={mode}")
+    sets = (f"train.eval_batch_size={batch_size}", "model.width=8", "model.name=cnn8", *compiled)
+    trainer = make_trainer(*sets)
+    found = training.evaluate(trainer.net, trainer.val_data, trainer.accelerator)
+    logits, labels = plain_evaluation(trainer, dataset)
+    hits = [int((logits.topk(k).indices == labels[:, None]).any(dim=1).sum()) for k in (1, 5)]
+    assert [found.images, found.correct1, found.correct5] == [50, *hits]
+    assert found.loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-4)
+    assert 0 < found.correct5 < 50
+
+
+@both_devices
+def test_the_moving_average_is_that_of_a_loop_on_the_host(make_trainer):
+    def snapshot(trainer: training.Trainer) -> list[torch.Tensor]:
+        state = trainer.model.state_dict().values()
+        return [tensor.double().cpu() for tensor in state if tensor.is_floating_point()]
+
+    trainer = make_trainer("train.ema=0.5", "optim.lr=0.1", *NO_DROPOUT)
+    expected, batches = snapshot(trainer), trainer.train_data.epoch(0)
+    start = expected
+    for step in range(8):
+        take_steps(trainer, batches, 1)
+        decay = min(0.5, (1 + step) / (10 + step))
+        weights = zip(expected, snapshot(trainer), strict=True)
+        expected = [decay * old + (1 - decay) * new for old, new in weights]
+    found = [tensor.double().cpu() for tensor in trainer.average.average]
+    for average, wanted, before in zip(found, expected, start, strict=True):
+        torch.testing.assert_close(average, wanted, rtol=1e-5, atol=1e-6)
+        assert not torch.equal(average, before)
+
+
+# Trainings
+
+
+STOPPED_BY_ITSELF = """
+import os, signal, sys
+from fastlab import train
+
+step, steps = train.train_step, []
+
+def stopping(trainer, batch):
+    steps.append(trainer.progress.step)
+    if len(steps) == 14:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(trainer, batch)
+
+train.train_step = stopping
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+@gpu_only
+@pytest.mark.parametrize(("name", "compiled"), [("resnet11", "false"), ("cnn8", "true")])
+def test_a_stopped_training_resumes_bit_for_bit(name, compiled, device, dataset, tmp_path):
+    """It ends after four steps of the second epoch's ten; with dropout and a moving average."""
+    whole, run, script = (tmp_path / part for part in ("whole", "run", "script.py"))
+    script.write_text(STOPPED_BY_ITSELF)
+    sets = (f"model.name={name}", f"train.compile={compiled}", "train.precision=bf16")
+    sets = (*sets, "train.checkpoint_every=0", *DETERMINISTIC)
+    train(command(dataset, whole, *sets), device=device)
+    stopped = launch(command(dataset, run, *sets), script=script, device=device)
+    _, errors = stopped.communicate(timeout=120)
+    assert stopped.returncode == 128 + signal.SIGTERM, errors
+    assert (run / "checkpoints" / "step-00000014").is_dir()
+    train(["--resume", str(run)], device=device)
+    assert metrics(run) == metrics(whole)
+    assert_same_weights(run, whole)
+
+
+@gpu_only
+@pytest.mark.parametrize("mode", ["eager", "default", "reduce-overhead"])
+def test_no_step_waits_for_the_device(mode, make_trainer):
+    """After the epoch's first steps: they compile, capture and copy the epoch's order."""
+    compiled = () if mode == "eager" else ("train.compile=true", f"train.compile_mode={mode}")
+    sets = (*COMPILED, "data.placement=device", "augment.flip=true", "augment.cutout=8")
+    trainer = make_trainer(*sets, *compiled)
+    batches = trainer.train_data.epoch(0)
+    take_steps(trainer, batches, 5)
+    with waits_refused():
+        losses = take_steps(trainer, batches, 4)
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            losses[0].item()
+    assert len(losses) == 4 and torch.stack(losses).isfinite().all()
+
+
+@contextmanager
+def waits_refused() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@both_devices
+def test_a_trace_shows_steps_that_do_not_wait(device, dataset, tmp_path, capsys):
+    run, on_gpu = tmp_path / "run", device == "cuda"
+    schedule = ("profile.wait=3", "profile.warmup=2", "profile.active=4")
+    sets = (*schedule, "train.checkpoint_every=0", "train.epochs=1", "train.precision=bf16")
+    assert main(["train", *command(dataset, run, *sets), "--profile"]) == 0
+    assert main(["trace", str(run)]) == 0
+    assert str(run) in capsys.readouterr().out
+    found = look(run).main
+    assert found.numbers == [6, 7, 8, 9]
+    assert not found.blind and not found.syncs, found.syncs
+    assert bool(found.gpu) == bool(found.kernels) == bool(found.launches) == on_gpu
+    assert sum(found.shares.values()) == pytest.approx(1, abs=1e-3)
+    if on_gpu:
+        assert 0 < found.busy <= 1
+        assert found.kernels[0].gpu_ms > 0 and found.kernels[0].calls > 0
+
+
+@contextmanager
+def memory_capped(size: int) -> Iterator[None]:
+    """Only so many more bytes of the device's memory may be allocated."""
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    allowed = torch.cuda.memory_reserved() + size
+    torch.cuda.set_per_process_memory_fraction(allowed / total)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.empty_cache()
+
+
+@gpu_only
+def test_too_large_a_batch_is_one_line_with_a_size_that_fits(device, dataset, tmp_path, capsys):
+    """About 6 MB an image in training, and 80 MB of weights, their states and workspaces."""
+    sets = ("model.width=64", "train.epochs=1", "train.checkpoint_every=0")
+    with memory_capped(400 * 2**20):
+        large = (*sets, "train.batch_size=160")
+        assert main(["train", *command(dataset, tmp_path / "large", *large)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        size = named_size(line, 160)
+        smaller = (*sets, f"train.batch_size={size}")
+        AcceleratorState._reset_state(reset_partial_state=True)
+        assert main(["train", *command(dataset, tmp_path / "smaller", *smaller)]) == 0
+
+
+def named_size(line: str, failed: int) -> int:
+    """The batch size that an error's line says was tried."""
+    said = re.search(
+        rf"with train\.batch_size = {failed}: (\d+) was tried and fits; "
+        r"add --set train\.batch_size=\1$",
+        line,
+    )
+    assert said and 0 < int(said[1]) < failed, line
+    return int(said[1])
+
+
+def test_the_named_size_is_read_from_the_line():
+    start = "fastlab: out of memory on cuda:0 with train.batch_size = 160: "
+    assert named_size(f"{start}40 was tried and fits; add --set train.batch_size=40", 160) == 40
+    with pytest.raises(AssertionError):
+        named_size(f"{start}40 was tried and fits; add --set train.batch_size=41", 160)
+
+
+@gpu_only
+def test_a_diverging_training_ends_with_one_line(device, dataset, tmp_path, capsys):
+    wild = ("optim.name=sgd", "optim.lr=1e30", "model.batch_norm=false", "schedule.name=constant")
+    assert main(["train", *command(dataset, tmp_path / "run", *wild)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "not a finite number at step" in line
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "diverged"
