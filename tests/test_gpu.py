@@ -9,7 +9,6 @@ import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 
@@ -65,8 +64,7 @@ CUDA = pytest.param("cuda", marks=needs_gpu)
 both_devices = pytest.mark.parametrize("device", ["cpu", CUDA], indirect=True)
 gpu_only = pytest.mark.parametrize("device", [CUDA], indirect=True)
 
-_KNOWN = {field.name for field in fields(TrainConfig)}
-DETERMINISTIC = ("train.deterministic=true",) if "deterministic" in _KNOWN else ()
+DETERMINISTIC = ("train.deterministic=true",)
 NO_DROPOUT = ("model.dropout_conv=0", "model.dropout_stem=0", "model.dropout_fc=0")
 # One model for all tests that compile: the compiler's cache serves the later ones.
 COMPILED = ("model.name=cnn8", "model.width=8", "train.precision=bf16", *NO_DROPOUT)
@@ -295,6 +293,7 @@ def test_a_compiled_model_gives_the_eager_loss_and_gradient(device, precision, w
 def test_cuda_graphs_train_as_plain_launches_do(make_trainer, device):
     found = []
     for mode in ("default", "reduce-overhead"):
+        torch.compiler.reset()
         counters.clear()
         sets = ("train.compile=true", f"train.compile_mode={mode}", "optim.lr=0.001")
         trainer = make_trainer(*COMPILED, *DETERMINISTIC, *sets)
