@@ -7,7 +7,7 @@ All cases run in one process, which uploads the training images once; those that
 are the `resident` pipeline's own batches, bf16 and normalised, without the order of images and the
 upload of their numbers, which it makes once an epoch.
 "nvJPEG" is the whole `torchvision` pipeline, from encoded shards to the same batches (flipped and
-translated), in its first epoch; "nvJPEG decode alone" decodes bytes that lie in host memory.
+translated), in its first two epochs; "nvJPEG decode alone" decodes bytes that lie in host memory.
 
 A round queues batches for at least 50 ms, after a few that are not timed. "Device" is the time
 between two CUDA events around them, in which the GPU may wait for Python; "host" is the time that

@@ -1,4 +1,3 @@
-import json
 import sys
 
 import pytest
@@ -164,10 +163,7 @@ def test_nothing_measured_is_a_mistake_that_is_named(
     assert not (tmp_path / "x.json").exists()
 
 
-def test_a_dataset_without_pixels_is_named(dataset, tmp_path, monkeypatch, capsys):
-    manifest = json.loads((dataset / "manifest.json").read_text())
-    del manifest["formats"]["array"]
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    monkeypatch.setattr(device_loaders, "check_dataset", lambda path: None)
-    assert run(tmp_path, tmp_path / "x.json", monkeypatch) == 2
+def test_a_dataset_without_pixels_is_named(synth_source, tmp_path, monkeypatch, capsys):
+    convert(synth_source, tmp_path / "tar", Options(formats=("tar",)))
+    assert run(tmp_path / "tar", tmp_path / "x.json", monkeypatch) == 2
     assert "has no array format" in capsys.readouterr().err
