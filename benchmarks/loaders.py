@@ -194,17 +194,16 @@ def _fastlab(engine: str) -> Callable:
     def batches(args: argparse.Namespace, cores: int) -> Iterator:
         import torch
 
-        import pipelines.engine
-        import pipelines.resident
+        import pipelines.augment_cpu
         from fastlab.config import AugmentConfig, DataConfig
         from pipelines import make_pipeline
 
-        raw = pipelines.resident.augment_on_cpu
+        raw = pipelines.augment_cpu.augment_on_cpu
 
         def as_bytes(*arguments):  # the rivals do not normalise
             return raw(*arguments, raw=True)
 
-        pipelines.resident.augment_on_cpu = pipelines.engine.augment_on_cpu = as_bytes
+        pipelines.augment_cpu.augment_on_cpu = as_bytes
         data = make_pipeline(
             DataConfig(path=str(args.dataset), pipeline=engine, workers=cores),
             AugmentConfig(flip=True, translate=TRANSLATE),

@@ -20,7 +20,7 @@ from fastlab.fingerprint import check_dataset
 from fastlab.optim import WeightAverage
 from fastlab.rundir import RunDir
 from pipelines import make_pipeline
-from pipelines.augment import augment_on_cpu, make_augmenter
+from pipelines.augment import make_augmenter
 
 SAMPLES = 12
 
@@ -97,6 +97,7 @@ def predict_images(run: Path, images: list[Path], which: str) -> list[list[tuple
     Raises `UserError` for a file that is missing or no image.
     """
     from fastlab.train import torch_settings
+    from pipelines.augment_cpu import augment_on_cpu
 
     model, cfg, manifest, device = load_run(run, which)
     side = manifest.image_size

@@ -13,7 +13,7 @@ import torch
 from fastlab.config import AugmentConfig, DataConfig
 from fastlab.dataset.manifest import Manifest
 from fastlab.errors import UserError
-from pipelines.augment import augment_on_cpu, device_augmenter, epoch_key, make_augmenter
+from pipelines.augment import device_augmenter, epoch_key, make_augmenter
 from pipelines.base import Batch, Shard, make_schedule
 
 
@@ -83,6 +83,8 @@ class EnginePipeline:
             decoded.close()
 
     def _cpu_batch(self, images, labels, row: np.ndarray, mask: np.ndarray, key: int) -> Batch:
+        from pipelines.augment_cpu import augment_on_cpu  # and numba: only for batches of a CPU
+
         here = np.arange(len(row))
         pixels = augment_on_cpu(self._augmenter, images.numpy(), here, row, key)
         return Batch(pixels, labels.clone(), torch.from_numpy(mask))

@@ -16,13 +16,7 @@ import torch
 from fastlab.config import AugmentConfig, DataConfig
 from fastlab.dataset.manifest import Manifest
 from fastlab.errors import UserError
-from pipelines.augment import (
-    Augmenter,
-    augment_on_cpu,
-    device_augmenter,
-    epoch_key,
-    make_augmenter,
-)
+from pipelines.augment import Augmenter, device_augmenter, epoch_key, make_augmenter
 from pipelines.base import Batch, Shard, make_schedule
 
 # Of the device's free memory, what the images of one split may take.
@@ -90,6 +84,8 @@ class ResidentPipeline:
             yield batch if on_cpu else self._finish(*batch, key_tensor)
 
     def _cpu_batch(self, rows: np.ndarray, mask: np.ndarray, key: int) -> Batch:
+        from pipelines.augment_cpu import augment_on_cpu  # and numba: only for batches of a CPU
+
         pixels = augment_on_cpu(self._augmenter, self._images, rows, rows, key)
         return Batch(pixels, torch.from_numpy(self._labels[rows]), torch.from_numpy(mask))
 

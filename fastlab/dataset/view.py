@@ -47,7 +47,8 @@ def draw_samples(directory: Path, manifest: Manifest, out: Path) -> None:
     import torch
 
     from fastlab.config import AugmentConfig
-    from pipelines.augment import augment_on_cpu, epoch_key, make_augmenter
+    from pipelines.augment import epoch_key, make_augmenter
+    from pipelines.augment_cpu import augment_on_cpu
     from pipelines.resident import open_array
 
     images, labels = open_array(directory, manifest, "train")

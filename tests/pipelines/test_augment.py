@@ -7,14 +7,13 @@ import torch
 
 from fastlab.config import AugmentConfig
 from fastlab.errors import UserError
-from pipelines import augment
 from pipelines.augment import (
-    augment_on_cpu,
     augment_on_device,
     device_augmenter,
     epoch_key,
     make_augmenter,
 )
+from pipelines.augment_cpu import _compiled, augment_on_cpu
 
 SIDE = 16
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
@@ -51,6 +50,40 @@ def test_both_implementations_give_the_same_bits(config, dtype, images):
     )
     assert host.dtype == dtype and torch.equal(host, device)
     assert host.is_contiguous(memory_format=torch.channels_last)
+
+
+def assert_same_bits(apply, config, side, key, count=12):
+    """Of images with numbers up to the largest of an int32."""
+    generator = np.random.default_rng(side)
+    images = generator.integers(0, 256, (5, side, side, 3), dtype=np.uint8)
+    rows = generator.integers(0, len(images), count)
+    ids = np.append(generator.integers(0, 2**31, count - 1), 2**31 - 1)
+    augmenter = make_augmenter(config, side, MEAN, STD, torch.bfloat16)
+    host = augment_on_cpu(augmenter, images, rows, ids, key)
+    tensors = (torch.from_numpy(values) for values in (images, rows, ids))
+    assert torch.equal(host, apply(augmenter, *tensors, torch.tensor(key)))
+
+
+STRONG = [
+    AugmentConfig(flip=True, translate=3, padding=padding, cutout=5, crop_scale=crop_scale)
+    for padding in ("reflect", "mean")
+    for crop_scale in (1.0, 0.3)
+]
+
+
+@pytest.mark.parametrize("config", STRONG)
+@pytest.mark.parametrize("side", [8, 15, 17, 48, 64, 97])
+@pytest.mark.parametrize("key", [0, epoch_key(3, 1), 2**31, 2**32 - 1])
+def test_the_bits_are_the_same_for_any_side_and_key(config, side, key):
+    assert_same_bits(augment_on_device, config, side, key)
+
+
+def test_int32_holds_crops_of_images_of_2048_pixels():
+    assert_same_bits(augment_on_device, AugmentConfig(crop_scale=0.999), 2048, 7, count=1)
+
+
+def test_the_compiled_function_gives_the_same_bits_on_a_cpu():
+    assert_same_bits(device_augmenter(compile=True), STRONG[-1], 15, 2**32 - 1)
 
 
 def test_a_second_shape_is_compiled_for_itself(images, monkeypatch):
@@ -154,4 +187,4 @@ def test_a_machine_without_a_place_for_numbas_cache_compiles_anew(monkeypatch):
 
     with pytest.raises(RuntimeError, match="cannot cache"):
         numba.njit(cache=True)(twice)
-    assert augment._compiled(twice)(21) == 42
+    assert _compiled(twice)(21) == 42
