@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -26,6 +27,9 @@ from pipelines.base import Batch, Shard, make_schedule
 
 # Of the device's free memory, what the images of one split may take.
 _SHARE = 0.5
+# The images on each device by their file, as long as a pipeline has them: pipelines of one split in
+# one process share them.
+_uploaded: WeakValueDictionary[tuple, torch.Tensor] = WeakValueDictionary()
 
 
 class ResidentPipeline:
@@ -73,13 +77,21 @@ class ResidentPipeline:
         """(images, labels) on the accelerator, or None where batches come from the host."""
         if self._device.type == "cpu" or placement == "stream":
             return None
-        if placement == "auto" and self._images.nbytes > _SHARE * _free_memory(self._device):
-            return None
+        file = os.stat(self._images.filename)
+        key = file.st_dev, file.st_ino, file.st_mtime_ns, self._device
+        images = _uploaded.get(key)
+        if images is None:
+            if placement == "auto" and self._images.nbytes > _SHARE * _free_memory(self._device):
+                return None
+            images = _uploaded[key] = self._upload()
+        return images, torch.from_numpy(self._labels).to(self._device)
+
+    def _upload(self) -> torch.Tensor:
         images = torch.empty(self._images.shape, dtype=torch.uint8, device=self._device)
         for first in range(0, len(images), 8192):  # the map is read once, not copied whole first
             block = np.array(self._images[first : first + 8192])
             images[first : first + len(block)] = torch.from_numpy(block).to(self._device)
-        return images, torch.from_numpy(self._labels).to(self._device)
+        return images
 
     def _device_batches(self, rows: np.ndarray, masks: np.ndarray, key: int) -> Iterator[Batch]:
         images, labels = self._on_device
