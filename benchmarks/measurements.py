@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fastlab import config as configs
+from fastlab.config import Config
 from fastlab.dataset.manifest import check_sizes, read_manifest
 from fastlab.errors import UserError
 from fastlab.rundir import environment, write_atomically
@@ -77,6 +79,11 @@ def inside(text: str) -> str:
         return Path(path).name if path.startswith("..") else path
 
     return _OUTSIDE.sub(shorten, text)
+
+
+def public_config(cfg: Config) -> str:
+    """As TOML, without the place of the dataset on this machine."""
+    return configs.dump(replace(cfg, data=replace(cfg.data, path=inside(cfg.data.path))))
 
 
 def save(found: Session, path: Path) -> None:

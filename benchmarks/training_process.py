@@ -14,7 +14,6 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from accelerate.state import AcceleratorState
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.ceilings import wait
-from benchmarks.measurements import inside
+from benchmarks.measurements import public_config
 from benchmarks.training import VARIANTS
 from fastlab import config as configs
 from fastlab import models
@@ -138,9 +137,8 @@ class Variant:
 
     def trace(self, run: RunDir) -> None:
         """Record a few steps into `run`, a new directory that gets nothing else but config.toml."""
-        data = replace(self._cfg.data, path=inside(self._cfg.data.path))
         run.path.mkdir(parents=True)
-        write_atomically(run.config, configs.dump(replace(self._cfg, data=data)))
+        write_atomically(run.config, public_config(self._cfg))
         steps = _TRACE.warmup + _TRACE.active
         with torch_settings(self._cfg), Tracer(_TRACE, run.traces, 0, self._device) as tracer:
             for batch in itertools.islice(tracer.steps(self._batches(), 0), steps):

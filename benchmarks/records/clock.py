@@ -22,7 +22,14 @@ from pathlib import Path
 import torch
 
 from benchmarks.ceilings import wait
-from benchmarks.measurements import Results, Session, check_dataset, check_measured, count, inside
+from benchmarks.measurements import (
+    Results,
+    Session,
+    check_dataset,
+    check_measured,
+    count,
+    public_config,
+)
 from fastlab import config as configs
 from fastlab import models
 from fastlab.cli import run_command
@@ -72,7 +79,7 @@ def race(
     left = range(results.rounds(case), runs)
     if not left:
         return
-    more = {"target": target, "config": public(cfg)}
+    more = {"target": target, "config": public_config(cfg)}
     with tempfile.TemporaryDirectory() as scratch, torch_settings(cfg):
         trainer = Trainer(cfg, RunDir(Path(scratch)), make_accelerator(cfg))
         warm_up(trainer)
@@ -82,11 +89,6 @@ def race(
             found = timed(trainer, seed, target, deadline)
             print(json.dumps({"seed": seed, **found}), flush=True)
             results.add(case, "s", found.pop("seconds"), {"runs": found}, more)
-
-
-def public(cfg: Config) -> str:
-    """As TOML, without the place of the dataset on this machine."""
-    return configs.dump(replace(cfg, data=replace(cfg.data, path=inside(cfg.data.path))))
 
 
 def warm_up(trainer: Trainer) -> None:
