@@ -119,7 +119,8 @@ class Data:
         """Raises `UserError` where the dataset has no whole ``array`` format."""
         self.path, self.device = path, device
         self.manifest = read_manifest(path)
-        self.uploaded = upload(*open_array(path, self.manifest, "train"), device)
+        images, labels = open_array(path, self.manifest, "train")
+        self.uploaded = upload(images, device), torch.from_numpy(labels).to(device)
         """Images, uint8 [N, S, S, 3], and labels, int64 [N]."""
         self.apply = device_augmenter(compile=True)
 

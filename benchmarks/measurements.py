@@ -1,17 +1,20 @@
 """Typed records of measurements: what was measured, how often, where, when and by which command."""
 
 import argparse
-import copy
 import json
+import os
+import re
 import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fastlab import config as configs
+from fastlab.config import Config
 from fastlab.dataset.manifest import check_sizes, read_manifest
 from fastlab.errors import UserError
 from fastlab.rundir import environment, write_atomically
@@ -54,12 +57,33 @@ class Session:
         return next(record for record in self.records if record.case == case)
 
 
-def session(benchmark: str, records: list[Record], calls: Sequence[str] = ()) -> Session:
-    """The records with what made them: this process's command, machine, date and versions."""
-    command = shlex.join(["python", "-m", f"benchmarks.{benchmark}", *sys.argv[1:]])
+def session(benchmark: str, records: list[Record], script: str = "") -> Session:
+    """The records with what made them: this process's command, machine, date and versions.
+    `script`: the command's module, where it is not `benchmark`."""
+    arguments = [inside(argument) for argument in sys.argv[1:]]
+    command = shlex.join(["python", "-m", f"benchmarks.{script or benchmark}", *arguments])
     found = environment(processes=1)
-    made = found["date"], found["machine"], found["versions"]
-    return Session(benchmark, records, command, *made, list(calls))
+    return Session(benchmark, records, command, found["date"], found["machine"], found["versions"])
+
+
+# Not within a relative path, a URL or a unit, such as "images/s".
+_OUTSIDE = re.compile(r"""(?<![\w./:-])(?:\.\.)?/[^"',;=]+""")
+
+
+def inside(text: str) -> str:
+    """`text` with its paths relative to the current directory; of those that lie outside it, the
+    last component alone."""
+
+    def shorten(match: re.Match[str]) -> str:
+        path = os.path.relpath(match[0])
+        return Path(path).name if path.startswith("..") else path
+
+    return _OUTSIDE.sub(shorten, text)
+
+
+def public_config(cfg: Config) -> str:
+    """As TOML, without the place of the dataset on this machine."""
+    return configs.dump(replace(cfg, data=replace(cfg.data, path=inside(cfg.data.path))))
 
 
 def save(found: Session, path: Path) -> None:
@@ -78,54 +102,73 @@ def load(path: Path) -> Session:
     return Session(**{**raw, "records": [Record(**record) for record in raw["records"]]})
 
 
-class Journal:
-    """What a command has measured so far, beside its result, so that the same command goes on
-    there after it was cut off.
+class Results:
+    """What a command measures, written to its `--out` file after every round.
 
-    Only on the same machine with the same versions, since the record names one of each; else it
-    begins anew.
+    The same command goes on there after it was cut off: on the same device with the same versions,
+    since a record names one of each.
     """
 
-    def __init__(self, benchmark: str, out: Path | None) -> None:
-        """`out`: where the result will be; None: nothing is kept."""
-        self._path = out and out.with_name(f"{out.name}.journal")
-        made = session(benchmark, [])
-        command = made.command.replace(str(out), "OUT")  # which may lie elsewhere the next time
-        self._made_by = [command, made.machine, made.versions]
-        self.calls: list[str] = []
-        self._found: dict[str, dict[str, Any]] = {}
-        if self._path and self._path.exists():
-            self._restore(json.loads(self._path.read_text(encoding="utf-8")))
-        self.calls.append(made.date)
+    def __init__(self, benchmark: str, out: Path | None, script: str = "") -> None:
+        """`out` None: nothing is kept. `script`: the command's module, where it is not `benchmark`.
 
-    def measured(self, key: str, measure: Callable[[], Any]) -> Any:
-        """What `measure` returns, or returned in a call before: something that JSON can hold."""
-        if key not in self._found:
-            self._found[key] = {"value": measure(), "call": len(self.calls)}
-            self._save()
-        return copy.deepcopy(self._found[key]["value"])
+        Raises `UserError` where `out` holds anything else.
+        """
+        self._out = out
+        made = session(benchmark, [], script)
+        before = read_record(out, "--out") if out and out.exists() else made
+        if _made_by(before) != _made_by(made):
+            raise UserError(
+                f"--out {out}: another command, device or version measured what it holds; "
+                f"choose another file"
+            )
+        self.session = replace(made, records=before.records, calls=[*before.calls, made.date])
 
-    def call(self, key: str) -> int:
-        """The number of the call, from 1 on, that measured `key`."""
-        return self._found[key]["call"]
+    def rounds(self, case: str) -> int:
+        """How many of them are measured."""
+        return sum(len(record.rounds) for record in self.session.records if record.case == case)
 
-    def finish(self) -> None:
-        """The result is written."""
-        if self._path:
-            self._path.unlink(missing_ok=True)
+    def add(
+        self, case: str, unit: str, value: float, each: dict[str, Any], once: dict[str, Any]
+    ) -> None:
+        """A round of `case`. Of the details, `each` is listed round by round, as is the number of
+        the call that measured it, from 1 on; `once` replaces that of the rounds before."""
+        if not self.rounds(case):
+            self.session.records.append(Record(case, unit, []))
+        record = self.session[case]
+        record.rounds.append(value)
+        for name, detail in {**each, "call": len(self.session.calls)}.items():
+            record.details.setdefault(name, []).append(detail)
+        record.details.update(once)
+        self._save()
 
-    def _restore(self, kept: dict[str, Any]) -> None:
-        if kept["made_by"] != self._made_by:
-            print(f"{self._path}: of another command or machine; begins anew", file=sys.stderr)
-            return
-        self.calls, self._found = kept["calls"], kept["found"]
-        print(f"goes on after {len(self._found)} measurements of {self._path}", file=sys.stderr)
+    def drop(self, case: str) -> None:
+        """The rounds of a case that failed."""
+        self.session.records[:] = [r for r in self.session.records if r.case != case]
+        self._save()
 
     def _save(self) -> None:
-        if self._path:
-            kept = {"made_by": self._made_by, "calls": self.calls, "found": self._found}
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._path, json.dumps(kept, indent=1) + "\n")
+        if self._out:
+            save(self.session, self._out)
+
+
+def _made_by(found: Session) -> tuple[str, list[str], dict[str, str]]:
+    """Where the records lie is no part of it."""
+    command = re.sub(r" --out[= ]('[^']*'|\S+)", "", found.command)
+    return command, device_of(found.machine), found.versions
+
+
+def device_of(machine: dict[str, Any]) -> list[str]:
+    """What names a machine: its GPUs, else its CPU. A rented machine's memory grows in use."""
+    return machine["gpus"] or [machine["cpu"], machine.get("instructions", "")]
+
+
+def read_record(path: Path, option: str) -> Session:
+    """Raises `UserError` where `path`, the value of `option`, holds no records."""
+    try:
+        return load(path)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{option} {path}: no record of measurements ({error})") from None
 
 
 def in_process(module: str, arguments: list[str], timeout: float = 900) -> dict[str, Any]:
@@ -155,10 +198,14 @@ def interleave(
     for turn in range(warmup + rounds):
         for name, measure in cases.items():
             value = measure()
-            print(f"round {turn - warmup + 1:2d}  {name:<32} {value:14,.1f}", flush=True)
+            tell_round(turn - warmup + 1, name, value)
             if turn >= warmup:
                 found[name].append(value)
     return found
+
+
+def tell_round(number: int, case: str, value: float) -> None:
+    print(f"round {number:2d}  {case:<32} {value:14,.1f}", flush=True)
 
 
 def count(text: str) -> int:

@@ -15,6 +15,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -30,11 +32,11 @@ from benchmarks.measurements import (
     save,
     session,
 )
-from benchmarks.training import forever, time_steps
 from fastlab import config as configs
 from fastlab.cli import run_command
 from fastlab.rundir import RunDir
-from fastlab.train import Trainer, make_accelerator, torch_settings
+from fastlab.train import Trainer, make_accelerator, torch_settings, train_step
+from pipelines.base import Batch
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -127,6 +129,20 @@ def measure(args: argparse.Namespace) -> None:
         slowest = trainer.accelerator.gather(torch.tensor([seconds], device=trainer.device)).max()
         trainer.accelerator.print(json.dumps(args.batch * world / slowest.item()), flush=True)
         trainer.accelerator.end_training()
+
+
+def forever(trainer: Trainer) -> Iterator[Batch]:
+    for epoch in itertools.count():
+        yield from trainer.train_data.epoch(epoch)
+
+
+def time_steps(trainer: Trainer, batches: Iterator[Batch], steps: int) -> float:
+    """Seconds a step."""
+    started = time.perf_counter()
+    for batch in itertools.islice(batches, steps):
+        train_step(trainer, batch)
+    ceilings.wait(trainer.device)
+    return (time.perf_counter() - started) / steps
 
 
 if __name__ == "__main__":

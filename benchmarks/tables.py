@@ -59,11 +59,12 @@ def origin(found: Session) -> str:
     devices = ", ".join(machine.get("gpus", [])) or "no GPU"
     names = ", ".join(f"{name} {version}" for name, version in versions.items())
     parts = f", in {len(found.calls)} parts" if len(found.calls) > 1 else ""
+    rounds = sorted({len(record.rounds) for record in found.records})
     cpu = machine["cpu"] + (f" ({machine['instructions']})" if "instructions" in machine else "")
     return (
         f"`{found.command}`; {machine['cores']} cores of {cpu}, {devices}; "
         f"{found.date[:10]}; {names}. Median ± half the range over "
-        f"{len(found.records[0].rounds)} rounds{parts}."
+        f"{' or '.join(map(str, rounds))} rounds{parts}."
     )
 
 

@@ -1,134 +1,282 @@
-"""Training steps of a configuration: eager to fully compiled, and what the input path costs.
+"""Training steps of configurations: eager to fully compiled, and what the input path costs.
 
-    python -m benchmarks.training --config configs/resnet11.toml --batches 128,1024
-    python -m benchmarks.training --config configs/resnet11-cpu.toml --batches 128 --seconds 10
+    python -m benchmarks.training --config configs/resnet{11,18}.toml --batches 128,1024 --out FILE
+    python -m benchmarks.training --config configs/demo.toml --batches 64 --steps 5    # any CPU
 
-Each variant runs in a process of its own. "train" is the training loop's own step, fed by the
-configured pipeline; "held" repeats it on one batch that stays on the device, which is what an
-infinitely fast input path would give ("headspace"): the stall is the share of a step's time between
-them. Blocks of both alternate. FLOP are counted by torch, not assumed, 2 a multiply-add.
+A round of a variant trains whole epochs (``--epochs``; ``--steps`` takes the first steps of each):
+it begins with the epoch's order and ends when the device has done the last step. Validation and
+checkpoints are not in it. "held" repeats the step on one batch that stays on the device, for a
+quarter of the round's steps, right after: what an infinitely fast input path would give. The stall
+is the share of a step's time between the two. FLOP are counted by torch, not assumed, 2 a
+multiply-add.
 
-With ``--out``, the same command goes on after the last finished case where it was cut off.
+One process for each configuration and batch size holds all variants, which take turns round by
+round: the images are uploaded once, and each variant is compiled once. A variant whose loss or
+weights are no longer finite is left out: such numbers change the power that a device draws, and
+with it the clock.
+
+With ``--out``, every round is saved at once, and the same command goes on where it was cut off.
 """
 
 import argparse
 import itertools
 import json
-import resource
 import statistics
-import tempfile
-import time
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import ceilings
 from benchmarks.measurements import (
-    Journal,
-    Record,
+    Results,
     Session,
     check_dataset,
     check_measured,
     check_names,
     count,
     counts,
-    in_process,
-    interleave,
-    save,
-    session,
+    device_of,
+    read_record,
+    tell_round,
 )
 from fastlab import config as configs
-from fastlab import models
 from fastlab.cli import run_command
-from fastlab.config import Config
-from fastlab.rundir import RunDir
-from fastlab.train import Trainer, make_accelerator, torch_settings, train_step
-from pipelines.base import Batch
+from fastlab.errors import UserError
+
+
+def _variant(precision: str, mode: str = "", channels_last: bool = True) -> list[str]:
+    """What it overrides in a configuration. `mode`: that of torch.compile; empty: eager."""
+    return [
+        f"train.precision={precision}",
+        f"train.channels_last={str(channels_last).lower()}",
+        f"train.compile={str(bool(mode)).lower()}",
+        f"train.compile_mode={mode or 'default'}",
+    ]
+
 
 VARIANTS = {
-    "eager fp32, channels first": ("fp32", False, None),
-    "eager fp32": ("fp32", True, None),
-    "eager bf16": ("bf16", True, None),
-    "compiled fp32": ("fp32", True, "default"),
-    "compiled bf16": ("bf16", True, "default"),
-    "compiled bf16, reduce-overhead": ("bf16", True, "reduce-overhead"),
-    "compiled bf16, max-autotune": ("bf16", True, "max-autotune"),
+    "eager fp32, channels first": _variant("fp32", channels_last=False),
+    "eager fp32": _variant("fp32"),
+    "eager bf16": _variant("bf16"),
+    "compiled fp32": _variant("fp32", "default"),
+    "compiled bf16": _variant("bf16", "default"),
+    "compiled bf16, reduce-overhead": _variant("bf16", "reduce-overhead"),
 }
-_GPU_ONLY = ("compiled bf16, reduce-overhead", "compiled bf16, max-autotune")
-_BLOCKS = 5
-# After the first step: CUDA graphs warm up, and are recorded in the step after.
-_UNTIMED = 3
+_GRAPHS = "compiled bf16, reduce-overhead"  # CUDA graphs
+_GPU_DEFAULT = ["eager bf16", "compiled bf16", _GRAPHS]
+
+
+@dataclass(frozen=True)
+class Case:
+    config: Path
+    variant: str
+    batch: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.config.stem}, {self.variant}, batch {self.batch}"
+
+    @property
+    def folder(self) -> str:
+        return self.name.replace(", ", "-").replace(" ", "-")
+
+
+class Failed(Exception):
+    """A case that could not be measured, and why."""
+
+    def __init__(self, case: Case, reason: str) -> None:
+        super().__init__(reason)
+        self.case = case
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--config", type=Path, nargs="+", required=True)
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     parser.add_argument("--batches", type=counts, default=[128], help="such as 128,1024")
     parser.add_argument("--variants", default="", help="names, separated by semicolons")
-    parser.add_argument("--seconds", type=float, default=10.0, help="timed part of a round")
     parser.add_argument("--rounds", type=count, default=3)
+    parser.add_argument("--epochs", type=count, default=1, help="of a round")
+    parser.add_argument("--steps", type=count, help="of each epoch; default: all")
+    parser.add_argument("--ceilings", type=Path, help="a record of benchmarks.ceilings")
+    parser.add_argument("--traces", type=Path, help="a trace of each case, for fastlab trace")
     parser.add_argument("--out", type=Path, help="write the records to this JSON file")
-    parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--compile-only", action="store_true", help="fill the caches of torch.compile, and end"
+    )
     return run_command(run, parser.parse_args(argv))
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.case:
-        print(json.dumps(measure(args)))
+    names = variants(args.variants)
+    for path in args.config:
+        check_dataset(configs.load(path, args.overrides).data.path)
+    groups = [
+        [Case(config, name, batch) for name in names]
+        for config, batch in itertools.product(args.config, args.batches)
+    ]
+    if args.compile_only:
+        tell(compile_all(args, groups))
         return
-    journal = Journal("training", args.out)
-    found = run_all(args, journal)
-    print(table(found))
-    if args.out:
-        save(found, args.out)
-    journal.finish()
+    results = Results("training", args.out)
+    problems = measure_all(args, groups, results)
+    check_measured(results.session.records, problems)
+    print(table(results.session))
 
 
-def run_all(args: argparse.Namespace, journal: Journal) -> Session:
-    device = ceilings.default_device()
-    known = [name for name in VARIANTS if device.type == "cuda" or name not in _GPU_ONLY]
-    names = args.variants.split(";") if args.variants else known
-    check_names(names, VARIANTS, "--variants")
-    check_dataset(configs.load(args.config, args.overrides).data.path)
-    limits = journal.measured("limits", lambda: ceilings.measure(device))
-    details: dict[str, dict] = {}
+def variants(names: str) -> list[str]:
+    """Raises `UserError` for one that is unknown, or that this machine cannot run."""
+    gpu = ceilings.default_device().type == "cuda"
+    known = [name for name in VARIANTS if gpu or name != _GRAPHS]
+    found = names.split(";") if names else _GPU_DEFAULT if gpu else known
+    check_names(found, known, "--variants")
+    return found
+
+
+def measure_all(
+    args: argparse.Namespace, groups: list[list[Case]], results: Results
+) -> dict[str, str]:
+    """Every round that `results` lacks. Returns the reasons of cases that failed, by name."""
+    limits = limits_of(args.ceilings, results.session)
     problems: dict[str, str] = {}
 
-    def run(case: str) -> float:
-        if case in problems:
-            return 0.0
-        more = details.setdefault(case, {"held": [], "stall": [], "call": []})
-        key = f"{case}, round {len(more['held']) + 1}"
+    def left(case: Case) -> bool:
+        return results.rounds(case.name) < args.rounds or untraced(args, case)
+
+    def work(process: "Process", cases: list[Case]) -> None:
+        take_turns(process, cases, args.rounds, results, limits)
+        for case in cases:
+            if untraced(args, case):
+                process.ask("trace", case)
+
+    for cases in groups:
+        problems |= in_processes(args, cases, left, work)
+    return problems
+
+
+def limits_of(path: Path | None, found: Session) -> dict[str, float]:
+    """FLOP/s and bytes/s by the ceiling's name: those of `found`, of the record at `path`, or
+    measured now. Raises `UserError` where the record is of another device."""
+    if found.records:
+        return found.records[0].details["limits"]
+    if not path:
+        limits = ceilings.measure(ceilings.default_device())
+        torch.cuda.empty_cache()  # this process keeps nothing that the trainings may need
+        return limits
+    record = read_record(path, "--ceilings")
+    if device_of(record.machine) != device_of(found.machine):
+        raise UserError(f"--ceilings {path}: measured on {', '.join(device_of(record.machine))}")
+    return {ceiling.case: ceiling.median for ceiling in record.records}
+
+
+def untraced(args: argparse.Namespace, case: Case) -> bool:
+    return bool(args.traces) and not (args.traces / case.folder).exists()
+
+
+def take_turns(
+    process: "Process", cases: list[Case], rounds: int, results: Results, limits: dict[str, float]
+) -> None:
+    for turn in range(rounds):
+        for case in cases:
+            if results.rounds(case.name) <= turn:
+                found = measure(process, case, results)
+                once = {**found["once"], "limits": limits}
+                results.add(case.name, "images/s", found["rate"], found["each"], once)
+                tell_round(turn + 1, case.name, found["rate"])
+
+
+def measure(process: "Process", case: Case, results: Results) -> dict[str, Any]:
+    try:
+        return process.ask("measure", case)
+    except Failed:
+        results.drop(case.name)
+        raise
+
+
+def compile_all(args: argparse.Namespace, groups: list[list[Case]]) -> dict[str, str]:
+    """A few steps of each case. Returns the reasons of cases that failed, by name."""
+    done: list[Case] = []
+    problems: dict[str, str] = {}
+
+    def work(process: "Process", cases: list[Case]) -> None:
+        for case in cases:
+            seconds = process.ask("compile", case)["seconds"]
+            done.append(case)
+            print(f"{case.name}: compiled in {seconds:.0f} s", flush=True)
+
+    for cases in groups:
+        problems |= in_processes(args, cases, lambda case: case not in done, work)
+    return problems
+
+
+def tell(problems: dict[str, str]) -> None:
+    for name, problem in problems.items():
+        print(f"left out: {name}: {problem}", file=sys.stderr)
+
+
+def in_processes(
+    args: argparse.Namespace,
+    cases: list[Case],
+    left: Callable[[Case], bool],
+    work: Callable[["Process", list[Case]], None],
+) -> dict[str, str]:
+    """`work` on those of `cases` that are `left`, which share configuration and batch size, in a
+    process. A case that fails may have spoilt it: the others go on in a new one. Returns the
+    reasons by the case's name."""
+    problems: dict[str, str] = {}
+    while rest := [case for case in cases if case.name not in problems and left(case)]:
         try:
-            command = arguments(args, case)
-            found = journal.measured(key, lambda: in_process("benchmarks.training", command))
-        except RuntimeError as error:  # tried again by the next call, were this one cut off
-            problems[case] = str(error)
-            return 0.0
-        more["held"].append(found.pop("held"))
-        more["stall"].append(found.pop("stall"))
-        more["call"].append(journal.call(key))
-        rate = found.pop("rate")
-        more.update(found)
-        return rate
-
-    cases = [f"{name}, batch {batch}" for batch in args.batches for name in names]
-    rates = interleave({case: lambda case=case: run(case) for case in cases}, args.rounds, warmup=0)
-    records = [
-        Record(case, "images/s", rates[case], {**details[case], "limits": limits})
-        for case in cases
-        if case not in problems
-    ]
-    check_measured(records, problems)
-    return session("training", records, journal.calls)
+            with Process(args, rest[0]) as process:
+                work(process, rest)
+        except Failed as failure:
+            problems[failure.case.name] = str(failure)
+    return problems
 
 
-def arguments(args: argparse.Namespace, case: str) -> list[str]:
-    found = ["--config", str(args.config), "--case", case, "--seconds", str(args.seconds)]
-    return found + [part for override in args.overrides for part in ("--set", override)]
+class Process:
+    """`benchmarks.training_process`, which holds the variants of one configuration at one batch
+    size; a context that ends it."""
+
+    def __init__(self, args: argparse.Namespace, case: Case) -> None:
+        command = [sys.executable, "-m", "benchmarks.training_process"]
+        command += ["--config", str(case.config), "--batch", str(case.batch)]
+        command += ["--epochs", str(args.epochs)]
+        command += ["--steps", str(args.steps)] if args.steps else []
+        command += ["--traces", str(args.traces)] if args.traces else []
+        command += [part for override in args.overrides for part in ("--set", override)]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def __enter__(self) -> "Process":
+        return self
+
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        if kind:
+            self._process.kill()
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
+
+    def ask(self, what: str, case: Case) -> dict[str, Any]:
+        """The answer to a request, "measure", "compile" or "trace". Raises `Failed`."""
+        with suppress(BrokenPipeError):  # it ended: so does its output, below
+            request = {"what": what, "variant": case.variant, "folder": case.folder}
+            print(json.dumps(request), file=self._process.stdin, flush=True)
+        line = self._process.stdout.readline()
+        if not line:
+            raise Failed(case, f"its process ended with status {self._process.wait()}")
+        answer = json.loads(line)
+        if "problem" in answer:
+            raise Failed(case, answer["problem"])
+        return answer
 
 
 def table(found: Session) -> str:
@@ -141,97 +289,14 @@ def table(found: Session) -> str:
         more = record.details
         flops = record.median * more["flop"]
         limit = more["limits"]["matmul_bf16" if "bf16" in record.case else "matmul_fp32"]
+        memory = f"{more['memory'] / 1e9:.2f} GB" if more["memory"] else "not measured"
         lines.append(
             f"| {record.case} | {record.median:,.0f} ± {record.spread:.0%} "
             f"| {statistics.median(more['held']):,.0f} | {statistics.median(more['stall']):.1%} "
-            f"| {flops / 1e12:.3g} T | {flops / limit:.1%} | {more['memory'] / 1e9:.2f} GB "
+            f"| {flops / 1e12:.3g} T | {flops / limit:.1%} | {memory} "
             f"| {more['compile']:.0f} s |"
         )
     return "\n".join(lines)
-
-
-# What follows runs in the process of one case.
-
-
-def measure(args: argparse.Namespace) -> dict:
-    name, _, batch = args.case.rpartition(", batch ")
-    precision, channels_last, mode = VARIANTS[name]
-    cfg = configs.load(
-        args.config,
-        [
-            *args.overrides,
-            f'train.precision="{precision}"',
-            f"train.channels_last={str(channels_last).lower()}",
-            f"train.compile={str(mode is not None).lower()}",
-            f'train.compile_mode="{mode or "default"}"',
-            f"train.batch_size={batch}",
-        ],
-    )
-    with tempfile.TemporaryDirectory() as scratch, torch_settings(cfg):
-        trainer = Trainer(cfg, RunDir(Path(scratch)), make_accelerator(cfg))
-        trainer.net.train()
-        return _measure(trainer, args.seconds)
-
-
-def _measure(trainer: Trainer, seconds: float) -> dict:
-    device, batch = trainer.device, trainer.cfg.train.batch_size
-    batches = forever(trainer)
-    started = time.perf_counter()
-    held = _copy(next(batches))
-    train_step(trainer, held)
-    ceilings.wait(device)
-    first = time.perf_counter() - started
-    time_steps(trainer, itertools.repeat(held), _UNTIMED)
-    time_steps(trainer, batches, _UNTIMED)
-    once = time_steps(trainer, itertools.repeat(held), 3)
-    steps = max(3, int(seconds / (2 * _BLOCKS * once)))
-    fed, alone = [], []
-    for _ in range(_BLOCKS):
-        fed.append(time_steps(trainer, batches, steps))
-        alone.append(time_steps(trainer, itertools.repeat(held), steps))
-    step, bare = statistics.median(fed), statistics.median(alone)
-    return {
-        "rate": batch / step,
-        "held": batch / bare,
-        "stall": 1 - bare / step,
-        "flop": flop_per_image(trainer.cfg, len(trainer.manifest.classes), held),
-        "memory": _peak_memory(device),
-        "compile": max(0.0, first - once),
-        "steps": steps,
-    }
-
-
-def forever(trainer: Trainer) -> Iterator[Batch]:
-    for epoch in itertools.count():
-        yield from trainer.train_data.epoch(epoch)
-
-
-def _copy(batch: Batch) -> Batch:
-    return Batch(*(part.clone(memory_format=torch.preserve_format) for part in batch))
-
-
-def time_steps(trainer: Trainer, batches: Iterator[Batch], steps: int) -> float:
-    """Seconds a step."""
-    started = time.perf_counter()
-    for batch in itertools.islice(batches, steps):
-        train_step(trainer, batch)
-    ceilings.wait(trainer.device)
-    return (time.perf_counter() - started) / steps
-
-
-def flop_per_image(cfg: Config, classes: int, batch: Batch) -> float:
-    """Of forward and backward, counted by torch over the operators of an eager step."""
-    model = models.build(cfg.model, classes)
-    images = torch.zeros((2, *batch.images.shape[1:]))
-    with FlopCounterMode(display=False) as counter:
-        model(images).sum().backward()
-    return counter.get_total_flops() / 2
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

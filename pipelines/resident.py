@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from pipelines.base import Batch, Shard, make_schedule
 
 # Of the device's free memory, what the images of one split may take.
 _SHARE = 0.5
+# The images on each device by their file, as long as a pipeline has them: pipelines of one split in
+# one process share them.
+_uploaded: WeakValueDictionary[tuple, torch.Tensor] = WeakValueDictionary()
 
 
 class ResidentPipeline:
@@ -68,9 +72,14 @@ class ResidentPipeline:
         """(images, labels) on the accelerator, or None where batches come from the host."""
         if self._device.type == "cpu" or placement == "stream":
             return None
-        if placement == "auto" and self._images.nbytes > _SHARE * _free_memory(self._device):
-            return None
-        return upload(self._images, self._labels, self._device)
+        file = os.stat(self._images.filename)
+        key = file.st_dev, file.st_ino, file.st_mtime_ns, self._device
+        images = _uploaded.get(key)
+        if images is None:
+            if placement == "auto" and self._images.nbytes > _SHARE * _free_memory(self._device):
+                return None
+            images = _uploaded[key] = upload(self._images, self._device)
+        return images, torch.from_numpy(self._labels).to(self._device)
 
     def _host_batches(self, rows: np.ndarray, masks: np.ndarray, key: int) -> Iterator[Batch]:
         on_cpu = self._device.type == "cpu"
@@ -127,15 +136,13 @@ def open_array(directory: Path, manifest: Manifest, split: str) -> tuple[np.ndar
     return images, labels
 
 
-def upload(
-    images: np.ndarray, labels: np.ndarray, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Copies of what `open_array` returned, on `device`: uint8 [N, H, W, 3] and int64 [N]."""
+def upload(images: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy of the images of `open_array` on `device`: uint8 [N, H, W, 3]."""
     copy = torch.empty(images.shape, dtype=torch.uint8, device=device)
     for first in range(0, len(images), 8192):  # the map is read once, not copied whole first
         block = np.array(images[first : first + 8192])
         copy[first : first + len(block)] = torch.from_numpy(block).to(device)
-    return copy, torch.from_numpy(labels).to(device)
+    return copy
 
 
 def device_batches(

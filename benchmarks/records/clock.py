@@ -3,13 +3,16 @@
 The clock starts with the data on the device, the model compiled and fresh weights, and stops when a
 validation over every image shows the target; training and each validation in between count. Before
 it, steps and a validation on the same shapes compile everything; their weights are thrown away.
-Several runs in one process, each from a seed of its own: no run is left out. With ``--out``, the
-same command goes on after the last finished run where it was cut off.
+Several runs in one process, each from a seed of its own: no run is left out. With ``--out``, every
+run is saved when it ends, and the same command goes on with the next seed where it was cut off.
+``--limit`` ends the command in time: the run under way stops after an epoch, and counts as one that
+did not reach the target.
 """
 
 import argparse
 import itertools
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -20,13 +23,12 @@ import torch
 
 from benchmarks.ceilings import wait
 from benchmarks.measurements import (
-    Journal,
-    Record,
+    Results,
     Session,
     check_dataset,
+    check_measured,
     count,
-    save,
-    session,
+    public_config,
 )
 from fastlab import config as configs
 from fastlab import models
@@ -52,39 +54,41 @@ def main(script: str, target: float, recipe: dict[str, object], config: str) -> 
     parser.add_argument("--runs", type=count, default=5)
     parser.add_argument("--target", type=float, default=target, help="another top-1, 0 to 1")
     parser.add_argument("--set", action="append", default=[], dest="overrides")
+    parser.add_argument("--limit", type=float, default=math.inf, help="seconds for all runs")
     parser.add_argument("--out", type=Path, help="write the records to this JSON file")
     sets = [f"{key}={json.dumps(value)}" for key, value in recipe.items()]
+    started = time.monotonic()
 
     def run(args: argparse.Namespace) -> None:
         data = f"data.path={json.dumps(args.data)}"
         cfg = configs.load(Path(config), [*sets, data, *args.overrides])
         check_dataset(cfg.data.path)
-        journal = Journal(f"records.{script}", args.out)
-        found = race(script, cfg, args.target, args.runs, journal)
-        print(table(found))
-        if args.out:
-            save(found, args.out)
-        journal.finish()
+        results = Results("records.clock", args.out, f"records.{script}")
+        race(cfg, args.target, args.runs, results, started + args.limit)
+        check_measured(results.session.records, {})
+        print(table(results.session))
 
     return run_command(run, parser.parse_args())
 
 
-def race(script: str, cfg: Config, target: float, runs: int, journal: Journal) -> Session:
+def race(
+    cfg: Config, target: float, runs: int, results: Results, deadline: float = math.inf
+) -> None:
+    """Those of so many runs that `results` lacks. `deadline`: of `time.monotonic`."""
+    case = cfg.model.name
+    left = range(results.rounds(case), runs)
+    if not left:
+        return
+    more = {"target": target, "config": public_config(cfg)}
     with tempfile.TemporaryDirectory() as scratch, torch_settings(cfg):
         trainer = Trainer(cfg, RunDir(Path(scratch)), make_accelerator(cfg))
         warm_up(trainer)
-        seconds, details = [], []
-        for seed in range(runs):
-            key = f"seed {seed}"
-            found = journal.measured(key, lambda seed=seed: timed(trainer, seed, target))
-            found["call"] = journal.call(key)
+        for seed in left:
+            if time.monotonic() > deadline:
+                return
+            found = timed(trainer, seed, target, deadline)
             print(json.dumps({"seed": seed, **found}), flush=True)
-            seconds.append(found.pop("seconds"))
-            details.append(found)
-    more = {"target": target, "runs": details, "config": configs.dump(cfg)}
-    record = Record(cfg.model.name, "s", seconds, more)
-    found = session(f"records.{script}", [record], journal.calls)
-    return replace(found, benchmark="records.clock")
+            results.add(case, "s", found.pop("seconds"), {"runs": found}, more)
 
 
 def warm_up(trainer: Trainer) -> None:
@@ -92,8 +96,7 @@ def warm_up(trainer: Trainer) -> None:
     trainer.net.train()
     for batch in itertools.islice(trainer.train_data.epoch(0), _WARM):
         train_step(trainer, batch)
-    evaluate(trainer.net, trainer.val_data, trainer.accelerator)
-    wait(trainer.device)
+    validate(trainer)
 
 
 def restart(trainer: Trainer, seed: int) -> None:
@@ -114,21 +117,31 @@ def restart(trainer: Trainer, seed: int) -> None:
         trainer.average = WeightAverage(trainer.model, trainer.cfg.train.ema)
 
 
-def timed(trainer: Trainer, seed: int, target: float) -> dict[str, object]:
-    """Seconds to the target, or of the whole training where it was not reached."""
+def timed(
+    trainer: Trainer, seed: int, target: float, deadline: float = math.inf
+) -> dict[str, object]:
+    """Seconds to the target, or to the end of the training or the deadline where it was not
+    reached; and the curve: top-1 after each epoch, and the seconds from the start until then."""
     restart(trainer, seed)
     wait(trainer.device)
     started = time.perf_counter()
     curve: list[float] = []
+    seconds: list[float] = []
     for epoch in range(trainer.cfg.train.epochs):
         trainer.net.train()
         for batch in trainer.train_data.epoch(epoch):
             train_step(trainer, batch)
         curve.append(validate(trainer))
-        if curve[-1] >= target:
+        seconds.append(time.perf_counter() - started)
+        if curve[-1] >= target or time.monotonic() > deadline:
             break
-    seconds = time.perf_counter() - started
-    return {"seconds": seconds, "reached": curve[-1] >= target, "top1": curve}
+    return {
+        "seconds": seconds[-1],
+        "reached": curve[-1] >= target,
+        "stopped": curve[-1] < target and len(curve) < trainer.cfg.train.epochs,
+        "top1": curve,
+        "curve_seconds": seconds,
+    }
 
 
 def validate(trainer: Trainer) -> float:
@@ -140,16 +153,28 @@ def validate(trainer: Trainer) -> float:
 
 
 def table(found: Session) -> str:
-    """Markdown: mean and standard deviation over the runs."""
+    """Markdown: seconds and epochs of the runs that reach the target, seconds as their mean and
+    standard deviation."""
     lines = ["| model | target | runs that reach it | seconds | epochs |", "| --- |" + " --- |" * 4]
     for record in found.records:
         runs = record.details["runs"]
-        reached = sum(run["reached"] for run in runs)
-        mean = statistics.mean(record.rounds)
-        deviation = statistics.stdev(record.rounds) if len(runs) > 1 else 0.0
-        epochs = sum(len(run["top1"]) for run in runs) / len(runs)
+        reached = [run for run in runs if run["reached"]]
         lines.append(
-            f"| {record.case} | {record.details['target']:.2%} | {reached} of {len(runs)} "
-            f"| {mean:.2f} ± {deviation:.2f} | {epochs:.1f} |"
+            f"| {record.case} | {record.details['target']:.2%} | {len(reached)} of {len(runs)} "
+            f"| {_mean_seconds(record.rounds, runs)} | {_mean_epochs(reached)} |"
         )
     return "\n".join(lines)
+
+
+def _mean_seconds(rounds: list[float], runs: list[dict]) -> str:
+    found = [seconds for seconds, run in zip(rounds, runs, strict=True) if run["reached"]]
+    if not found:
+        return "not reached"
+    deviation = statistics.stdev(found) if len(found) > 1 else 0.0
+    return f"{statistics.mean(found):.2f} ± {deviation:.2f}"
+
+
+def _mean_epochs(reached: list[dict]) -> str:
+    if not reached:
+        return "not reached"
+    return f"{statistics.mean(len(run['top1']) for run in reached):.1f}"

@@ -16,7 +16,6 @@ RECIPE = {
     "train.epochs": 16,
     "train.batch_size": 512,
     "train.label_smoothing": 0.1,
-    "train.compile_mode": "max-autotune",
     "optim.name": "adamw",
     "optim.lr": 0.006,
     "optim.weight_decay": 0.05,

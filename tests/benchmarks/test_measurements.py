@@ -1,15 +1,29 @@
+import argparse
 import json
+import math
+import signal
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
 
-from benchmarks import agreement, convert, loaders, measurements, scaling, tables, training
+from benchmarks import (
+    agreement,
+    convert,
+    loaders,
+    measurements,
+    scaling,
+    tables,
+    training,
+    training_process,
+)
 from benchmarks.measurements import (
-    Journal,
     Record,
     Session,
     in_process,
@@ -22,7 +36,8 @@ from fastlab import config as configs
 from fastlab.dataset.convert import Options
 from fastlab.dataset.convert import convert as convert_dataset
 from fastlab.dataset.synth import synthesise
-from fastlab.models import build
+from fastlab.errors import UserError
+from fastlab.rundir import RunDir
 from pipelines.base import Batch
 
 ROOT = Path(__file__).parents[2]
@@ -74,78 +89,184 @@ def test_a_failing_process_is_told_by_its_last_line():
         in_process("no_such_module", [])
 
 
-def cut_after(cases: int, measured: list[str]):
-    """In place of `in_process`: notes each case, and is interrupted after so many."""
+LIMITS = {"matmul_fp32": 1e12, "matmul_bf16": 1e12}
 
-    def run(module, arguments):
-        if len(measured) == cases:
+
+class FakeProcess:
+    """In place of `training.Process`: every case takes a step a second, but bf16 fails."""
+
+    asked: ClassVar[list] = []
+    cut = 99
+    """Interrupted after so many requests."""
+
+    def __init__(self, args, case):
+        self.asked.append("start")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def ask(self, what, case):
+        if len([name for name in self.asked if name != "start"]) == self.cut:
             raise KeyboardInterrupt
-        case = arguments[arguments.index("--case") + 1]
-        measured.append(case)
-        if "bf16" in case:
-            raise RuntimeError("no bf16 here")
-        figures = {"flop": 1.0, "memory": 1, "compile": 0.0, "steps": 3}
-        return {"rate": 10.0, "held": 11.0, "stall": 0.1, **figures}
-
-    return run
+        self.asked.append(case.variant)
+        if "bf16" in case.variant:
+            raise training.Failed(case, "no bf16 here")
+        once = {"flop": 1.0, "memory": None, "compile": 0.0, "steps": 3}
+        return {"rate": 10.0, "each": {"held": 11.0, "stall": 0.1}, "once": once}
 
 
-def test_training_that_was_cut_off_measures_only_the_rest(synth_dataset, tmp_path, monkeypatch):
+@pytest.fixture
+def process(monkeypatch):
+    monkeypatch.setattr(FakeProcess, "asked", [])
+    monkeypatch.setattr(training, "Process", FakeProcess)
+    return FakeProcess
+
+
+def arguments_of(dataset, *more: str) -> list[str]:
+    found = ["--config", str(ROOT / "configs" / "demo.toml"), "--batches", "8"]
+    found += ["--set", f"data.path={dataset}", "--set", "model.width=4"]
+    return [*found, *more]
+
+
+def test_training_that_was_cut_off_measures_only_the_rest(
+    synth_dataset, tmp_path, monkeypatch, process
+):
     """Three cases, two rounds; the case that fails is tried once a call."""
-    out, measured, limits = tmp_path / "new" / "training.json", [], []
-    arguments = ["--config", str(ROOT / "configs" / "demo.toml")]
-    arguments += [
-        "--set",
-        f"data.path={synth_dataset}",
-        "--variants",
-        "eager fp32;eager bf16;compiled fp32",
-    ]
-    arguments += ["--batches", "8", "--rounds", "2", "--out", str(out)]
+    out, limits = tmp_path / "new" / "training.json", []
+    variants = "eager fp32;eager bf16;compiled fp32"
+    arguments = ["--variants", variants, "--rounds", "2", "--out", str(out)]
+    arguments = arguments_of(synth_dataset, *arguments)
     monkeypatch.setattr(sys, "argv", ["x", *arguments])
     monkeypatch.setattr(
-        training.ceilings,
-        "measure",
-        lambda device: limits.append(device) or {"matmul_fp32": 1.0, "matmul_bf16": 1.0},
+        training.ceilings, "measure", lambda device: limits.append(device) or LIMITS
     )
-    for cut in (2, 4):
-        monkeypatch.setattr(training, "in_process", cut_after(cut, measured))
+    for cut, rounds in ((2, [1]), (5, [2, 1])):
+        monkeypatch.setattr(process, "cut", cut)
         assert training.main() == 130
-        assert not out.exists()
-    monkeypatch.setattr(training, "in_process", cut_after(99, measured))
+        assert [len(record.rounds) for record in load(out).records] == rounds
+    monkeypatch.setattr(process, "cut", 99)
     assert training.main() == 0
-    cases = ["eager fp32, batch 8", "eager bf16, batch 8", "compiled fp32, batch 8"]
-    assert measured == [*cases[:2], *cases[1:], cases[1], cases[0], cases[2]] and len(limits) == 1
+    one, bad, two = variants.split(";")
+    first, second, third = ["start", one, bad, "start"], [bad, "start", two, one], [bad, "start"]
+    assert process.asked == [*first, "start", *second, "start", *third, two]
+    assert len(limits) == 1
     found = load(out)
-    assert [record.case for record in found.records] == [cases[0], cases[2]]
-    assert [record.details["call"] for record in found.records] == [[1, 3], [2, 3]]
+    assert [r.case for r in found.records] == [f"demo, {v}, batch 8" for v in (one, two)]
+    assert [record.details["call"] for record in found.records] == [[1, 2], [2, 3]]
     assert all(len(record.rounds) == 2 for record in found.records) and len(found.calls) == 3
     assert tables.origin(found).endswith("over 2 rounds, in 3 parts.")
     assert list(out.parent.iterdir()) == [out]
 
 
-@pytest.mark.parametrize("changed", ["argv", "versions", "place"])
-def test_a_journal_goes_on_only_on_what_one_record_can_name(changed, tmp_path, monkeypatch):
-    """Where the result lies is not named by it."""
+def test_rounds_of_variants_alternate_in_one_process(synth_dataset, monkeypatch, process):
+    monkeypatch.setattr(training.ceilings, "measure", lambda device: LIMITS)
+    arguments = ["--variants", "eager fp32;compiled fp32", "--rounds", "2"]
+    assert training.main(arguments_of(synth_dataset, *arguments)) == 0
+    assert process.asked == ["start", *["eager fp32", "compiled fp32"] * 2]
+
+
+def test_a_case_that_fails_later_loses_its_rounds_and_the_others_go_on(
+    synth_dataset, tmp_path, monkeypatch, process, capsys
+):
+    out, ask = tmp_path / "training.json", process.ask
+
+    def fail(self, what, case):
+        if self.asked.count("eager fp32") == 2:
+            self.asked.append("failed")
+            raise training.Failed(case, "diverged: x")
+        return ask(self, what, case)
+
+    def second_time(self, what, case):
+        return (fail if case.variant == "eager fp32" else ask)(self, what, case)
+
+    monkeypatch.setattr(process, "ask", second_time)
+    monkeypatch.setattr(training.ceilings, "measure", lambda device: LIMITS)
+    arguments = ["--variants", "eager fp32;compiled fp32", "--rounds", "3", "--out", str(out)]
+    assert training.main(arguments_of(synth_dataset, *arguments)) == 0
+    (record,) = load(out).records
+    assert record.case == "demo, compiled fp32, batch 8" and len(record.rounds) == 3
+    assert process.asked[-3:] == ["failed", "start", "compiled fp32"]
+    assert capsys.readouterr().err == "left out: demo, eager fp32, batch 8: diverged: x\n"
+
+
+def test_ceilings_come_from_a_record_of_the_same_device(
+    synth_dataset, tmp_path, monkeypatch, process, capsys
+):
+    record, out = tmp_path / "ceilings.json", tmp_path / "training.json"
+    made = session("ceilings", [Record(name, "FLOP/s", [v]) for name, v in LIMITS.items()])
+    save(made, record)
+    arguments = ["--variants", "eager fp32", "--ceilings", str(record), "--out", str(out)]
+    assert training.main(arguments_of(synth_dataset, *arguments)) == 0
+    assert load(out).records[0].details["limits"] == LIMITS
+    save(replace(made, machine={**made.machine, "gpus": ["another"]}), record)
+    out.unlink()
+    assert training.main(arguments_of(synth_dataset, *arguments)) == 2
+    assert capsys.readouterr().err.endswith("ceilings.json: measured on another\n")
+
+
+KEPT = ("place", "memory", "cores")
+
+
+@pytest.mark.parametrize("changed", ["argv", "versions", "device", *KEPT])
+def test_results_go_on_only_on_what_one_record_can_name(changed, tmp_path, monkeypatch):
+    """Where they lie is not named by it, nor is the memory of a rented machine, which grows."""
     out = tmp_path / "x.json"
     monkeypatch.setattr(sys, "argv", ["x", "--out", str(out)])
-    Journal("x", out).measured("case", lambda: [1])
+    measurements.Results("x", out).add("case", "s", 1.0, {}, {"limit": 1})
+    made = measurements.environment(1)
+    monkeypatch.setattr(measurements, "environment", lambda processes: made)
     if changed == "argv":
         monkeypatch.setattr(sys, "argv", ["x", "--seconds", "9", "--out", str(out)])
     if changed == "versions":
-        made = measurements.environment(1)
         made["versions"]["torch"] = "9"
-        monkeypatch.setattr(measurements, "environment", lambda processes: made)
+    if changed == "device":
+        made["machine"]["gpus"] = ["another"]
+    if changed == "memory":
+        made["machine"]["memory_gib"] = 1.0
+    if changed == "cores":
+        made["machine"]["cores"] += 1
     if changed == "place":
         out = tmp_path / "moved" / "x.json"
-        (tmp_path / "moved").mkdir()
-        (tmp_path / "x.json.journal").rename(f"{out}.journal")
+        out.parent.mkdir()
+        (tmp_path / "x.json").rename(out)
         monkeypatch.setattr(sys, "argv", ["x", "--out", str(out)])
-    again = Journal("x", out)
-    kept = changed == "place"
-    assert again.measured("case", lambda: [2]) == ([1] if kept else [2])
-    assert again.call("case") == 1 and len(again.calls) == (2 if kept else 1)
-    again.finish()
-    assert not list(out.parent.glob("*.journal"))
+    if changed not in KEPT:
+        with pytest.raises(UserError, match="another command, device or version"):
+            measurements.Results("x", out)
+        return
+    again = measurements.Results("x", out)
+    again.add("case", "s", 2.0, {}, {"limit": 2})
+    assert load(out).records == [Record("case", "s", [1.0, 2.0], {"call": [1, 2], "limit": 2})]
+    assert len(load(out).calls) == 2
+
+
+def test_what_is_no_record_is_told_in_a_line(tmp_path):
+    out = tmp_path / "x.json"
+    out.write_text("[]")
+    with pytest.raises(UserError, match=r"x\.json: no record"):
+        measurements.Results("x", out)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("configs/demo.toml", "configs/demo.toml"),
+        ("{here}/configs/demo.toml", "configs/demo.toml"),
+        ("/some/where/data", "data"),
+        ("../where/data", "data"),
+        ('data.path="/some/where/tiny images"', 'data.path="tiny images"'),
+        ("data.path={here}/demo", "data.path=demo"),
+        ("--out=/some/out.json", "--out=out.json"),
+        ("eager fp32;images/s", "eager fp32;images/s"),
+        ("https://example.org/a", "https://example.org/a"),
+    ],
+)
+def test_a_command_names_no_place_outside(text, found, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert measurements.inside(text.format(here=tmp_path)) == found
 
 
 @pytest.mark.multiprocess
@@ -187,47 +308,181 @@ def test_the_table_of_loaders_names_what_was_not_measured(monkeypatch):
 def test_flop_of_resnet11_are_the_computed_ones():
     """2.218 GFLOP an image trained: counted by hand from the layers' shapes (FIELD-NOTES)."""
     cfg = configs.load(None, ["train.compile=false"])
-    batch = Batch(torch.zeros(1, 3, 64, 64), torch.zeros(1), torch.ones(1))
-    assert build(cfg.model, 200) is not None
-    assert training.flop_per_image(cfg, 200, batch) == pytest.approx(2.218e9, rel=5e-4)
+    assert training_process.flop_per_image(cfg, 200, 64) == pytest.approx(2.218e9, rel=5e-4)
 
 
-def test_steps_that_record_cuda_graphs_do_not_shorten_the_blocks(monkeypatch):
-    """By a clock that only steps move: compiling, then recording, take longer than a step."""
-    clock, steps, step = [0.0], [], 1 / 128
+STEP, ORDER = 1 / 128, 1 / 16
+
+
+@pytest.fixture
+def variant(monkeypatch):
+    """By a clock that a step moves by `STEP`, and the beginning of an epoch by `ORDER`: compiling,
+    then recording, take longer than a step."""
+    clock, done, epochs = [0.0], [], []
+    batch = Batch(torch.zeros(1, 3, 8, 8), torch.zeros(1), torch.ones(1))
 
     def train_step(trainer, batch):
-        steps.append(batch)
-        clock[0] += {1: 30.0, 2: 1.0}.get(len(steps), step)
+        done.append(batch)
+        clock[0] += {1: 30.0, 2: 1.0}.get(len(done), STEP)
+        return torch.tensor(trainer.loss)
 
-    batch = Batch(torch.zeros(1, 3, 8, 8), torch.zeros(1), torch.ones(1))
+    def epoch(number):
+        epochs.append(number)
+        clock[0] += ORDER
+        yield from [batch] * 40
+
+    model = torch.nn.Linear(1, 1)
     trainer = SimpleNamespace(
         device=torch.device("cpu"),
-        cfg=SimpleNamespace(train=SimpleNamespace(batch_size=1)),
-        manifest=SimpleNamespace(classes=[]),
-        train_data=SimpleNamespace(epoch=lambda epoch: [batch]),
+        manifest=SimpleNamespace(classes=[], image_size=8),
+        train_data=SimpleNamespace(epoch=epoch, steps=lambda: 40),
+        model=model,
+        net=model,
+        loss=1.0,
+        epochs=epochs,
     )
-    monkeypatch.setattr(training, "train_step", train_step)
-    monkeypatch.setattr(training, "flop_per_image", lambda *_: 0.0)
-    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    found = training._measure(trainer, seconds=2 * training._BLOCKS * 16 * step)
-    assert found["steps"] == 16 and found["rate"] == found["held"] == 128
-    assert found["compile"] == 30 - step
+    monkeypatch.setattr(training_process, "Trainer", lambda *_: trainer)
+    monkeypatch.setattr(training_process, "train_step", train_step)
+    monkeypatch.setattr(training_process, "flop_per_image", lambda *_: 0.0)
+    fake = SimpleNamespace(perf_counter=lambda: clock[0])
+    monkeypatch.setattr(training_process, "time", fake)
+    cfg = configs.load(None, ["train.precision=fp32", "train.batch_size=1"])
+    return lambda steps=None: training_process.Variant(cfg, None, steps)
+
+
+def test_a_round_is_whole_epochs_with_what_begins_them(variant):
+    found = variant().measure(epochs=2)
+    assert found["rate"] == 80 / (80 * STEP + 2 * ORDER)
+    assert found["each"] == {"held": 128, "stall": 1 - STEP / (STEP + ORDER / 40)}
+    once = found["once"]
+    assert once["compile"] == 30 + ORDER - STEP and once["held_steps"] == 20
+    assert (once["epochs"], once["steps"], once["steps_of_epoch"]) == (2, 40, 40)
+
+
+def test_the_first_steps_of_each_epoch_can_be_taken_alone(variant):
+    tried = variant(steps=10)
+    before = len(tried.trainer.epochs)
+    found = tried.measure(epochs=2)
+    assert tried.trainer.epochs[before:] == [before, before + 1]
+    assert found["rate"] == 20 / (20 * STEP + 2 * ORDER)
+    assert (found["once"]["steps"], found["once"]["steps_of_epoch"]) == (10, 40)
+
+
+@pytest.mark.parametrize("what", ["loss", "weight"])
+def test_a_variant_that_diverged_is_refused(variant, what):
+    tried = variant()
+    tried.measure(epochs=1)
+    if what == "loss":
+        tried.trainer.loss = math.nan
+    else:
+        torch.nn.init.constant_(tried.trainer.model.weight, math.inf)
+    with pytest.raises(UserError, match=f"diverged: a {what} is not a finite number"):
+        tried.measure(epochs=1)
+
+
+def answers_of(dataset, tmp_path, *more: str) -> training_process.Answers:
+    args = argparse.Namespace(
+        config=ROOT / "configs" / "demo.toml",
+        overrides=[f"data.path={dataset}", "model.width=4", *more],
+        batch=8,
+        epochs=1,
+        steps=2,
+        traces=tmp_path / "traces",
+    )
+    return training_process.Answers(args, RunDir(tmp_path))
+
+
+def test_variants_of_either_precision_train_in_one_process_and_are_traced(dataset, tmp_path):
+    answers = answers_of(dataset, tmp_path)
+    for _ in range(2):
+        for name in ("eager fp32", "eager bf16"):
+            found = answers("measure", name, "x")
+            assert found["rate"] > 0 and found["each"]["stall"] < 1
+    dtypes = [v._held.images.dtype for v in answers._variants.values()]
+    assert dtypes == [torch.float32, torch.bfloat16]
+    assert answers("trace", "eager fp32", "case") == {}
+    (trace,) = (tmp_path / "traces" / "case" / "traces").iterdir()
+    assert trace.name.endswith(".pt.trace.json") and trace.stat().st_size < 8e6
+    written = (tmp_path / "traces" / "case" / "config.toml").read_text()
+    assert f'path = "{dataset.name}"' in written
+
+
+@pytest.mark.slow
+def test_variants_that_take_turns_are_not_compiled_again(dataset, tmp_path):
+    answers, graphs = answers_of(dataset, tmp_path), []
+    names = ("compiled fp32", "eager fp32", "compiled bf16")
+    torch._dynamo.reset()
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for _ in range(3):
+        for name in names:
+            answers("measure", name, "x")
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"] - before)
+    assert graphs == [2, 2, 2]
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_training_steps_are_measured(dataset):
-    arguments = ["--config", "configs/demo.toml", "--set", f'data.path="{dataset}"']
-    arguments += ["--seconds", "0.5", "--case", "eager fp32, batch 32"]
-    found = in_process("benchmarks.training", arguments)
-    assert found["rate"] > 0 and found["held"] > 0 and found["stall"] < 1
-    row = Record("eager fp32, batch 32", "images/s", [found["rate"]])
-    details = {**found, "held": [found["held"]], "stall": [found["stall"]]}
-    details["limits"] = {"matmul_fp32": 1e12, "matmul_bf16": 1e12}
-    made = session("training", [Record(row.case, row.unit, row.rounds, details)])
-    share = found["rate"] * found["flop"] / 1e12
-    assert f"| {share:.1%} |" in training.table(made)
+def test_training_steps_are_measured_and_a_diverged_case_is_not(
+    dataset, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(training.ceilings, "measure", lambda device: LIMITS)
+    monkeypatch.chdir(ROOT)
+    out = tmp_path / "training.json"
+    common = ["--variants", "eager fp32", "--steps", "2", "--rounds", "2", "--out", str(out)]
+    assert training.main(arguments_of(dataset, *common)) == 0
+    (record,) = load(out).records
+    details = record.details
+    assert len(record.rounds) == len(details["held"]) == len(details["stall"]) == 2
+    assert min(record.rounds + details["held"]) > 0 and max(details["stall"]) < 1
+    assert details["steps"] == 2 < details["steps_of_epoch"] == 40
+    share = record.median * details["flop"] / 1e12
+    assert f"| {share:.1%} |" in training.table(load(out))
+    out.unlink()
+    assert training.main(arguments_of(dataset, *common, "--set", "optim.lr=1e30")) == 2
+    assert "eager fp32, batch 8: diverged: a " in capsys.readouterr().err
+    assert not out.exists() or not load(out).records
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_what_was_measured_before_a_kill_is_a_record(dataset, tmp_path):
+    """SIGTERM comes after the first round; the process that trains dies too."""
+    out, limits = tmp_path / "training.json", tmp_path / "ceilings.json"
+    save(session("ceilings", [Record(n, "FLOP/s", [v]) for n, v in LIMITS.items()]), limits)
+    arguments = ["--variants", "eager fp32", "--steps", "1", "--rounds", "100000"]
+    arguments = arguments_of(dataset, *arguments, "--ceilings", str(limits), "--out", str(out))
+    command = [sys.executable, "-m", "benchmarks.training", *arguments]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.terminate()
+        assert process.wait(20) == -signal.SIGTERM
+    (record,) = load(out).records
+    assert 1 <= len(record.rounds) == len(record.details["held"]) < 100000
+    assert wait_until(lambda: not Path(f"/proc/{child}").exists())
+
+
+def wait_until(condition, seconds=20) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_compiling_alone_leaves_no_record(dataset, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    out = tmp_path / "training.json"
+    arguments = ["--variants", "eager fp32", "--compile-only", "--out", str(out)]
+    assert training.main(arguments_of(dataset, *arguments)) == 0
+    assert capsys.readouterr().out.startswith("demo, eager fp32, batch 8: compiled in ")
+    assert not out.exists()
+
+
+def test_the_rounds_of_a_table_are_those_of_its_records():
+    made = session("x", [Record("a", "s", [1.0, 2.0]), Record("b", "s", [1.0])])
+    assert tables.origin(made).endswith("over 1 or 2 rounds.")
 
 
 def test_efficiency_is_the_rate_over_as_many_times_the_first():

@@ -1,9 +1,11 @@
+import math
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.measurements import Journal
+from benchmarks.measurements import Results, load
 from benchmarks.records import clock, reference, sixty_six
 from fastlab import config as configs
 from fastlab import models
@@ -33,37 +35,54 @@ def trainer(cfg, tmp_path):
     return Trainer(cfg, RunDir(tmp_path), make_accelerator(cfg))
 
 
+def race(cfg, target, runs, out=None, deadline=math.inf):
+    results = Results("records.clock", out, "records.reference")
+    clock.race(cfg, target, runs, results, deadline)
+    return results.session
+
+
 def test_the_clock_stops_at_the_target_and_every_run_is_kept(cfg):
-    easy = clock.race("reference", cfg, 0.0, 3, Journal("records.reference", None))
-    hard = clock.race("reference", cfg, 1.01, 1, Journal("records.reference", None))
+    easy, hard = race(cfg, 0.0, 3), race(cfg, 1.01, 1)
     runs = easy.records[0].details["runs"]
     assert [len(run["top1"]) for run in runs] == [1, 1, 1] and all(run["reached"] for run in runs)
-    assert not hard.records[0].details["runs"][0]["reached"]
-    assert len(hard.records[0].details["runs"][0]["top1"]) == 2
-    assert "3 of 3" in clock.table(easy) and "0 of 1" in clock.table(hard)
-    assert "benchmarks.records.reference" in easy.command
+    missed = hard.records[0].details["runs"][0]
+    assert not missed["reached"] and not missed["stopped"] and len(missed["top1"]) == 2
+    assert missed["curve_seconds"] == sorted(missed["curve_seconds"])
+    assert missed["curve_seconds"][-1] == hard.records[0].rounds[0]
+    assert "3 of 3" in clock.table(easy)
+    assert "0 of 1 | not reached | not reached |" in clock.table(hard)
+    assert "benchmarks.records.reference" in easy.command and easy.benchmark == "records.clock"
 
 
 def test_a_race_that_was_cut_off_does_only_the_other_seeds(cfg, tmp_path, monkeypatch):
-    done, run = [], clock.timed
+    done, run, out = [], clock.timed, tmp_path / "x.json"
 
-    def cut(trainer, seed, target):
+    def cut(trainer, seed, *rest):
         if len(done) == 2:
             raise KeyboardInterrupt
         done.append(seed)
-        return run(trainer, seed, target)
-
-    def race():
-        return clock.race("x", cfg, 0.0, 3, Journal("records.x", tmp_path / "x.json"))
+        return run(trainer, seed, *rest)
 
     monkeypatch.setattr(clock, "timed", cut)
     with pytest.raises(KeyboardInterrupt):
-        race()
+        race(cfg, 0.0, 3, out)
+    assert len(load(out).records[0].rounds) == 2
     monkeypatch.setattr(clock, "timed", lambda *rest: done.append(rest[1]) or run(*rest))
-    found = race()
+    race(cfg, 0.0, 3, out)
+    (record,), calls = load(out).records, load(out).calls
     assert done == [0, 1, 2]
-    assert [entry["call"] for entry in found.records[0].details["runs"]] == [1, 1, 2]
-    assert len(found.records[0].rounds) == 3 and len(found.calls) == 2
+    assert record.details["call"] == [1, 1, 2] and len(record.details["runs"]) == 3
+    assert len(record.rounds) == 3 and len(calls) == 2
+    assert cfg.data.path not in record.details["config"]
+
+
+def test_a_run_that_its_time_ends_stops_after_an_epoch_and_none_begins_after_it(cfg, monkeypatch):
+    run = clock.timed
+    now = time.monotonic()
+    monkeypatch.setattr(clock, "timed", lambda *rest: run(*rest[:3], now - 1))
+    stopped = race(cfg, 1.01, 1).records[0].details["runs"][0]
+    assert stopped["stopped"] and not stopped["reached"] and len(stopped["top1"]) == 1
+    assert not race(cfg, 1.01, 1, deadline=now - 1).records
 
 
 def test_a_run_starts_from_the_weights_of_its_seed(trainer):
