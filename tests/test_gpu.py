@@ -67,7 +67,7 @@ gpu_only = pytest.mark.parametrize("device", [CUDA], indirect=True)
 DETERMINISTIC = ("train.deterministic=true",)
 NO_DROPOUT = ("model.dropout_conv=0", "model.dropout_stem=0", "model.dropout_fc=0")
 # One model for all tests that compile: the compiler's cache serves the later ones.
-COMPILED = ("model.name=cnn8", "model.width=8", "train.precision=bf16", *NO_DROPOUT)
+SMALL = ("model.name=cnn8", "model.width=8", *NO_DROPOUT)
 
 
 @pytest.fixture
@@ -106,6 +106,7 @@ def make_trainer(device, dataset, tmp_path) -> Iterator[Callable[..., training.T
 
         def make(*overrides: str) -> training.Trainer:
             AcceleratorState._reset_state(reset_partial_state=True)
+            torch.compiler.reset()
             sets = [f"data.path={dataset}", *TINY, *overrides]
             cfg = config.load(ROOT / "configs" / "demo.toml", sets)
             accelerator = training.make_accelerator(cfg)
@@ -115,6 +116,11 @@ def make_trainer(device, dataset, tmp_path) -> Iterator[Callable[..., training.T
             return trainer
 
         yield make
+
+
+def precision_for(device: str) -> str:
+    """As trainings have it on a GPU; many a CPU has no instructions for bf16."""
+    return f"train.precision={'bf16' if device == 'cuda' else 'fp32'}"
 
 
 def take_steps(trainer: training.Trainer, batches: Iterator, count: int) -> list[torch.Tensor]:
@@ -295,10 +301,10 @@ def test_cuda_graphs_train_as_plain_launches_do(make_trainer, device):
     for mode in ("default", "reduce-overhead"):
         torch.compiler.reset()
         counters.clear()
-        sets = ("train.compile=true", f"train.compile_mode={mode}", "optim.lr=0.001")
-        trainer = make_trainer(*COMPILED, *DETERMINISTIC, *sets)
+        sets = ("train.compile=true", f"train.compile_mode={mode}", precision_for(device))
+        trainer = make_trainer(*SMALL, *DETERMINISTIC, *sets, "optim.lr=0.001")
         found.append(torch.stack(take_steps(trainer, trainer.train_data.epoch(0), 8)).tolist())
-        assert counters["stats"]["unique_graphs"] >= 1
+        assert counters["stats"]["unique_graphs"] > 0
         assert counters["inductor"]["cudagraph_skips"] == 0
     assert found[1] == pytest.approx(found[0], rel=1e-2)
     assert len(set(found[0])) == 8
@@ -322,8 +328,7 @@ def plain_evaluation(trainer: training.Trainer, dataset: Path) -> tuple[torch.Te
 def test_evaluation_counts_each_image_once(mode, batch_size, make_trainer, dataset, device):
     """As does an evaluation of them all in one batch."""
     compiled = () if mode == "eager" else ("train.compile=true", f"train.compile_mode={mode}")
-    sets = (f"train.eval_batch_size={batch_size}", "model.width=8", "model.name=cnn8", *compiled)
-    trainer = make_trainer(*sets)
+    trainer = make_trainer(*SMALL, f"train.eval_batch_size={batch_size}", *compiled)
     found = training.evaluate(trainer.net, trainer.val_data, trainer.accelerator)
     logits, labels = plain_evaluation(trainer, dataset)
     hits = [int((logits.topk(k).indices == labels[:, None]).any(dim=1).sum()) for k in (1, 5)]
@@ -378,7 +383,7 @@ def test_a_stopped_training_resumes_bit_for_bit(name, compiled, device, dataset,
     """It ends after four steps of the second epoch's ten; with dropout and a moving average."""
     whole, run, script = (tmp_path / part for part in ("whole", "run", "script.py"))
     script.write_text(STOPPED_BY_ITSELF)
-    sets = (f"model.name={name}", f"train.compile={compiled}", "train.precision=bf16")
+    sets = (f"model.name={name}", f"train.compile={compiled}", precision_for(device))
     sets = (*sets, "train.checkpoint_every=0", *DETERMINISTIC)
     train(command(dataset, whole, *sets), device=device)
     stopped = launch(command(dataset, run, *sets), script=script, device=device)
@@ -392,10 +397,10 @@ def test_a_stopped_training_resumes_bit_for_bit(name, compiled, device, dataset,
 
 @gpu_only
 @pytest.mark.parametrize("mode", ["eager", "default", "reduce-overhead"])
-def test_no_step_waits_for_the_device(mode, make_trainer):
+def test_no_step_waits_for_the_device(mode, make_trainer, device):
     """After the epoch's first steps: they compile, capture and copy the epoch's order."""
     compiled = () if mode == "eager" else ("train.compile=true", f"train.compile_mode={mode}")
-    sets = (*COMPILED, "data.placement=device", "augment.flip=true", "augment.cutout=8")
+    sets = (*SMALL, "data.placement=device", "augment.flip=true", precision_for(device))
     trainer = make_trainer(*sets, *compiled)
     batches = trainer.train_data.epoch(0)
     take_steps(trainer, batches, 5)
@@ -419,7 +424,7 @@ def waits_refused() -> Iterator[None]:
 def test_a_trace_shows_steps_that_do_not_wait(device, dataset, tmp_path, capsys):
     run, on_gpu = tmp_path / "run", device == "cuda"
     schedule = ("profile.wait=3", "profile.warmup=2", "profile.active=4")
-    sets = (*schedule, "train.checkpoint_every=0", "train.epochs=1", "train.precision=bf16")
+    sets = (*schedule, "train.checkpoint_every=0", "train.epochs=1", precision_for(device))
     assert main(["train", *command(dataset, run, *sets), "--profile"]) == 0
     assert main(["trace", str(run)]) == 0
     assert str(run) in capsys.readouterr().out

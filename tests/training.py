@@ -39,8 +39,13 @@ def launch(
     start = [sys.executable]
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    use_cpu = str(device == "cpu").lower()
-    environment = {**os.environ, "ACCELERATE_USE_CPU": use_cpu, "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "ACCELERATE_USE_CPU": str(device == "cpu").lower(),
+        "OMP_NUM_THREADS": "1",
+        # Where fastlab is not installed: a script's own folder is all that Python looks in.
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
     return subprocess.Popen(
         [*start, str(script), *arguments],
         env=environment,
