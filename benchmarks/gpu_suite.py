@@ -25,7 +25,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -40,6 +40,7 @@ WHEELS = Path("wheels")
 _GRACE = 10.0  # seconds that a step has to save what it did
 _PART = 15 << 20  # bytes of a file of the packed cache
 _SHOWN = 12  # last lines of each step's log that a stage prints
+_GPU_TESTS = ("tests/test_gpu.py", "tests/test_tracing.py")
 _OTHERS = ("resnet15", "resnet19", "cnn8", "resnet18")
 
 
@@ -75,6 +76,8 @@ class Sizes:
     classes: int = 200
     overrides: list[str] = field(default_factory=list)
     """Makes the models small."""
+    patience: float = 1.0
+    """Time limits are multiplied by it."""
 
     def sets(self, *overrides: str) -> list[str]:
         return [part for value in (*overrides, *self.overrides) for part in ("--set", value)]
@@ -87,6 +90,7 @@ ON_CPU = Sizes(
     rounds=1,
     loader_batches="8",
     classes=4,
+    patience=10.0,
     overrides=[
         "model.width=4",
         "train.batch_size=16",
@@ -221,7 +225,7 @@ def _convert(originals: Path, dataset: Path) -> list[str]:
 
 def _gpu_tests(name: str) -> list[str]:
     options = ("-m", "gpu", "-q", "-p", "no:cacheprovider", "--durations", 15, "-n", 4)
-    return python("pytest", "tests", *options, f"--junitxml={RESULTS / name}.xml")
+    return python("pytest", *_GPU_TESTS, *options, f"--junitxml={RESULTS / name}.xml")
 
 
 def _train(run: Path, config: str, sets: list[str]) -> list[str]:
@@ -277,7 +281,6 @@ def run(args: argparse.Namespace) -> int:
     """Exit status: 0, or 1 where a step failed."""
     stage = STAGES[args.stage]
     started = time.monotonic()
-    deadline = started + (args.seconds or stage.seconds)
     for folder in (LOGS, RESULTS, RUNS, CACHE, ORIGINALS):
         folder.mkdir(parents=True, exist_ok=True)
     install_wheels()
@@ -285,7 +288,11 @@ def run(args: argparse.Namespace) -> int:
         unpack_cache(args.cache)
     device = identify()
     sizes = Sizes() if device["machine"]["gpus"] else ON_CPU
-    outcomes = attempt(stage.steps(sizes, args), deadline, args.stage)
+    deadline = started + sizes.patience * (args.seconds or stage.seconds)
+    steps = [
+        replace(step, seconds=sizes.patience * step.seconds) for step in stage.steps(sizes, args)
+    ]
+    outcomes = attempt(steps, deadline, args.stage)
     if args.pack:
         pack(args.pack, args.stage)
     print(f"{args.stage}: {time.monotonic() - started:.1f} s in all", flush=True)

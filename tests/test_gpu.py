@@ -29,8 +29,9 @@ from fastlab.dataset.manifest import read_manifest
 from fastlab.dataset.synth import synthesise
 from fastlab.rundir import RunDir
 from fastlab.trace_page import look
-from pipelines import augment, make_pipeline
+from pipelines import make_pipeline
 from pipelines.augment import device_augmenter, make_augmenter
+from pipelines.augment_cpu import augment_on_cpu
 from pipelines.resident import open_array
 from pipelines.torchvision import open_engine
 from tests.training import (
@@ -42,11 +43,6 @@ from tests.training import (
     metrics,
     train,
 )
-
-try:
-    from pipelines.augment_cpu import augment_on_cpu
-except ImportError:
-    augment_on_cpu = augment.augment_on_cpu
 
 # What torch, Triton and Accelerate warn of on one machine or another is no failure of fastlab's,
 # which itself raises no warnings.
