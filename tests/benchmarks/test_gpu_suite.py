@@ -1,166 +1,165 @@
 import json
 import sys
+import tarfile
 import time
-from dataclasses import replace
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_suite
-from benchmarks.gpu_suite import STAGES, Step, Suite, attempt, by_turn, main
+from benchmarks import gpu_suite, rehearsal
+from benchmarks.gpu_suite import ON_CPU, STAGES, Running, Sizes, Step, attempt, main, next_seed
 
 ROOT = Path(__file__).parents[2]
 
 
-def step(tmp_path, code, result="result"):
-    return Step("step", [sys.executable, "-c", code], tmp_path / result)
+@pytest.fixture
+def lease(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for folder in (gpu_suite.LOGS, gpu_suite.RESULTS, gpu_suite.RUNS, gpu_suite.CACHE):
+        folder.mkdir(parents=True)
+    return tmp_path / "lease"
 
 
-def log(tmp_path):
-    return [json.loads(line) for line in (tmp_path / "suite.jsonl").read_text().splitlines()]
+def step(code: str, seconds: float = 60, beside: bool = False, name: str = "step") -> Step:
+    return Step(name, [sys.executable, "-c", code], seconds, beside)
 
 
-def test_a_step_that_ended_is_not_run_again(tmp_path):
-    once = step(tmp_path, f"open({str(tmp_path / 'result')!r}, 'x').close()")
-    for _ in range(2):
-        assert attempt(once, "stage", tmp_path, time.monotonic() + 60) == 0
-    assert [line["outcome"] for line in log(tmp_path)] == ["done"]
+def reported(lease: Path) -> list[dict]:
+    return [json.loads(line) for line in (lease / "results/suite.jsonl").read_text().splitlines()]
 
 
-def test_a_failing_step_is_recorded_and_the_rest_goes_on(tmp_path):
-    assert attempt(step(tmp_path, "raise SystemExit(3)"), "s", tmp_path, time.monotonic() + 60) == 1
-    assert log(tmp_path)[0]["outcome"] == "failed (3)"
+def in_a_minute() -> float:
+    return time.monotonic() + 60
 
 
-def test_a_step_without_a_result_has_failed(tmp_path):
-    assert attempt(step(tmp_path, "pass"), "s", tmp_path, time.monotonic() + 60) == 1
+def test_a_failed_step_is_reported_with_its_last_line_and_the_next_begins(lease, capsys):
+    steps = [step("raise SystemExit('no such kernel')"), step("print('fine')", name="next")]
+    assert attempt(steps, in_a_minute(), "stage") == ["failed (1)", "done"]
+    assert [(line["step"], line["last_line"]) for line in reported(lease)] == [
+        ("step", "no such kernel"),
+        ("next", ""),
+    ]
+    printed = capsys.readouterr().out
+    assert "stage/step: failed (1)" in printed and "no such kernel" in printed
 
 
-def test_failing_tests_are_named_in_the_log_and_run_again(tmp_path):
-    tests, result = tmp_path / "test_sample.py", tmp_path / "gpu-tests.xml"
-    tests.write_text("def test_that_fails():\n    assert 1 == 2\n")
-    options = ["-q", "-p", "no:cacheprovider", f"--rootdir={tmp_path}", f"--junitxml={result}"]
-    failing = Step("step", [sys.executable, "-m", "pytest", str(tests), *options], result)
-    for _ in range(2):
-        assert attempt(failing, "s", tmp_path, time.monotonic() + 60) == 1
-    assert [line["outcome"] for line in log(tmp_path)] == ["failed (1)"] * 2
-    assert "test_that_fails" in (tmp_path / "step.log").read_text() and not result.exists()
-
-
-def test_a_report_of_failed_runs_is_a_result_too(tmp_path):
-    code = f"open({str(tmp_path / 'result')!r}, 'w').close(); raise SystemExit(1)"
-    study = replace(step(tmp_path, code), codes=(0, 1))
-    assert attempt(study, "s", tmp_path, time.monotonic() + 60) == 0
-    assert log(tmp_path)[0]["outcome"] == "done" and study.result.exists()
-    (stage,) = gpu_suite.ablations(gpu_suite.Suite(tmp_path, tmp_path, tiny=False))
-    assert stage.codes == (0, 1)
-
-
-def test_a_torn_line_of_the_log_is_passed_over(tmp_path):
-    line = json.dumps({"stage": "a", "outcome": "cut off", "seconds": 9.0})
-    (tmp_path / "suite.jsonl").write_text(line + "\n" + line[:20])
-    assert by_turn(["a", "b"], tmp_path) == ["b", "a"]
-
-
-def test_a_step_is_asked_to_stop_at_the_end_of_the_budget(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_suite, "_LEAST", 0.0)
-    monkeypatch.setattr(gpu_suite, "_GRACE", 2.0)
-    saved = tmp_path / "saved"
+def test_a_step_is_asked_to_stop_at_its_time_limit(lease, monkeypatch):
     code = (
         "import signal, sys, time\n"
-        f"signal.signal(signal.SIGTERM, lambda *_: (open({str(saved)!r}, 'x'), sys.exit(143)))\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (open('saved', 'x'), sys.exit(143)))\n"
         "time.sleep(600)"
     )
-    assert attempt(step(tmp_path, code), "s", tmp_path, time.monotonic() + 3) == 0
-    assert saved.exists() and log(tmp_path)[0]["outcome"] == "cut off"
+    assert Running(step(code, seconds=3), in_a_minute()).finish("stage") == "cut off"
+    assert Path("saved").exists()
 
 
-def test_a_step_that_does_not_stop_is_killed_with_what_it_started(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_suite, "_LEAST", 0.0)
+def test_a_step_that_does_not_stop_is_killed_with_what_it_started(lease, monkeypatch):
     monkeypatch.setattr(gpu_suite, "_GRACE", 1.0)
     code = (
         "import signal, subprocess, sys, time\n"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import signal, time; "
         "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)'])\n"
-        f"open({str(tmp_path / 'child')!r}, 'w').write(str(child.pid))\n"
+        "open('child', 'w').write(str(child.pid))\n"
         "time.sleep(600)"
     )
-    assert attempt(step(tmp_path, code), "s", tmp_path, time.monotonic() + 2.5) == 0
-    child = Path("/proc") / (tmp_path / "child").read_text() / "stat"
+    assert Running(step(code, seconds=3), in_a_minute()).finish("stage") == "cut off"
+    status = Path("/proc") / Path("child").read_text() / "stat"
     time.sleep(0.2)
-    assert not child.exists() or child.read_text().split()[2] == "Z"
+    assert not status.exists() or status.read_text().split()[2] == "Z"
 
 
-def test_a_long_step_goes_on_but_does_not_take_all_calls(tmp_path):
-    """Each call has ten minutes; a and b take thirty, c fails after one and d needs one."""
-    steps = {"a": 30, "b": 30, "c": 1, "d": 1}
-
-    def call() -> list[str]:
-        left, begun = 10, []
-        for stage in by_turn(list(steps), tmp_path):
-            minutes = min(left, steps[stage])
-            if not minutes:
-                continue
-            begun.append(stage)
-            left -= minutes
-            if stage != "c":
-                steps[stage] -= minutes
-            outcome = "failed (1)" if stage == "c" else "cut off" if steps[stage] else "done"
-            line = {"stage": stage, "outcome": outcome, "seconds": 60 * minutes}
-            with (tmp_path / "suite.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
-        return begun
-
-    assert [call() for _ in range(4)] == [["a"], ["b"], ["c", "d", "a"], ["c", "b"]]
-    for _ in range(4):
-        call()
-    assert steps == {"a": 0, "b": 0, "c": 1, "d": 0}
+def test_a_stage_ends_at_its_own_limit(lease):
+    slow = step("import time; time.sleep(600)", seconds=600)
+    assert attempt([slow], time.monotonic() + 2, "stage") == ["cut off"]
 
 
-def test_nothing_starts_when_no_time_is_left(tmp_path):
-    assert attempt(step(tmp_path, "pass"), "s", tmp_path, time.monotonic() + 1) == 0
-    assert not (tmp_path / "suite.jsonl").exists()
+def test_steps_beside_run_at_the_same_time_and_are_waited_for(lease):
+    """The first ends only when the second, which begins after it, has made a file."""
+    waiting = "import os, time\nwhile not os.path.exists('made'): time.sleep(0.05)"
+    steps = [step(waiting, beside=True, name="first"), step("open('made', 'x')", name="second")]
+    assert attempt(steps, in_a_minute(), "stage") == ["done", "done"]
 
 
-@pytest.mark.parametrize("tiny", [False, True])
-def test_every_step_names_files_that_exist(tmp_path, monkeypatch, tiny):
-    monkeypatch.chdir(ROOT)
-    suite = Suite(tmp_path / "data", tmp_path, tiny)
-    steps = [step for stage in STAGES.values() for step in stage(suite)]
-    assert len({step.result for step in steps}) == len(steps) >= 7
-    for step in steps:
-        for word in " ".join(step.command).split():
-            if word.startswith("configs/"):
-                assert Path(word).is_file(), word
+def test_seeds_of_earlier_rentals_add_up(tmp_path):
+    def run(folder: str, seed: int, status: str) -> None:
+        path = tmp_path / folder / "runs" / f"resnet11-seed{seed}"
+        path.mkdir(parents=True)
+        (path / "summary.json").write_text(json.dumps({"status": status}))
+
+    assert next_seed("resnet11", tmp_path) == 0
+    run("h100-2026-11-26", 0, "finished")
+    run("h200-2026-12-01", 2, "finished")
+    assert next_seed("resnet11", tmp_path) == 1
+    run("h200-2026-12-01", 1, "interrupted")
+    assert next_seed("resnet11", tmp_path) == 1
+    run("h100-2026-12-02", 1, "finished")
+    assert next_seed("resnet11", tmp_path) == 3
+
+
+def test_packed_results_hold_no_checkpoints_and_the_cache_comes_back(lease, monkeypatch):
+    monkeypatch.setattr(gpu_suite, "_PART", 1000)
+    run = gpu_suite.RUNS / "resnet11-seed0"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "best.safetensors").write_text("large")
+    (run / "metrics.jsonl").write_text("{}\n")
+    kernels = bytes(range(256)) * 40
+    (gpu_suite.CACHE / "kernel.cubin").write_bytes(kernels)
+    gpu_suite.pack(Path("out"), "measure")
+    with tarfile.open("out/measure.tar.gz") as archive:
+        names = archive.getnames()
+    assert "results/runs/resnet11-seed0/metrics.jsonl" in names
+    assert not any("checkpoints" in name for name in names)
+    (gpu_suite.CACHE / "kernel.cubin").unlink()
+    gpu_suite.unpack_cache(Path("out"))
+    assert (gpu_suite.CACHE / "kernel.cubin").read_bytes() == kernels
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only", "loaders", "speed"], "--only speed: expected some of environment"),
-        ([], "not a dataset directory"),
+        (["data", "--piece", "nowhere.tar.xz"], "--piece nowhere.tar.xz: no such file"),
+        (["smoke", "--cache", "."], "--cache .: holds no inductor.tar.gz.0"),
     ],
 )
-def test_unusable_arguments_are_named(tmp_path, capsys, arguments, message):
-    data = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--budget", "60"]
-    assert main([*data, *arguments]) == 2
-    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+def test_unusable_arguments_are_named(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    machine = {"machine": {"gpus": []}}
+    monkeypatch.setattr(gpu_suite, "identify", lambda: machine)
+    for name in ("PYTHONPATH", "TORCHINDUCTOR_CACHE_DIR", "PYTHONUNBUFFERED"):
+        monkeypatch.setenv(name, "")
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sizes", [Sizes(), ON_CPU])
+def test_every_step_names_configurations_that_exist(sizes, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    piece = tmp_path / "piece-1.tar.xz"
+    piece.touch()
+    steps = [s for stage in STAGES.values() for s in stage.steps(sizes, Namespace(piece=piece))]
+    assert len(steps) > 20
+    for word in (word for step in steps for word in step.command):
+        assert not word.startswith("configs/") or Path(word).is_file(), word
+
+
+def test_all_stages_fit_into_fifteen_minutes_with_two_starts_of_the_machine():
+    stages = [command.split()[3] for command in rehearsal.COMMANDS]
+    assert set(stages) == set(STAGES)
+    assert sum(STAGES[stage].seconds for stage in stages) <= 780
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.timeout(900)
-def test_the_tiny_suite_runs_whole_on_a_cpu(tmp_path, monkeypatch):
-    from fastlab.dataset.convert import Options, convert
-    from fastlab.dataset.synth import synthesise
-
-    monkeypatch.chdir(ROOT)
-    synthesise(tmp_path / "originals", classes=10, per_class=60)
-    convert(tmp_path / "originals", tmp_path / "data", Options(formats=("array", "tar")))
-    arguments = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--tiny"]
-    status = main([*arguments, "--budget", "840"])
-    outcomes = {line["step"]: line["outcome"] for line in log(tmp_path / "out")}
-    assert set(outcomes.values()) == {"done"} and status == 0, outcomes
-    suite = Suite(tmp_path / "data", tmp_path / "out", True)
-    assert all(step.result.exists() for stage in STAGES.values() for step in stage(suite))
+def test_every_stage_runs_in_an_upload_with_the_packages_of_the_machine(tmp_path, monkeypatch):
+    """Also those that pip installs there; the package index has to be reachable."""
+    for name in ("PYTHONPATH", "COVERAGE_PROCESS_CONFIG"):
+        monkeypatch.delenv(name, raising=False)
+    assert rehearsal.main(["--keep", str(tmp_path / "rehearsal")]) == 0
+    results = tmp_path / "rehearsal" / "upload" / "lease" / "results"
+    outcomes = {
+        line["step"]: line["outcome"] for line in map(json.loads, (results / "suite.jsonl").open())
+    }
+    assert set(outcomes.values()) == {"done"}, outcomes
