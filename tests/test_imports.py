@@ -4,6 +4,7 @@ import ast
 import re
 import sys
 import tomllib
+from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -12,10 +13,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-def imported(path: Path) -> set[str]:
-    """Dotted names that a file imports anywhere; ``from a import b`` counts as a and as a.b."""
+def imported(path: Path, late: bool = True) -> set[str]:
+    """Dotted names that a file imports anywhere; ``from a import b`` counts as a and as a.b.
+    Without `late`, those alone that importing the file imports, and no call of a function."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes(ast.parse(path.read_text(encoding="utf-8")), late):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -23,6 +25,27 @@ def imported(path: Path) -> set[str]:
             names.add(node.module)
             names.update(f"{node.module}.{alias.name}" for alias in node.names)
     return names
+
+
+def nodes(node: ast.AST, late: bool) -> Iterator[ast.AST]:
+    """`node` and what is in it; without `late`, what is in no function."""
+    yield node
+    if late or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        for child in ast.iter_child_nodes(node):
+            yield from nodes(child, late)
+
+
+def reached(module: str, late: bool = True) -> dict[str, set[str]]:
+    """What each module of the project that importing `module` reaches imports."""
+    waiting, found = [module], {}
+    while waiting:
+        module = waiting.pop()
+        if module in found or (path := source_of(module)) is None:
+            continue
+        found[module] = imported(path, late)
+        parents = {".".join(module.split(".")[:i]) for i in range(1, module.count(".") + 1)}
+        waiting += within(found[module], "fastlab", "pipelines") | parents
+    return found
 
 
 def within(names: set[str], *packages: str) -> set[str]:
@@ -45,6 +68,7 @@ def test_the_reader_of_imports_sees_every_form(tmp_path):
     path = tmp_path / "sample.py"
     path.write_text("import a.b\ndef f():\n    from c import d as e\n    import g as h\n")
     assert imported(path) == {"a.b", "c", "c.d", "g"}
+    assert imported(path, late=False) == {"a.b"}
 
 
 @pytest.mark.parametrize("path", sources("fastlab/models"), ids=lambda path: path.name)
@@ -59,17 +83,18 @@ def test_pipelines_know_nothing_of_training(path):
 
 
 def test_the_report_needs_no_torch_not_even_through_others():
-    waiting, seen = ["fastlab.report"], set()
-    while waiting:
-        module = waiting.pop()
-        if module in seen or (path := source_of(module)) is None:
-            continue
-        seen.add(module)
-        names = imported(path)
+    found = reached("fastlab.report")
+    for module, names in found.items():
         assert not within(names, "torch", "torchvision", "accelerate"), module
-        parents = {".".join(module.split(".")[:i]) for i in range(1, module.count(".") + 1)}
-        waiting += within(names, "fastlab", "pipelines") | parents
-    assert {"fastlab", "fastlab.report", "fastlab.errors"} <= seen
+    assert {"fastlab", "fastlab.report", "fastlab.errors"} <= found.keys()
+
+
+def test_training_imports_numba_only_where_a_cpu_makes_batches():
+    found = reached("fastlab.train", late=False)
+    for module, names in found.items():
+        assert not within(names, "numba"), module
+    assert {"fastlab.predict", "pipelines", "pipelines.augment"} <= found.keys()
+    assert "numba" in imported(source_of("pipelines.augment_cpu"), late=False)
 
 
 def test_no_module_hides_a_standard_or_a_needed_one():

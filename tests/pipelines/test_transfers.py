@@ -1,5 +1,6 @@
 """What a step copies to the device, each of which may wait for it: counted on a meta device."""
 
+import sys
 from contextlib import ExitStack
 from itertools import islice
 
@@ -101,3 +102,12 @@ def test_a_step_copies_only_what_it_must(kind, each, synth_dataset, monkeypatch)
     found = copies(lambda: list(islice(batches, 2)))
     batches.close()
     assert found == ["aten._to_copy.default"] * (2 * each)
+
+
+@pytest.mark.parametrize("kind", ["device", "engine", "stream"])
+def test_the_device_needs_no_kernels_of_the_cpu(kind, synth_dataset, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setitem(sys.modules, "pipelines.augment_cpu", None)  # importing it fails
+    batches = steps(synth_dataset, kind)
+    next(batches)
+    batches.close()
