@@ -156,6 +156,7 @@ def rehearse(command: str, upload: Path, bare: Path, out: Path) -> int:
         "HOME": str(upload),
         "OUT": str(out.resolve()),
         "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",  # threads of processes side by side would wait for each other
     }
     started = time.monotonic()
     code = subprocess.run(["bash", "-c", command], cwd=upload, env=environment).returncode
