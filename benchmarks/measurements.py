@@ -153,8 +153,8 @@ class Results:
 
 
 def _made_by(found: Session) -> tuple[str, list[str], dict[str, str]]:
-    """Where the records lie is no part of it."""
-    command = re.sub(r" --out[= ]('[^']*'|\S+)", "", found.command)
+    """Where files lie, and how much time there was, is no part of it."""
+    command = re.sub(r" --(?:out|traces|limit)[= ]('[^']*'|\S+)", "", found.command)
     return command, device_of(found.machine), found.versions
 
 

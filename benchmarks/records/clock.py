@@ -26,7 +26,6 @@ from benchmarks.measurements import (
     Results,
     Session,
     check_dataset,
-    check_measured,
     count,
     public_config,
 )
@@ -34,6 +33,7 @@ from fastlab import config as configs
 from fastlab import models
 from fastlab.cli import run_command
 from fastlab.config import Config
+from fastlab.errors import UserError
 from fastlab.optim import WeightAverage, make_schedule
 from fastlab.rundir import RunDir
 from fastlab.train import (
@@ -65,7 +65,8 @@ def main(script: str, target: float, recipe: dict[str, object], config: str) -> 
         check_dataset(cfg.data.path)
         results = Results("records.clock", args.out, f"records.{script}")
         race(cfg, args.target, args.runs, results, started + args.limit)
-        check_measured(results.session.records, {})
+        if not results.session.records:
+            raise UserError(f"--limit {args.limit:g}: ended before the first run began")
         print(table(results.session))
 
     return run_command(run, parser.parse_args())

@@ -106,8 +106,8 @@ def test_packed_results_hold_no_checkpoints_and_the_cache_comes_back(lease, monk
     (run / "metrics.jsonl").write_text("{}\n")
     kernels = bytes(range(256)) * 40
     (gpu_suite.CACHE / "kernel.cubin").write_bytes(kernels)
-    gpu_suite.pack(Path("out"), "measure")
-    with tarfile.open("out/measure.tar.gz") as archive:
+    gpu_suite.pack(Path("out"), "reference")
+    with tarfile.open("out/reference.tar.xz") as archive:
         names = archive.getnames()
     assert "results/runs/resnet11-seed0/metrics.jsonl" in names
     assert not any("checkpoints" in name for name in names)
@@ -120,7 +120,7 @@ def test_packed_results_hold_no_checkpoints_and_the_cache_comes_back(lease, monk
     ("arguments", "message"),
     [
         (["data", "--piece", "nowhere.tar.xz"], "--piece nowhere.tar.xz: no such file"),
-        (["smoke", "--cache", "."], "--cache .: holds no inductor.tar.gz.0"),
+        (["smoke", "--cache", "."], "--cache .: holds no inductor.tar.xz.0"),
     ],
 )
 def test_unusable_arguments_are_named(arguments, message, tmp_path, monkeypatch, capsys):

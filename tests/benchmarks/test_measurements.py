@@ -207,7 +207,7 @@ def test_ceilings_come_from_a_record_of_the_same_device(
     assert capsys.readouterr().err.endswith("ceilings.json: measured on another\n")
 
 
-KEPT = ("place", "memory", "cores")
+KEPT = ("place", "memory", "cores", "limit")
 
 
 @pytest.mark.parametrize("changed", ["argv", "versions", "device", *KEPT])
@@ -220,6 +220,8 @@ def test_results_go_on_only_on_what_one_record_can_name(changed, tmp_path, monke
     monkeypatch.setattr(measurements, "environment", lambda processes: made)
     if changed == "argv":
         monkeypatch.setattr(sys, "argv", ["x", "--seconds", "9", "--out", str(out)])
+    if changed == "limit":
+        monkeypatch.setattr(sys, "argv", ["x", "--limit", "9", "--out", str(out)])
     if changed == "versions":
         made["versions"]["torch"] = "9"
     if changed == "device":

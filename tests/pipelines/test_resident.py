@@ -7,7 +7,7 @@ import torch
 from fastlab.config import AugmentConfig, DataConfig
 from fastlab.dataset.manifest import read_manifest
 from fastlab.errors import UserError
-from pipelines import make_pipeline
+from pipelines import make_pipeline, resident
 from pipelines.base import Shard
 
 
@@ -76,3 +76,25 @@ def test_errors_name_what_to_do(synth_dataset):
         pipeline(synth_dataset, batch=81)
     with pytest.raises(UserError, match="it has: train, val"):
         pipeline(synth_dataset, "test")
+
+
+def test_pipelines_of_one_file_share_its_images_on_the_device(synth_dataset):
+    """As long as one of them lives."""
+
+    def on_device(split, dtype):
+        return make_pipeline(
+            DataConfig(path=str(synth_dataset), placement="device"),
+            None,
+            read_manifest(synth_dataset),
+            split,
+            batch_size=16,
+            device=torch.device("meta"),
+            dtype=dtype,
+        )
+
+    one, two = on_device("train", torch.float32), on_device("train", torch.bfloat16)
+    other = on_device("val", torch.float32)
+    assert one._on_device[0] is two._on_device[0] is not other._on_device[0]
+    assert len(resident._uploaded) == 2
+    del one, two
+    assert len(resident._uploaded) == 1
