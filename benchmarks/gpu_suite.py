@@ -142,7 +142,11 @@ def smoke(sizes: Sizes, _: argparse.Namespace) -> list[Step]:
             80,
             beside=True,
         ),
-        Step("smoke-record", _record(sizes, "reference", SYNTHETIC / "dataset", 1, 60), 80),
+        Step(
+            "smoke-record",
+            _record(sizes, "reference", "smoke-record", SYNTHETIC / "dataset", 1, 60),
+            80,
+        ),
     ]
 
 
@@ -188,7 +192,7 @@ def measure(sizes: Sizes, _: argparse.Namespace) -> list[Step]:
             training(sizes, DATASET, "training", ["resnet11"], *rounds, "--epochs", 1),
             90,
         ),
-        Step("record", _record(sizes, "reference", DATASET, 5, 85), 95),
+        Step("record", _record(sizes, "reference", "record-reference", DATASET, 5, 85), 95),
         Step(
             "loaders",
             python("benchmarks.device_loaders", *loaders, "--out", RESULTS / "loaders.json"),
@@ -209,7 +213,7 @@ def more(sizes: Sizes, _: argparse.Namespace) -> list[Step]:
             )
             for name in _OTHERS
         ),
-        Step("sixty-six", _record(sizes, "sixty_six", DATASET, 1, 100), 110),
+        Step("sixty-six", _record(sizes, "sixty_six", "record-sixty-six", DATASET, 1, 100), 110),
     ]
 
 
@@ -244,10 +248,10 @@ def _train(run: Path, config: str, sets: list[str]) -> list[str]:
     return python("fastlab", "train", "--config", f"configs/{config}.toml", *sets, "--out", run)
 
 
-def _record(sizes: Sizes, name: str, dataset: Path, runs: int, limit: float) -> list[str]:
+def _record(sizes: Sizes, name: str, out: str, dataset: Path, runs: int, limit: float) -> list[str]:
     short = ("--set", f"train.epochs={sizes.epochs}") if sizes.overrides else ()
-    out = RESULTS / f"record-{name}-{dataset.name}.json"
-    arguments = ("--data", dataset, "--runs", runs, "--limit", limit, "--out", out)
+    arguments = ("--data", dataset, "--runs", runs, "--limit", limit)
+    arguments += ("--out", RESULTS / f"{out}.json")
     return python(f"benchmarks.records.{name}", *arguments, *short, *sizes.sets())
 
 
