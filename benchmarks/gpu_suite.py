@@ -121,7 +121,7 @@ def training(sizes: Sizes, data: Path, name: str, configs: list[str], *more: obj
 def smoke(sizes: Sizes, _: argparse.Namespace) -> list[Step]:
     """Whether everything works there at all; it also fills the compiler's cache."""
     loaders = ("--batches", sizes.loader_batches, "--rounds", 1)
-    first_steps = ("--rounds", 1, "--epochs", 1)
+    first_steps = ("--rounds", 1, "--epochs", 1, "--traces", RESULTS / "smoke-traces")
     return [
         Step("synth", _synth(sizes), 30),
         Step("convert-synthetic", _convert(SYNTHETIC / "originals", SYNTHETIC / "dataset"), 30),
@@ -252,7 +252,7 @@ def _record(sizes: Sizes, name: str, out: str, dataset: Path, runs: int, limit: 
     short = ("--set", f"train.epochs={sizes.epochs}") if sizes.overrides else ()
     arguments = ("--data", dataset, "--runs", runs, "--limit", limit)
     arguments += ("--out", RESULTS / f"{out}.json")
-    return python(f"benchmarks.records.{name}", *arguments, *short, *sizes.sets())
+    return python(f"benchmarks.records.{name}", *arguments, *short, *sizes.sets(*sizes.graphs))
 
 
 def warm(sizes: Sizes, dataset: Path, config: str, seconds: float) -> Step:
@@ -283,6 +283,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cache", type=Path, help="a folder with a packed compiler cache")
     parser.add_argument("--pack", type=Path, help="where packed results go")
     parser.add_argument("--seconds", type=float, help="another time limit of the stage")
+    parser.add_argument("--only", nargs="+", metavar="STEP", help="these steps of the stage alone")
     args = parser.parse_args(argv)
     try:
         return run(args)
@@ -304,7 +305,9 @@ def run(args: argparse.Namespace) -> int:
     sizes = Sizes() if device["machine"]["gpus"] else ON_CPU
     deadline = started + sizes.patience * (args.seconds or stage.seconds)
     steps = [
-        replace(step, seconds=sizes.patience * step.seconds) for step in stage.steps(sizes, args)
+        replace(step, seconds=sizes.patience * step.seconds)
+        for step in stage.steps(sizes, args)
+        if not args.only or step.name in args.only
     ]
     outcomes = attempt(steps, deadline, args.stage)
     if args.pack:
