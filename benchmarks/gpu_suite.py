@@ -406,16 +406,17 @@ def pack(out: Path, stage: str) -> None:
     _compress(out / f"{stage}.tar.xz", RESULTS, LOGS)
     if STAGES[stage].compiles:
         packed_cache = LEASE / "inductor.tar.xz"
-        _compress(packed_cache, CACHE)
+        # Inductor's own entries hold the kernels that Triton keeps beside them.
+        _compress(packed_cache, CACHE, options=("--exclude=inductor/triton",))
         with packed_cache.open("rb") as file:
             for number, part in enumerate(iter(lambda: file.read(_PART), b"")):
                 (out / f"{packed_cache.name}.{number}").write_bytes(part)
 
 
-def _compress(archive: Path, *folders: Path) -> None:
+def _compress(archive: Path, *folders: Path, options: tuple[str, ...] = ()) -> None:
     # With all cores, and in two seconds, to a fifth of what gzip leaves of a compiler's cache.
     command = ["tar", "--use-compress-program=xz -3 -T0", "-cf", str(archive), "-C", str(LEASE)]
-    subprocess.run([*command, *(folder.name for folder in folders)], check=True)
+    subprocess.run([*command, *options, *(folder.name for folder in folders)], check=True)
 
 
 def unpack_cache(folder: Path) -> None:
