@@ -1,29 +1,30 @@
 """Fifteen minutes on a rented GPU, in stages that are commands of their own.
 
-    python3 -m benchmarks.gpu_suite smoke --pack OUT                       # needs no data
-    python3 -m benchmarks.gpu_suite data --piece .lease/piece-1.tar.xz     # then 2 and 3
-    python3 -m benchmarks.gpu_suite reference --pack OUT
-    python3 -m benchmarks.gpu_suite measure --pack OUT
-    python3 -m benchmarks.gpu_suite more --pack OUT
+    python3 -m benchmarks.gpu_suite smoke --pack OUT                    # needs no data
+    python3 -m benchmarks.gpu_suite data --piece .lease/piece-1.tar.xz  # then 2 and 3
+    python3 -m benchmarks.gpu_suite ready --pack OUT                    # then the others, in turn
 
 The machine is bare: nothing is installed but PyTorch and what usually comes with it, there is no
 network, and a command brings at most a checkout and some files. So a stage takes the missing
 packages from ``wheels/`` (`make wheels`), keeps everything under ``lease/``, and packs its results
 into a few small files when it ends. Each step has a time limit; one that fails is reported with its
-last line and the next one begins. `benchmarks.rehearsal` runs these very commands on a CPU, where
-the same steps take small sizes.
+last line and the next one begins. While the pieces of the dataset arrive, tests and compilations
+run in the background; from the stage `measure` on, each step has the machine for itself.
+`benchmarks.rehearsal` runs these very commands on a CPU, where the same steps take small sizes.
 """
 
 import argparse
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from fastlab.errors import UserError, tell
 
 LEASE = Path("lease")
 SITE, LOGS, RESULTS, RUNS = (LEASE / name for name in ("site", "logs", "results", "runs"))
-CACHE, ORIGINALS = LEASE / "inductor", LEASE / "originals"
+CACHE, ORIGINALS, BESIDE = (LEASE / name for name in ("inductor", "originals", "beside"))
 SYNTHETIC, FIRST, DATASET = (LEASE / name for name in ("synthetic", "first", "dataset"))
 WHEELS = Path("wheels")
 
@@ -49,9 +50,10 @@ class Step:
     name: str
     command: list[str]
     seconds: float
-    """Time limit. At its end the command and what it started get SIGTERM."""
+    """Time limit. At its end the command and what it started get SIGINT."""
     beside: bool = False
-    """It runs beside the steps that follow, which measure nothing; its stage waits for it."""
+    """It runs beside the steps that follow, in this stage and the next, which measure nothing; the
+    stages `smoke` and `ready` wait for it."""
 
 
 @dataclass(frozen=True)
@@ -120,110 +122,122 @@ def training(sizes: Sizes, data: Path, name: str, configs: list[str], *more: obj
 
 def smoke(sizes: Sizes, _: argparse.Namespace) -> list[Step]:
     """Whether everything works there at all; it also fills the compiler's cache."""
+    data = SYNTHETIC / "dataset"
     loaders = ("--batches", sizes.loader_batches, "--rounds", 1)
     first_steps = ("--rounds", 1, "--epochs", 1, "--traces", RESULTS / "smoke-traces")
+    short = ("--runs", 1, "--set", "train.epochs=2")
     return [
         Step("synth", _synth(sizes), 30),
-        Step("convert-synthetic", _convert(SYNTHETIC / "originals", SYNTHETIC / "dataset"), 30),
-        Step("gpu-tests", _gpu_tests("smoke-gpu-tests"), 85, beside=True),
+        Step("convert-synthetic", _convert(SYNTHETIC / "originals", data), 30),
+        Step("smoke-gpu-tests", _gpu_tests("smoke-gpu-tests"), 90, beside=True),
         Step(
             "smoke-training",
-            training(sizes, SYNTHETIC / "dataset", "smoke-training", ["resnet11"], *first_steps),
+            training(sizes, data, "smoke-training", ["resnet11"], *first_steps),
             80,
             beside=True,
         ),
-        *(warm(sizes, SYNTHETIC / "dataset", name, 80) for name in _OTHERS),
         Step(
             "smoke-loaders",
-            python(
-                "benchmarks.device_loaders",
-                *(SYNTHETIC / "dataset", *loaders, "--out", RESULTS / "smoke-loaders.json"),
-            ),
+            _loaders(data, "smoke-loaders", *loaders),
             80,
             beside=True,
         ),
-        Step(
-            "smoke-record",
-            _record(sizes, "reference", "smoke-record", SYNTHETIC / "dataset", 1, 60),
-            80,
-        ),
+        Step("smoke-race", _race(sizes, "reference", "smoke-race", data, *short), 80),
     ]
 
 
 def data(sizes: Sizes, args: argparse.Namespace) -> list[Step]:
-    """Unpack one piece of the original images. The first is a whole, smaller dataset."""
+    """Unpack one piece of the original images. With the first, which is a whole, smaller dataset,
+    begins what needs no more."""
     if args.piece is None or not args.piece.is_file():
         raise UserError(f"--piece {args.piece}: no such file; a piece of the dataset is needed")
     unpack = ["tar", "-xf", str(args.piece), "-C", str(ORIGINALS), "--strip-components=1"]
-    steps = [Step(f"unpack-{args.piece.name}", unpack, 30)]
-    if not FIRST.exists():
-        steps.append(Step("convert-first", _convert(ORIGINALS, FIRST), 30))
-    return steps
+    steps = [Step(f"unpack-{args.piece.name}", unpack, 15)]
+    short = ("--runs", 1, "--set", "train.epochs=1")
+    if FIRST.exists():
+        return steps
+    return [
+        Step("gpu-tests", _gpu_tests("gpu-tests"), 100, beside=True),
+        *steps,
+        Step("convert-first", _convert(ORIGINALS, FIRST), 15),
+        Step("warm-race", _race(sizes, "reference", "warm-race", FIRST, *short), 90, beside=True),
+        warm(sizes, FIRST, "resnet11", 90),
+    ]
+
+
+def ready(sizes: Sizes, _: argparse.Namespace) -> list[Step]:
+    """Convert all images, and wait for what runs beside."""
+    return [Step("convert", _convert(ORIGINALS, DATASET), 40)]
+
+
+def measure(sizes: Sizes, _: argparse.Namespace) -> list[Step]:
+    """What bounds a training step, and the step."""
+    ceilings = RESULTS / "ceilings.json"
+    rounds = ("--rounds", sizes.rounds, "--epochs", 1)
+    records = ("--ceilings", ceilings, "--traces", RESULTS / "traces")
+    return [
+        Step("ceilings", python("benchmarks.ceilings", "--out", ceilings), 25),
+        Step(
+            "training",
+            training(sizes, DATASET, "training", ["resnet11"], *rounds, *records),
+            150,
+        ),
+    ]
 
 
 def reference(sizes: Sizes, _: argparse.Namespace) -> list[Step]:
     """The reference's ResNet-11 for all of its epochs, by the seed that no earlier rental took."""
     seed = next_seed("resnet11", Path("benchmarks/results"))
-    steps = [] if DATASET.exists() else [Step("convert", _convert(ORIGINALS, DATASET), 60)]
     run = RUNS / f"resnet11-seed{seed}"
-    steps += [warm(sizes, DATASET, name, 150) for name in ("resnet11", *_OTHERS)]
     sets = sizes.sets(
         f"data.path={DATASET}",
         f"train.seed={seed}",
         f"train.epochs={sizes.epochs}",
         *sizes.graphs,
     )
-    return [
-        *steps,
-        Step("gpu-tests", _gpu_tests("gpu-tests"), 150, beside=True),
-        Step("reference", _train(run, "resnet11", sets), 265),
-    ]
+    return [Step("reference", _train(run, "resnet11", sets), 290)]
 
 
-def measure(sizes: Sizes, _: argparse.Namespace) -> list[Step]:
-    """Alone on the machine: roofs, the training step, the input path, time to the reference."""
-    ceilings = RESULTS / "ceilings.json"
-    rounds = ("--rounds", sizes.rounds, "--ceilings", ceilings, "--traces", RESULTS / "traces")
-    loaders = (DATASET, "--batches", sizes.loader_batches, "--rounds", sizes.rounds)
-    return [
-        Step("ceilings", python("benchmarks.ceilings", "--out", ceilings), 30),
-        Step(
-            "training",
-            training(sizes, DATASET, "training", ["resnet11"], *rounds, "--epochs", 1),
-            90,
-        ),
-        Step("record", _record(sizes, "reference", "record-reference", DATASET, 5, 85), 95),
-        Step(
-            "loaders",
-            python("benchmarks.device_loaders", *loaders, "--out", RESULTS / "loaders.json"),
-            50,
-        ),
-    ]
+def loaders(sizes: Sizes, _: argparse.Namespace) -> list[Step]:
+    """The input path beside a copy of as many bytes, and nvJPEG."""
+    rounds = ("--batches", sizes.loader_batches, "--rounds", sizes.rounds)
+    return [Step("loaders", _loaders(DATASET, "loaders", *rounds), 40)]
+
+
+def race(sizes: Sizes, _: argparse.Namespace) -> list[Step]:
+    """Seconds to the reference's 46.04 %."""
+    limit = ("--runs", 5, "--limit", 90)
+    return [Step("race", _race(sizes, "reference", "race-reference", DATASET, *limit), 110)]
 
 
 def more(sizes: Sizes, _: argparse.Namespace) -> list[Step]:
     """The other models, then one attempt at 66 % in the time that is left."""
-    ceilings = ("--ceilings", RESULTS / "ceilings.json", "--rounds", 1, "--epochs", 1)
+    options = ("--ceilings", RESULTS / "ceilings.json", "--rounds", 1, "--steps", 100)
+    limit = ("--runs", 1, "--limit", 90)
     return [
         *(
             Step(
                 f"training-{name}",
-                training(sizes, DATASET, f"training-{name}", [name], *ceilings, "--steps", 100),
-                45,
+                training(sizes, DATASET, f"training-{name}", [name], *options),
+                40,
             )
             for name in _OTHERS
         ),
-        Step("sixty-six", _record(sizes, "sixty_six", "record-sixty-six", DATASET, 1, 100), 110),
+        Step("sixty-six", _race(sizes, "sixty_six", "race-sixty-six", DATASET, *limit), 110),
     ]
 
 
 STAGES = {
     "smoke": Stage(110, smoke, "the tests marked gpu, a few steps of every variant", True),
-    "data": Stage(25, data, "unpack a piece of the dataset (--piece)"),
-    "reference": Stage(270, reference, "the reference's ResNet-11 for its 100 epochs", True),
-    "measure": Stage(190, measure, "roofs, training steps, loaders, time to 46.04 %"),
-    "more": Stage(130, more, "the other models, one attempt at 66 %"),
+    "data": Stage(20, data, "unpack a piece of the dataset (--piece)"),
+    "ready": Stage(50, ready, "convert all images, wait for tests and compilations", True),
+    "measure": Stage(150, measure, "roofs, training steps of ResNet-11"),
+    "reference": Stage(250, reference, "the reference's ResNet-11 for its 100 epochs"),
+    "loaders": Stage(30, loaders, "the input path beside a copy of as many bytes, nvJPEG"),
+    "race": Stage(100, race, "seconds to 46.04 %"),
+    "more": Stage(30, more, "the other models, one attempt at 66 %; takes what is given to it"),
 }
+_WAITING = ("smoke", "ready")
 
 
 def _synth(sizes: Sizes) -> list[str]:
@@ -238,7 +252,7 @@ def _convert(originals: Path, dataset: Path) -> list[str]:
 def _gpu_tests(name: str) -> list[str]:
     # pytest-benchmark, which is installed there, warns of xdist, and warnings are errors here.
     plugins = ("-p", "no:cacheprovider", "-p", "no:benchmark")
-    options = ("-m", "gpu", "-q", *plugins, "--durations", 15, "-n", 6)
+    options = ("-m", "gpu", "-q", *plugins, "--durations", 15, "-n", 4)
     return python("pytest", *_GPU_TESTS, *options, f"--junitxml={RESULTS / name}.xml")
 
 
@@ -248,11 +262,14 @@ def _train(run: Path, config: str, sets: list[str]) -> list[str]:
     return python("fastlab", "train", "--config", f"configs/{config}.toml", *sets, "--out", run)
 
 
-def _record(sizes: Sizes, name: str, out: str, dataset: Path, runs: int, limit: float) -> list[str]:
+def _loaders(dataset: Path, name: str, *options: object) -> list[str]:
+    return python("benchmarks.device_loaders", dataset, *options, "--out", RESULTS / f"{name}.json")
+
+
+def _race(sizes: Sizes, record: str, name: str, dataset: Path, *options: object) -> list[str]:
     short = ("--set", f"train.epochs={sizes.epochs}") if sizes.overrides else ()
-    arguments = ("--data", dataset, "--runs", runs, "--limit", limit)
-    arguments += ("--out", RESULTS / f"{out}.json")
-    return python(f"benchmarks.records.{name}", *arguments, *short, *sizes.sets(*sizes.graphs))
+    arguments = ("--data", dataset, "--out", RESULTS / f"{name}.json", *short, *options)
+    return python(f"benchmarks.records.{record}", *arguments, *sizes.sets(*sizes.graphs))
 
 
 def warm(sizes: Sizes, dataset: Path, config: str, seconds: float) -> Step:
@@ -338,43 +355,76 @@ def identify() -> dict:
 
 
 def attempt(steps: list[Step], deadline: float, stage: str) -> list[str]:
-    """Run all steps until `deadline` (of the monotonic clock). Returns their outcomes."""
-    outcomes, beside = [], []
+    """Run `steps` until `deadline` (of the monotonic clock), and in some stages wait for what runs
+    beside. Returns the outcomes of what ended."""
+    outcomes = []
     for step in steps:
-        if step.beside:
-            beside.append(Running(step, deadline))
-            continue
-        outcomes.append(Running(step, deadline).finish(stage))
-    return outcomes + [each.finish(stage) for each in beside]
+        running = Running.start(step)
+        if not step.beside:
+            outcomes.append(running.finish(stage, deadline))
+    if stage in _WAITING:
+        outcomes += [running.finish(stage, deadline) for running in Running.all_beside()]
+    return outcomes
 
 
+@dataclass(frozen=True)
 class Running:
-    """A step under way, in a process group of its own."""
+    """A step under way, in a session of its own: it outlives the command of its stage."""
 
-    def __init__(self, step: Step, deadline: float) -> None:
-        self.step, self.started = step, time.monotonic()
-        self.deadline = min(deadline, self.started + step.seconds)
-        self.log = LOGS / f"{step.name}.log"
-        with self.log.open("a", encoding="utf-8") as log:
-            self.process = subprocess.Popen(
-                step.command,
+    name: str
+    process: int
+    """The number of the shell that writes the exit status, and of its process group."""
+    started: float
+    seconds: float
+
+    @classmethod
+    def start(cls, step: Step) -> "Running":
+        status, number = (LOGS / f"{step.name}.{kind}" for kind in ("status", "number"))
+        for path in (status, number):
+            path.unlink(missing_ok=True)
+        script = f"""
+            echo $$ >{shlex.quote(str(number))}
+            trap : INT
+            {shlex.join(step.command)}
+            echo $? >{shlex.quote(str(status))}"""
+        with (LOGS / f"{step.name}.log").open("w", encoding="utf-8") as log:
+            subprocess.run(
+                ["setsid", "--fork", "bash", "-c", script],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                process_group=0,
+                check=True,
             )
+        while not (number.exists() and number.read_text().endswith("\n")):
+            time.sleep(0.01)
+        running = cls(step.name, int(number.read_text()), time.monotonic(), step.seconds)
+        if step.beside:
+            BESIDE.mkdir(exist_ok=True)
+            (BESIDE / f"{step.name}.json").write_text(json.dumps(asdict(running)))
+        return running
 
-    def finish(self, stage: str) -> str:
+    @classmethod
+    def all_beside(cls) -> list["Running"]:
+        found = []
+        for path in sorted(BESIDE.glob("*.json")):
+            found.append(cls(**json.loads(path.read_text())))
+            path.unlink()
+        return found
+
+    def finish(self, stage: str, deadline: float) -> str:
         """Wait for it, report it in the log and on the console; returns how it ended."""
-        code, cut = self._wait()
-        outcome = "cut off" if cut else "done" if code == 0 else f"failed ({code})"
+        cut = not self._ended_by(min(deadline, self.started + self.seconds))
+        if cut:
+            self._stop()
+        status = self._status()
+        outcome = "cut off" if cut else "done" if status == 0 else f"failed ({status})"
         seconds = time.monotonic() - self.started
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        print(f"== {stage}/{self.step.name}: {outcome}, {seconds:.1f} s")
+        lines = (LOGS / f"{self.name}.log").read_text("utf-8", errors="replace").splitlines()
+        print(f"== {stage}/{self.name}: {outcome}, {seconds:.1f} s")
         print("\n".join(lines[-_SHOWN:] if outcome == "done" else lines[-3 * _SHOWN :]), flush=True)
         record = {
             "stage": stage,
-            "step": self.step.name,
+            "step": self.name,
             "outcome": outcome,
             "seconds": round(seconds, 1),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -384,17 +434,25 @@ class Running:
             file.write(json.dumps(record) + "\n")
         return outcome
 
-    def _wait(self) -> tuple[int, bool]:
-        """(exit status, whether its time was up)."""
-        try:
-            return self.process.wait(max(0.1, self.deadline - time.monotonic())), False
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGTERM)
-        try:
-            return self.process.wait(_GRACE), True
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            return self.process.wait(), True
+    def _status(self) -> int | None:
+        path = LOGS / f"{self.name}.status"
+        text = path.read_text() if path.exists() else ""
+        return int(text) if text.endswith("\n") else None
+
+    def _ended_by(self, deadline: float) -> bool:
+        while self._status() is None:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+        return True
+
+    def _stop(self) -> None:
+        """SIGINT, as Ctrl-C is: trainings save a checkpoint, pytest reports what it has."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process, signal.SIGINT)
+        if not self._ended_by(time.monotonic() + _GRACE):
+            with suppress(ProcessLookupError):
+                os.killpg(self.process, signal.SIGKILL)
 
 
 def pack(out: Path, stage: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu_suite, rehearsal
-from benchmarks.gpu_suite import ON_CPU, STAGES, Running, Sizes, Step, attempt, main, next_seed
+from benchmarks.gpu_suite import ON_CPU, STAGES, Sizes, Step, attempt, main, next_seed
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,22 +35,18 @@ def in_a_minute() -> float:
 
 def test_a_failed_step_is_reported_with_its_last_line_and_the_next_begins(lease, capsys):
     steps = [step("raise SystemExit('no such kernel')"), step("print('fine')", name="next")]
-    assert attempt(steps, in_a_minute(), "stage") == ["failed (1)", "done"]
+    assert attempt(steps, in_a_minute(), "measure") == ["failed (1)", "done"]
     assert [(line["step"], line["last_line"]) for line in reported(lease)] == [
         ("step", "no such kernel"),
         ("next", ""),
     ]
     printed = capsys.readouterr().out
-    assert "stage/step: failed (1)" in printed and "no such kernel" in printed
+    assert "measure/step: failed (1)" in printed and "no such kernel" in printed
 
 
-def test_a_step_is_asked_to_stop_at_its_time_limit(lease, monkeypatch):
-    code = (
-        "import signal, sys, time\n"
-        "signal.signal(signal.SIGTERM, lambda *_: (open('saved', 'x'), sys.exit(143)))\n"
-        "time.sleep(600)"
-    )
-    assert Running(step(code, seconds=3), in_a_minute()).finish("stage") == "cut off"
+def test_a_step_is_asked_to_stop_at_its_time_limit(lease):
+    code = "import time\ntry: time.sleep(600)\nexcept KeyboardInterrupt: open('saved', 'x').close()"
+    assert attempt([step(code, seconds=3)], in_a_minute(), "measure") == ["cut off"]
     assert Path("saved").exists()
 
 
@@ -58,13 +54,13 @@ def test_a_step_that_does_not_stop_is_killed_with_what_it_started(lease, monkeyp
     monkeypatch.setattr(gpu_suite, "_GRACE", 1.0)
     code = (
         "import signal, subprocess, sys, time\n"
-        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import signal, time; "
-        "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)'])\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(600)'])\n"
         "open('child', 'w').write(str(child.pid))\n"
         "time.sleep(600)"
     )
-    assert Running(step(code, seconds=3), in_a_minute()).finish("stage") == "cut off"
+    assert attempt([step(code, seconds=3)], in_a_minute(), "measure") == ["cut off"]
     status = Path("/proc") / Path("child").read_text() / "stat"
     time.sleep(0.2)
     assert not status.exists() or status.read_text().split()[2] == "Z"
@@ -72,14 +68,17 @@ def test_a_step_that_does_not_stop_is_killed_with_what_it_started(lease, monkeyp
 
 def test_a_stage_ends_at_its_own_limit(lease):
     slow = step("import time; time.sleep(600)", seconds=600)
-    assert attempt([slow], time.monotonic() + 2, "stage") == ["cut off"]
+    assert attempt([slow], time.monotonic() + 2, "measure") == ["cut off"]
 
 
-def test_steps_beside_run_at_the_same_time_and_are_waited_for(lease):
-    """The first ends only when the second, which begins after it, has made a file."""
+def test_what_runs_beside_outlives_its_stage_and_a_later_one_waits_for_it(lease):
+    """The first step ends only when one of the later stage has made a file."""
     waiting = "import os, time\nwhile not os.path.exists('made'): time.sleep(0.05)"
-    steps = [step(waiting, beside=True, name="first"), step("open('made', 'x')", name="second")]
-    assert attempt(steps, in_a_minute(), "stage") == ["done", "done"]
+    assert attempt([step(waiting, beside=True, name="first")], in_a_minute(), "data") == []
+    later = step("open('made', 'x').close()", name="second")
+    assert attempt([later], in_a_minute(), "ready") == ["done", "done"]
+    assert [line["step"] for line in reported(lease)] == ["second", "first"]
+    assert attempt([], in_a_minute(), "ready") == []
 
 
 def test_seeds_of_earlier_rentals_add_up(tmp_path):
@@ -106,8 +105,8 @@ def test_packed_results_hold_no_checkpoints_and_the_cache_comes_back(lease, monk
     (run / "metrics.jsonl").write_text("{}\n")
     kernels = bytes(range(256)) * 40
     (gpu_suite.CACHE / "kernel.cubin").write_bytes(kernels)
-    gpu_suite.pack(Path("out"), "reference")
-    with tarfile.open("out/reference.tar.xz") as archive:
+    gpu_suite.pack(Path("out"), "ready")
+    with tarfile.open("out/ready.tar.xz") as archive:
         names = archive.getnames()
     assert "results/runs/resnet11-seed0/metrics.jsonl" in names
     assert not any("checkpoints" in name for name in names)
