@@ -254,6 +254,102 @@ def test_a_loss_that_is_no_number_stops_the_run(synth_dataset, tmp_path, capsys,
     assert json.loads((out / "summary.json").read_text())["status"] == "diverged"
 
 
+def test_a_loss_that_is_no_number_is_seen_two_looks_later(
+    synth_dataset, tmp_path, capsys, monkeypatch
+):
+    """Long before the epoch's end: of its 80 steps the third gives it, and every second looks."""
+    step, seen = training.train_step, []
+
+    def diverging(trainer, batch):
+        seen.append(step(trainer, batch))
+        return seen[-1] * float("nan") if len(seen) == 3 else seen[-1]
+
+    monkeypatch.setattr(training, "train_step", diverging)
+    sets = ("train.batch_size=1", "train.log_every=2", "train.checkpoint_every=0")
+    sets += ("model.batch_norm=false",)
+    assert main(["train", *command(synth_dataset, tmp_path / "run", *sets)]) == 2
+    assert "at step 3 of epoch 1" in capsys.readouterr().err
+    assert len(seen) == 6
+
+
+def saves(monkeypatch) -> list[int]:
+    """The steps of the checkpoints that are written from now on."""
+    steps, save = [], training.checkpoint.save
+
+    def counted(folder, step, *rest):
+        steps.append(step)
+        save(folder, step, *rest)
+
+    monkeypatch.setattr(training.checkpoint, "save", counted)
+    return steps
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [("0", [5, 10, 15]), ("1e9", [15])])
+def test_checkpoints_are_written_by_the_clock_and_at_the_end(
+    seconds, steps, synth_dataset, tmp_path, monkeypatch
+):
+    found = saves(monkeypatch)
+    sets = (f"train.checkpoint_seconds={seconds}", "train.checkpoint_every=0")
+    assert main(["train", *command(synth_dataset, tmp_path / "run", *sets)]) == 0
+    assert found == steps
+    assert (tmp_path / "run" / "checkpoints" / "best.safetensors").exists()
+
+
+def test_a_long_epoch_writes_checkpoints_by_the_clock(synth_dataset, tmp_path, monkeypatch):
+    """Ten seconds a step, a look every step: 25 have gone by after three steps, which the fourth
+    step's look tells."""
+    clock, step = [0.0], training.train_step
+
+    def slow_step(trainer, batch):
+        clock[0] += 10
+        return step(trainer, batch)
+
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(training, "train_step", slow_step)
+    found = saves(monkeypatch)
+    sets = ("train.checkpoint_seconds=25", "train.log_every=1", "train.epochs=1")
+    sets += ("train.checkpoint_every=0", "train.batch_size=8")
+    assert main(["train", *command(synth_dataset, tmp_path / "run", *sets)]) == 0
+    assert found == [4, 8, 10]
+
+
+def test_wall_time_holds_training_time_and_goes_on_with_the_run(
+    synth_dataset, tmp_path, monkeypatch
+):
+    run, epoch = tmp_path / "run", training.epoch
+
+    def interrupted(trainer, board):
+        if trainer.progress.epoch == 1:
+            raise training.Stop(signal.SIGINT)
+        epoch(trainer, board)
+
+    monkeypatch.setattr(training, "epoch", interrupted)
+    assert main(["train", *command(synth_dataset, run)]) == 130
+    monkeypatch.setattr(training, "epoch", epoch)
+    assert main(["train", "--resume", str(run)]) == 0
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    walls = [line["wall_seconds"] for line in lines]
+    assert walls[0] > lines[0]["seconds"]
+    # The second process counts its own start and the whole of the first.
+    assert walls[1] > 2 * walls[0] and walls[2] > walls[1] + lines[2]["seconds"]
+
+
+def convolutions() -> tuple[bool, bool, bool]:
+    cudnn = torch.backends.cudnn
+    return cudnn.benchmark, cudnn.deterministic, torch.are_deterministic_algorithms_enabled()
+
+
+def test_deterministic_takes_the_place_of_trials(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    outside = convolutions()
+    with training.torch_settings(config.load(None, ["train.deterministic=true"])):
+        assert convolutions() == (False, True, True)
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    with training.torch_settings(config.load(None, ["train.deterministic=false"])):
+        assert convolutions() == (True, False, False)
+    assert convolutions() == outside
+
+
 def test_a_rate_that_diverges_is_refused(synth_dataset, tmp_path, capsys):
     wild = ("optim.name=sgd", "optim.lr=1e30", "model.batch_norm=false", "schedule.name=constant")
     assert main(["train", *command(synth_dataset, tmp_path / "run", *wild)]) == 2
