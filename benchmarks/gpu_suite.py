@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -72,13 +72,12 @@ class Sizes:
 
     batches: str = "128,1024"
     variants: str = ""
-    epochs: int = 100
     rounds: int = 3
     loader_batches: str = "256,1024,4096,16384,65536"
     classes: int = 200
     graphs: tuple[str, ...] = ("train.compile_mode=reduce-overhead",)
     """How long trainings launch their kernels: the fastest way."""
-    overrides: list[str] = field(default_factory=list)
+    overrides: tuple[str, ...] = ()
     """Makes the models small."""
     patience: float = 1.0
     """Time limits are multiplied by it."""
@@ -90,18 +89,18 @@ class Sizes:
 ON_CPU = Sizes(
     batches="16",
     variants="eager fp32",
-    epochs=2,
     rounds=1,
     loader_batches="8",
     classes=4,
     graphs=(),
     patience=10.0,
-    overrides=[
+    overrides=(
+        "train.epochs=2",
         "model.width=4",
         "train.batch_size=16",
         "train.precision=fp32",
         "train.compile=false",
-    ],
+    ),
 )
 
 
@@ -189,12 +188,7 @@ def reference(sizes: Sizes, _: argparse.Namespace) -> list[Step]:
     """The reference's ResNet-11 for all of its epochs, by the seed that no earlier rental took."""
     seed = next_seed("resnet11", Path("benchmarks/results"))
     run = RUNS / f"resnet11-seed{seed}"
-    sets = sizes.sets(
-        f"data.path={DATASET}",
-        f"train.seed={seed}",
-        f"train.epochs={sizes.epochs}",
-        *sizes.graphs,
-    )
+    sets = sizes.sets(f"data.path={DATASET}", f"train.seed={seed}", *sizes.graphs)
     return [Step("reference", _train(run, "resnet11", sets), 290)]
 
 
@@ -252,7 +246,7 @@ def _convert(originals: Path, dataset: Path) -> list[str]:
 def _gpu_tests(name: str) -> list[str]:
     # pytest-benchmark, which is installed there, warns of xdist, and warnings are errors here.
     plugins = ("-p", "no:cacheprovider", "-p", "no:benchmark")
-    options = ("-m", "gpu", "-q", *plugins, "--durations", 15, "-n", 4)
+    options = ("-m", "gpu", "-q", *plugins, "--durations", 15, "-n", 6)
     return python("pytest", *_GPU_TESTS, *options, f"--junitxml={RESULTS / name}.xml")
 
 
@@ -267,8 +261,7 @@ def _loaders(dataset: Path, name: str, *options: object) -> list[str]:
 
 
 def _race(sizes: Sizes, record: str, name: str, dataset: Path, *options: object) -> list[str]:
-    short = ("--set", f"train.epochs={sizes.epochs}") if sizes.overrides else ()
-    arguments = ("--data", dataset, "--out", RESULTS / f"{name}.json", *short, *options)
+    arguments = ("--data", dataset, "--out", RESULTS / f"{name}.json", *options)
     return python(f"benchmarks.records.{record}", *arguments, *sizes.sets(*sizes.graphs))
 
 
@@ -299,6 +292,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--piece", type=Path, help="for data: a .tar.xz of original images")
     parser.add_argument("--cache", type=Path, help="a folder with a packed compiler cache")
     parser.add_argument("--pack", type=Path, help="where packed results go")
+    parser.add_argument("--set", action="append", default=[], help="for every training")
     parser.add_argument("--seconds", type=float, help="another time limit of the stage")
     parser.add_argument("--only", nargs="+", metavar="STEP", help="these steps of the stage alone")
     args = parser.parse_args(argv)
@@ -320,6 +314,7 @@ def run(args: argparse.Namespace) -> int:
         unpack_cache(args.cache)
     device = identify()
     sizes = Sizes() if device["machine"]["gpus"] else ON_CPU
+    sizes = replace(sizes, overrides=(*sizes.overrides, *args.set))
     deadline = started + sizes.patience * (args.seconds or stage.seconds)
     steps = [
         replace(step, seconds=sizes.patience * step.seconds)
