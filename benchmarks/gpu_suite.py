@@ -341,11 +341,14 @@ def install_wheels() -> None:
 
 def identify() -> dict:
     """The machine and the versions, by a process of its own: this one imports no torch."""
+    record = RESULTS / "environment.json"
+    if record.exists():
+        return json.loads(record.read_text())
     code = "import json; from fastlab.rundir import environment; print(json.dumps(environment(1)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"fastlab does not start here: {done.stderr.strip().splitlines()[-1]}")
-    (RESULTS / "environment.json").write_text(done.stdout)
+    record.write_text(done.stdout)
     return json.loads(done.stdout)
 
 
