@@ -1,5 +1,6 @@
 """When a device's memory is not enough: which setting to change, and to what."""
 
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -22,7 +23,8 @@ def explained(trainer: "Trainer") -> Iterator[None]:
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-    # Out of the handler, whose traceback holds on to the memory of the failed step.
+        # Their variables hold the memory of the failed step, and `contextlib` the traceback.
+        traceback.clear_frames(error.__traceback__)
     raise UserError(_advice(trainer))
 
 

@@ -184,14 +184,15 @@ def test_the_placement_of_images_does_not_show_in_batches(split, placement, devi
     assert count == len(expected)
 
 
-GREY, SMALLER = 3, 1  # places in a class of the single-channel JPEG and of the resized one
+# Places in a class of the JPEG with colours of full resolution, the resized one, the one with a
+# single channel, and the PNG; the others store colours at half the resolution.
+FULL, RESIZED, GREY, PNG = 0, 1, 3, 5
 EACH = 6
 
 
 @pytest.fixture(scope="module")
 def encoded_dataset(tmp_path_factory) -> Path:
-    """Smooth images, in which no decoder finds an edge to disagree about: JPEGs, of which one a
-    class is greyscale and one of another size, and a PNG."""
+    """Smooth images, in which no decoder finds an edge to disagree about."""
     root, random = tmp_path_factory.mktemp("encoded"), np.random.default_rng(0)
     for folder in (
         root / "originals" / split / name for split in ("train", "val") for name in "ab"
@@ -199,10 +200,13 @@ def encoded_dataset(tmp_path_factory) -> Path:
         folder.mkdir(parents=True)
         for number in range(EACH):
             coarse = Image.fromarray(random.integers(0, 256, (3, 3, 3), dtype=np.uint8))
-            size = (90, 75) if number == SMALLER else (64, 64)
+            size = (90, 75) if number == RESIZED else (64, 64)
             image = coarse.resize(size, Image.Resampling.BICUBIC)
             image = image.convert("L") if number == GREY else image
-            image.save(folder / f"{number}{'.png' if number == EACH - 1 else '.jpg'}")
+            if number == PNG:
+                image.save(folder / f"{number}.png")
+            else:
+                image.save(folder / f"{number}.jpg", subsampling=0 if number == FULL else 2)
     convert(root / "originals", root / "dataset", Options(formats=("array", "tar")))
     return root / "dataset"
 
@@ -219,8 +223,11 @@ def test_decoding_agrees_with_the_converters_to_a_few_levels(device, encoded_dat
         assert images.device.type == device and images.shape == (len(row), 64, 64, 3)
         assert found_labels.tolist() == labels[row].tolist()
         difference = np.abs(images.cpu().numpy().astype(int) - pixels[row]).reshape(len(row), -1)
-        assert difference.mean(axis=1).max() < 2, difference.mean(axis=1)
-        assert difference.max() < 24, difference.max(axis=1)
+        # nvJPEG repeats colours of half resolution where libjpeg-turbo interpolates them.
+        halved = np.isin(row % EACH, (RESIZED, 2, 4))
+        assert difference[~halved].max(initial=0) <= 4, difference.max(axis=1)
+        assert difference.mean(axis=1).max() < 4, difference.mean(axis=1)
+        assert difference.max() < 48, difference.max(axis=1)
         grey = images[torch.from_numpy(row % EACH == GREY).to(device)]
         assert torch.equal(grey, grey[..., :1].expand_as(grey))
 

@@ -1,8 +1,12 @@
+import weakref
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from fastlab import memory, train
 from fastlab.cli import main
+from fastlab.errors import UserError
 from fastlab.memory import is_out_of_memory, largest
 from tests.training import command
 
@@ -50,6 +54,23 @@ def test_a_batch_size_that_fits_is_named(key, name, synth_dataset, tmp_path, mon
     assert main(["train", *command(synth_dataset, tmp_path / "run")]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and f"--set train.{key}=5" in lines[0]
+
+
+def test_the_memory_of_the_failed_step_is_free_when_sizes_are_tried(monkeypatch):
+    activations = []
+
+    def step():
+        held = torch.zeros(8)
+        activations.append(weakref.ref(held))
+        raise torch.OutOfMemoryError("out of memory")
+
+    def advice(trainer):
+        assert activations[0]() is None
+        return "try less"
+
+    monkeypatch.setattr(memory, "_advice", advice)
+    with pytest.raises(UserError, match="try less"), memory.explained(None), nullcontext():
+        step()
 
 
 @pytest.mark.parametrize("width", [2_000_000, 4 * 10**18])
