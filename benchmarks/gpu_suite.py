@@ -200,8 +200,8 @@ def loaders(sizes: Sizes, _: argparse.Namespace) -> list[Step]:
 
 def race(sizes: Sizes, _: argparse.Namespace) -> list[Step]:
     """Seconds to the reference's 46.04 %."""
-    limit = ("--runs", 5, "--limit", 90)
-    return [Step("race", _race(sizes, "reference", "race-reference", DATASET, *limit), 110)]
+    limit = ("--runs", 5, "--limit", 140)
+    return [Step("race", _race(sizes, "reference", "race-reference", DATASET, *limit), 160)]
 
 
 def more(sizes: Sizes, _: argparse.Namespace) -> list[Step]:
