@@ -77,7 +77,8 @@ def _decode_with_care(data: bytes, out: np.ndarray) -> bool:
 def is_plain(data: bytes) -> bool:
     """Whether all decoders agree on the pixels: no metadata that may turn them, a JPEG of one or
     three channels (libjpeg's CMYK differs from Pillow's), a PNG of 8 bits, no WebP but a simple
-    one."""
+    one. A single channel must not claim several samples a block: by the standard (ITU-T T.81,
+    A.2.2) that means nothing, but nvJPEG then gives pixels that differ by up to 156 of 255."""
     if data[:2] == b"\xff\xd8":
         return _plain_until(data) > 0
     if data[:4] == b"RIFF":
@@ -94,7 +95,8 @@ def _plain_until(jpeg: bytes) -> int:
     while jpeg[at : at + 1] == b"\xff":
         marker, stop = jpeg[at + 1 : at + 2], at + 2 + int.from_bytes(jpeg[at + 2 : at + 4])
         if marker in _FRAMES:
-            plain = jpeg[at + 9 : at + 10] in (b"\1", b"\3")
+            channels, sampling = jpeg[at + 9 : at + 10], jpeg[at + 11 : at + 12]
+            plain = channels == b"\3" or (channels == b"\1" and sampling == b"\x11")
         elif marker == b"\xe1" and jpeg.startswith(_METADATA, at + 4):
             return 0
         elif marker == b"\xda":

@@ -147,6 +147,18 @@ def test_no_program_is_started(monkeypatch):
         decoded(eps)
 
 
+def test_a_single_channel_of_several_samples_a_block_is_not_plain():
+    grey = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    for subsampling, plain in ((0, True), (1, False), (2, False)):
+        stream = io.BytesIO()
+        grey.save(stream, "JPEG", subsampling=subsampling)
+        data = stream.getvalue()
+        assert is_plain(data) == plain
+        out = np.empty((16, 16, 3), dtype=np.uint8)
+        decode_into(data, out)
+        assert np.array_equal(out, np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
 def test_plain_are_those_that_every_decoder_reads_alike():
     def encoded(image, format, **options):
         stream = io.BytesIO()
