@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import re
 import shlex
 import statistics
@@ -17,6 +16,7 @@ from fastlab import config as configs
 from fastlab.config import Config
 from fastlab.dataset.manifest import check_sizes, read_manifest
 from fastlab.errors import UserError
+from fastlab.public import public_path, public_text
 from fastlab.rundir import environment, write_atomically
 
 
@@ -60,30 +60,15 @@ class Session:
 def session(benchmark: str, records: list[Record], script: str = "") -> Session:
     """The records with what made them: this process's command, machine, date and versions.
     `script`: the command's module, where it is not `benchmark`."""
-    arguments = [inside(argument) for argument in sys.argv[1:]]
+    arguments = [public_text(public_path(argument)) for argument in sys.argv[1:]]
     command = shlex.join(["python", "-m", f"benchmarks.{script or benchmark}", *arguments])
     found = environment(processes=1)
     return Session(benchmark, records, command, found["date"], found["machine"], found["versions"])
 
 
-# Not within a relative path, a URL or a unit, such as "images/s".
-_OUTSIDE = re.compile(r"""(?<![\w./:-])(?:\.\.)?/[^"',;=]+""")
-
-
-def inside(text: str) -> str:
-    """`text` with its paths relative to the current directory; of those that lie outside it, the
-    last component alone."""
-
-    def shorten(match: re.Match[str]) -> str:
-        path = os.path.relpath(match[0])
-        return Path(path).name if path.startswith("..") else path
-
-    return _OUTSIDE.sub(shorten, text)
-
-
 def public_config(cfg: Config) -> str:
     """As TOML, without the place of the dataset on this machine."""
-    return configs.dump(replace(cfg, data=replace(cfg.data, path=inside(cfg.data.path))))
+    return configs.dump(replace(cfg, data=replace(cfg.data, path=public_path(cfg.data.path))))
 
 
 def save(found: Session, path: Path) -> None:
