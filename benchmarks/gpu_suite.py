@@ -10,7 +10,8 @@ packages from ``wheels/`` (`make wheels`), keeps everything under ``lease/``, an
 into a few small files when it ends. Each step has a time limit; one that fails is reported with its
 last line and the next one begins. While the pieces of the dataset arrive, tests and compilations
 run in the background; from the stage `measure` on, each step has the machine for itself.
-`benchmarks.rehearsal` runs these very commands on a CPU, where the same steps take small sizes.
+`--rehearse` runs these very commands on a CPU, where the same steps take small sizes
+(`benchmarks.rehearsal` says how).
 """
 
 import argparse
@@ -28,6 +29,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from benchmarks import rehearsal
 from fastlab.errors import UserError, tell
 
 LEASE = Path("lease")
@@ -289,6 +291,9 @@ def next_seed(name: str, results: Path) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["--rehearse"]:
+        return rehearsal.main(argv[1:])
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,7 +1,7 @@
 """Rehearse the stages of `benchmarks.gpu_suite` on a CPU, as they will run on the rented machine.
 
-    python -m benchmarks.rehearsal                                     # this environment
-    python -m benchmarks.rehearsal --python env-2.11/bin/python --pieces .lease
+    python -m benchmarks.gpu_suite --rehearse                                 # this environment
+    python -m benchmarks.gpu_suite --rehearse --python env-2.11/bin/python --pieces .lease
 
 In an empty folder that holds an upload's content and nothing else: the files that git tracks or
 does not ignore, ``wheels/`` and the pieces of a dataset. Under a Python that sees, of the packages
@@ -39,7 +39,9 @@ COMMANDS = [
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="gpu_suite --rehearse",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--python", type=Path, default=Path(sys.executable))
     parser.add_argument("--pieces", type=Path, help="a folder with piece-1.tar.xz to piece-3")
@@ -162,7 +164,3 @@ def rehearse(command: str, upload: Path, bare: Path, out: Path) -> int:
     code = subprocess.run(["bash", "-c", command], cwd=upload, env=environment).returncode
     print(f"{shlex.split(command)[3]}: exit {code}, {time.monotonic() - started:.0f} s", flush=True)
     return code
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

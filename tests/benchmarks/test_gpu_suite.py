@@ -156,7 +156,7 @@ def test_every_stage_runs_in_an_upload_with_the_packages_of_the_machine(tmp_path
     """Also those that pip installs there; the package index has to be reachable."""
     for name in ("PYTHONPATH", "COVERAGE_PROCESS_CONFIG"):
         monkeypatch.delenv(name, raising=False)
-    assert rehearsal.main(["--keep", str(tmp_path / "rehearsal")]) == 0
+    assert main(["--rehearse", "--keep", str(tmp_path / "rehearsal")]) == 0
     results = tmp_path / "rehearsal" / "upload" / "lease" / "results"
     outcomes = {
         line["step"]: line["outcome"] for line in map(json.loads, (results / "suite.jsonl").open())
