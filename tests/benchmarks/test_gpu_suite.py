@@ -157,8 +157,6 @@ def test_every_stage_runs_in_an_upload_with_the_packages_of_the_machine(tmp_path
     for name in ("PYTHONPATH", "COVERAGE_PROCESS_CONFIG"):
         monkeypatch.delenv(name, raising=False)
     assert main(["--rehearse", "--keep", str(tmp_path / "rehearsal")]) == 0
-    results = tmp_path / "rehearsal" / "upload" / "lease" / "results"
-    outcomes = {
-        line["step"]: line["outcome"] for line in map(json.loads, (results / "suite.jsonl").open())
-    }
+    lines = (tmp_path / "rehearsal/upload/lease/results/suite.jsonl").read_text().splitlines()
+    outcomes = {line["step"]: line["outcome"] for line in map(json.loads, lines)}
     assert set(outcomes.values()) == {"done"}, outcomes
