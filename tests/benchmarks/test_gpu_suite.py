@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu_suite, rehearsal
-from benchmarks.gpu_suite import ON_CPU, STAGES, Sizes, Step, attempt, main, next_seed
+from benchmarks.gpu_suite import ON_CPU, STAGES, Running, Sizes, Step, attempt, main, next_seed
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,23 +44,41 @@ def test_a_failed_step_is_reported_with_its_last_line_and_the_next_begins(lease,
     assert "measure/step: failed (1)" in printed and "no such kernel" in printed
 
 
+def begun(step: Step, file: Path) -> Running:
+    """`step` under way, once it has made `file`."""
+    running, deadline = Running.start(step), in_a_minute()
+    while not file.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return running
+
+
 def test_a_step_is_asked_to_stop_at_its_time_limit(lease):
-    code = "import time\ntry: time.sleep(600)\nexcept KeyboardInterrupt: open('saved', 'x').close()"
-    assert attempt([step(code, seconds=3)], in_a_minute(), "measure") == ["cut off"]
+    code = (
+        "import time\n"
+        "try:\n"
+        "    open('begun', 'x').close()\n"
+        "    time.sleep(600)\n"
+        "except KeyboardInterrupt: open('saved', 'x').close()"
+    )
+    running = begun(step(code), Path("begun"))
+    assert running.finish("measure", time.monotonic()) == "cut off"
     assert Path("saved").exists()
 
 
 def test_a_step_that_does_not_stop_is_killed_with_what_it_started(lease, monkeypatch):
     monkeypatch.setattr(gpu_suite, "_GRACE", 1.0)
     code = (
-        "import signal, subprocess, sys, time\n"
+        "import os, signal, subprocess, sys, time\n"
         "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import signal, time; "
         "signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(600)'])\n"
-        "open('child', 'w').write(str(child.pid))\n"
+        "open('partial', 'w').write(str(child.pid))\n"
+        "os.rename('partial', 'child')\n"
         "time.sleep(600)"
     )
-    assert attempt([step(code, seconds=3)], in_a_minute(), "measure") == ["cut off"]
+    running = begun(step(code), Path("child"))
+    assert running.finish("measure", time.monotonic()) == "cut off"
     status = Path("/proc") / Path("child").read_text() / "stat"
     time.sleep(0.2)
     assert not status.exists() or status.read_text().split()[2] == "Z"
