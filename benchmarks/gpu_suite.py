@@ -399,7 +399,8 @@ class Running:
             echo $? >{shlex.quote(str(status))}"""
         with (LOGS / f"{step.name}.log").open("w", encoding="utf-8") as log:
             subprocess.run(
-                ["setsid", "--fork", "bash", "-c", script],
+                # A shell starts what it puts in the background with SIGINT ignored.
+                ["setsid", "--fork", "env", "--default-signal=INT", "bash", "-c", script],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,

@@ -1,4 +1,5 @@
 import json
+import signal
 import sys
 import tarfile
 import time
@@ -53,7 +54,9 @@ def begun(step: Step, file: Path) -> Running:
     return running
 
 
-def test_a_step_is_asked_to_stop_at_its_time_limit(lease):
+@pytest.mark.parametrize("here", [signal.default_int_handler, signal.SIG_IGN])
+def test_a_step_is_asked_to_stop_at_its_time_limit(here, lease):
+    """Also where the suite runs in the background of a shell, which ignores SIGINT there."""
     code = (
         "import time\n"
         "try:\n"
@@ -61,7 +64,9 @@ def test_a_step_is_asked_to_stop_at_its_time_limit(lease):
         "    time.sleep(600)\n"
         "except KeyboardInterrupt: open('saved', 'x').close()"
     )
+    before = signal.signal(signal.SIGINT, here)
     running = begun(step(code), Path("begun"))
+    signal.signal(signal.SIGINT, before)
     assert running.finish("measure", time.monotonic()) == "cut off"
     assert Path("saved").exists()
 
