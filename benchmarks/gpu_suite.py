@@ -223,7 +223,8 @@ def more(sizes: Sizes, _: argparse.Namespace) -> list[Step]:
     ]
 
 
-# The seconds are what each stage took on an H200, with some to spare.
+# What each stage took on an H200, with some to spare; `reference`, which has not run to its end
+# there, `loaders` and `more` are estimates from the rates measured there.
 STAGES = {
     "smoke": Stage(90, smoke, "the tests marked gpu, a few steps of every variant", True),
     "data": Stage(20, data, "unpack a piece of the dataset (--piece)"),
