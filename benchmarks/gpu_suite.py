@@ -314,6 +314,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         tell(error)
         return 2
+    except KeyboardInterrupt:
+        tell("interrupted")
+        return 130
 
 
 def run(args: argparse.Namespace) -> int:
@@ -425,7 +428,11 @@ class Running:
 
     def finish(self, stage: str, deadline: float) -> str:
         """Wait for it, report it in the log and on the console; returns how it ended."""
-        cut = not self._ended_by(min(deadline, self.started + self.seconds))
+        try:
+            cut = not self._ended_by(min(deadline, self.started + self.seconds))
+        except KeyboardInterrupt:  # which does not reach the step's own session
+            self._stop()
+            raise
         if cut:
             self._stop()
         status = self._status()

@@ -71,6 +71,28 @@ def test_a_step_is_asked_to_stop_at_its_time_limit(here, lease):
     assert Path("saved").exists()
 
 
+def test_ctrl_c_stops_the_step_under_way(lease, monkeypatch):
+    code = (
+        "import time\n"
+        "try:\n"
+        "    open('begun', 'x').close()\n"
+        "    time.sleep(600)\n"
+        "except KeyboardInterrupt: open('saved', 'x').close()"
+    )
+    running, waits = begun(step(code), Path("begun")), iter([KeyboardInterrupt])
+    wait = Running._ended_by
+
+    def interrupted(self, deadline):
+        if error := next(waits, None):
+            raise error
+        return wait(self, deadline)
+
+    monkeypatch.setattr(Running, "_ended_by", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        running.finish("measure", in_a_minute())
+    assert Path("saved").exists()
+
+
 def test_a_step_that_does_not_stop_is_killed_with_what_it_started(lease, monkeypatch):
     monkeypatch.setattr(gpu_suite, "_GRACE", 1.0)
     code = (
