@@ -15,15 +15,11 @@ import torch
 
 from fastlab.config import AugmentConfig
 from fastlab.errors import UserError
+from fastlab.mixing import GOLDEN, WORD, mix_int, mix_tensor, signed
 from fastlab.tracing import span
 
-# Both implementations share these. numba's cache of `pipelines.augment_cpu` does not see a change
-# here: delete its files in __pycache__ after one.
-GOLDEN = 0x9E3779B9
-M1, M2 = 0x7FEB352D, 0x846CA68B
-WORD = 0xFFFFFFFF
-
-# Numbers of the random draws of an image.
+# numba's cache of `pipelines.augment_cpu` does not see a change of these or of `fastlab.mixing`:
+# delete its files in __pycache__ after one. Numbers of the random draws of an image.
 FLIP, SHIFT_Y, SHIFT_X, HOLE_Y, HOLE_X, SIZE, TOP, LEFT = range(8)
 _GRID = 32  # crop sizes are drawn from a grid of so many areas by so many aspect ratios
 _RATIO = 4 / 3
@@ -75,7 +71,7 @@ def make_augmenter(
     levels = torch.arange(256, dtype=torch.float64)[:, None] / 255
     sizes = _crop_sizes(config.crop_scale, side)
     fill = np.rint(np.array(mean) * 255).astype(np.uint8)
-    offsets = [_signed(number * GOLDEN) for number in range(8)]
+    offsets = [signed(number * GOLDEN) for number in range(8)]
     shifts = 2 * config.translate + 1
     return Augmenter(
         flip=config.flip,
@@ -107,26 +103,7 @@ def _crop_sizes(scale: float, side: int) -> np.ndarray:
 
 def epoch_key(seed: int, epoch: int) -> int:
     """The 32-bit key from which all draws of an epoch follow."""
-    return _mix_int(_mix_int(seed) ^ (epoch & WORD))
-
-
-def _mix_int(x: int) -> int:
-    """The 32-bit finaliser "lowbias32" (Wellons, 2018)."""
-    x = (x ^ (x >> 16)) * M1 & WORD
-    x = (x ^ (x >> 15)) * M2 & WORD
-    return x ^ (x >> 16)
-
-
-def _mix_tensor(x: torch.Tensor) -> torch.Tensor:
-    """`_mix_int` in int32: products wrap, and masks clear what a shift copies from the sign."""
-    x = (x ^ (x >> 16 & 0xFFFF)) * _signed(M1)
-    x = (x ^ (x >> 15 & 0x1FFFF)) * _signed(M2)
-    return x ^ (x >> 16 & 0xFFFF)
-
-
-def _signed(word: int) -> int:
-    """The int32 with the low 32 bits of `word`: torch takes no larger constant beside an int32."""
-    return (word + (1 << 31) & WORD) - (1 << 31)
+    return mix_int(mix_int(seed) ^ (epoch & WORD))
 
 
 def device_augmenter(compile: bool) -> Callable[..., torch.Tensor]:
@@ -157,7 +134,7 @@ def augment_on_device(
     more than 2^31 bytes of images do not wrap.
     """
     side, device = images.shape[1], images.device
-    base = _mix_tensor(key.int() ^ ids.int())
+    base = mix_tensor(key.int() ^ ids.int())
     draws = _draws(base, augmenter.offsets[:TOP], augmenter.spans)
     line = torch.arange(side, dtype=torch.int32, device=device)[None, :]
     y, x = line, line
@@ -190,7 +167,7 @@ def augment_on_device(
 def _draws(base: torch.Tensor, offsets: torch.Tensor, spans: torch.Tensor) -> torch.Tensor:
     """Whole numbers in [0, spans), int32 [b, k], of `base` [b], `offsets` [k], `spans` [k] or
     [b, k]. A view of products in memory, so that no pixel draws anew."""
-    words = _mix_tensor(base[:, None] + offsets)
+    words = mix_tensor(base[:, None] + offsets)
     products = (words.long() & WORD) * spans
     return products.view(torch.int32)[:, 1::2]  # the high halves, on a little-endian machine
 

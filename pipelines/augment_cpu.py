@@ -12,21 +12,18 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from fastlab.mixing import GOLDEN, M1, M2, WORD
 from fastlab.tracing import span
 from pipelines.augment import (
     FLIP,
-    GOLDEN,
     HOLE_X,
     HOLE_Y,
     LEFT,
-    M1,
-    M2,
     SHIFT_X,
     SHIFT_Y,
     SIZE,
     TOP,
     UNIT,
-    WORD,
     Augmenter,
 )
 

@@ -1,0 +1,74 @@
+"""Dropout from a counter: which elements are dropped is a pure function of (seed, rank, step, layer,
+element), the same on every device.
+
+A generator would have to be saved, and on a CPU it takes longer than the convolution's arithmetic
+that follows it; mixing a counter takes a tenth of it once compiled.
+"""
+
+import torch
+from torch import nn
+
+from fastlab.mixing import GOLDEN, M1, M2, WORD, mix_int, mix_tensor, signed
+
+
+class Dropout(nn.Module):
+    """Set each element to zero with probability `p`, and divide the others by 1 - p, in training
+    (Srivastava et al., 2014)."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+        self.layer = 0
+        self.register_buffer("keys", torch.zeros(1, 2, dtype=torch.int32), persistent=False)
+
+    @property
+    def active(self) -> bool:
+        return self.training and self.p > 0
+
+    def key(self) -> torch.Tensor:
+        """int32 [2]: what tells this step of this layer from all others."""
+        return self.keys[self.layer]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.active:
+            return x
+        return torch.where(kept(x.shape, self.key(), self.p, x.device), x * (1 / (1 - self.p)), 0)
+
+
+def threshold(p: float) -> int:
+    """The least int32 word that keeps its element."""
+    return min(round(p * (WORD + 1)), WORD) - (1 << 31)
+
+
+def kept(shape: torch.Size, key: torch.Tensor, p: float, device: torch.device) -> torch.Tensor:
+    """bool of `shape`, [b, c] or [b, c, h, w]: False with probability `p`. Elements are numbered in
+    channels-last order."""
+    many = shape.numel() > torch.iinfo(torch.int32).max
+    word = torch.arange(shape.numel(), dtype=torch.int64 if many else torch.int32, device=device)
+    word = word.int() ^ key[0]
+    word = (word ^ (word >> 16 & 0xFFFF)) * signed(M1)
+    # The second key comes in between: by the first alone, two steps would permute one mask.
+    word = word ^ key[1]
+    word = (word ^ (word >> 15 & 0x1FFFF)) * signed(M2)  # its high bits are well mixed by now
+    keep = word >= threshold(p)
+    if len(shape) == 2:
+        return keep.view(shape)
+    b, c, h, w = shape
+    return keep.view(b, h, w, c).permute(0, 3, 1, 2)
+
+
+class DropoutKeys:
+    """The keys of all `Dropout` layers of a model, which share one tensor on its device."""
+
+    def __init__(self, model: nn.Module, seed: int, rank: int, device: torch.device) -> None:
+        layers = [module for module in model.modules() if isinstance(module, Dropout)]
+        offsets = [signed(number * GOLDEN) for number in range(2 * len(layers))]
+        self._stream = signed(mix_int(mix_int(seed) ^ rank))
+        self._offsets = torch.tensor(offsets, dtype=torch.int32, device=device).view(-1, 2)
+        self._keys = torch.zeros_like(self._offsets)
+        for number, layer in enumerate(layers):
+            layer.layer, layer.keys = number, self._keys
+
+    def set(self, step: torch.Tensor) -> None:
+        """For the step with the number `step` of the run: int64 scalar on the device."""
+        self._keys.copy_(mix_tensor(mix_tensor(step.int() ^ self._stream) + self._offsets))
