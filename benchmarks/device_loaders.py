@@ -50,7 +50,7 @@ from fastlab.dataset.shards import Shards, open_shards
 from fastlab.errors import UserError, first_line
 from pipelines import make_pipeline
 from pipelines.augment import device_augmenter, epoch_key, make_augmenter
-from pipelines.resident import device_batches, open_array, upload
+from pipelines.resident import ResidentEpoch, open_array, upload
 
 _ROOF = "copy roof"
 _DTYPE = torch.bfloat16
@@ -248,7 +248,8 @@ def _resident(augment: AugmentConfig | None) -> Callable[[Data, int], Work]:
         def batches(number: int) -> Iterator:
             rows = _rows(len(data.uploaded[0]), number, batch)
             masks, key = np.ones(rows.shape, dtype=bool), epoch_key(0, 0)
-            return device_batches(data.apply, augmenter, data.uploaded, rows, masks, key)
+            epoch = ResidentEpoch(data.apply, augmenter, *data.uploaded, rows, masks, key)
+            return epoch.batches()
 
         return Work(batches, data.bytes)
 

@@ -1,10 +1,11 @@
 """Checkpoints: whole or absent, and enough of them to go on bit for bit.
 
 ``checkpoints/step-00001234/`` holds `model.safetensors`, `state.pt` (optimizer, schedule, sums,
-position, number of processes) and a `rank-N.pt` for each process (random state, running
-statistics). A directory is written under another name and renamed; the newest whole one is the
-last. ``best.safetensors`` holds the weights with the best validation top-1. Every file carries
-checksums that are compared when it is read: no changed byte goes unnoticed into a training.
+position, number of processes) and a `rank-N.pt` for each process (running statistics). A directory
+is written under another name and renamed; the newest whole one is the last. ``best.safetensors``
+holds the weights with the best validation top-1. Every file carries checksums that are compared
+when it is read: no changed byte goes unnoticed into a training. No state of a random generator is
+among it: nothing in a training draws from one.
 """
 
 import io
@@ -120,12 +121,12 @@ def last(folder: Path) -> Path | None:
 
 
 def load(path: Path, model: nn.Module, rank: int) -> tuple[dict[str, Any], Sequence[torch.Tensor]]:
-    """Restore weights, running statistics and random state; return the rest: the main process's
-    state, and this one's own tensors (none, if it has no state of its own).
+    """Restore weights and running statistics; return the rest: the main process's state, and this
+    one's own tensors (none, if it has no state of its own).
 
     Tensors of the rest are on the CPU: `load_state_dict` puts them where they belong. On another
     number of processes than wrote it, a process without a state of its own keeps the main one's
-    statistics and its fresh random state. Raises `UserError` for a damaged checkpoint.
+    statistics. Raises `UserError` for a damaged checkpoint.
     """
     load_weights(model, path / "model.safetensors")
     state = load_state(path)
@@ -155,17 +156,15 @@ def _damage_told(path: Path) -> Iterator[None]:
 
 
 def _rank_state(model: nn.Module, own: Sequence[torch.Tensor]) -> dict[str, Any]:
-    buffers = dict(model.named_buffers())
-    state = {"cpu": torch.get_rng_state(), "buffers": buffers, "own": list(own)}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
+    return {"buffers": _statistics(model), "own": list(own)}
 
 
 def _restore_rank(model: nn.Module, state: dict[str, Any]) -> list[torch.Tensor]:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-    for name, buffer in model.named_buffers():
+    for name, buffer in _statistics(model).items():
         buffer.copy_(state["buffers"][name])
     return state.get("own", [])  # checkpoints before this had none
+
+
+def _statistics(model: nn.Module) -> dict[str, torch.Tensor]:
+    parameters = dict(model.named_parameters())
+    return {name: t for name, t in model.state_dict().items() if name not in parameters}

@@ -137,9 +137,9 @@ class TrainConfig:
     all in double precision, slowly: for comparing runs without rounding between them."""
     channels_last: bool = True
     compile: bool = True
-    compile_mode: str = _choice(
-        "default", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
-    )
+    step: str = _choice("auto", "auto", "captured", "eager")
+    """How a step is launched: "captured", by one CUDA graph; "eager", kernel by kernel. "auto"
+    captures on one GPU, unless precision is fp16 or a trace is being recorded."""
     label_smoothing: float = _fraction(0.0)
     grad_clip: float = _at_least(0.0, 0)
     """Largest norm of the gradient; 0: no clipping."""

@@ -25,6 +25,7 @@ def explained(trainer: "Trainer") -> Iterator[None]:
             raise
         # Their variables hold the memory of the failed step, and `contextlib` the traceback.
         traceback.clear_frames(error.__traceback__)
+    trainer.step.release()
     raise UserError(_advice(trainer))
 
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from fastlab.config import OptimConfig, ScheduleConfig
 
@@ -49,21 +49,65 @@ def schedule_factor(config: ScheduleConfig, step: int, steps: int) -> float:
     return config.final + (1 - config.final) * left
 
 
-def make_schedule(
-    config: ScheduleConfig, optimizer: torch.optim.Optimizer, steps: int
-) -> LambdaLR | ReduceLROnPlateau:
-    """`steps`: optimizer steps of the whole training. A plateau is stepped with each epoch's
-    validation top-1, any other every step."""
-    if config.name == "plateau":
-        return ReduceLROnPlateau(
-            optimizer,
-            mode="max",
-            factor=config.factor,
-            patience=config.patience,
-            threshold=config.threshold,
-            min_lr=config.min_lr,
-        )
-    return LambdaLR(optimizer, lambda step: schedule_factor(config, step, steps))
+class Rate:
+    """The learning rate: a scalar on the device that every group of an optimizer reads, and the
+    schedule that changes it."""
+
+    def __init__(
+        self, config: ScheduleConfig, lr: float, steps: int, device: torch.device | str
+    ) -> None:
+        """`steps`: optimizer steps of the whole training."""
+        self._plateau = _plateau(config, lr) if config.name == "plateau" else None
+        self._table = None
+        if not self._plateau:
+            self._rates = [lr * schedule_factor(config, step, steps) for step in range(steps)]
+            self._table = torch.tensor(self._rates, dtype=torch.float32, device=device)
+        self._tensor = torch.tensor(self.at(0), dtype=torch.float32, device=device)
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Also after each `load_state_dict` of the optimizer, which brings numbers of its own."""
+        for group in optimizer.param_groups:
+            group["lr"] = self._tensor
+
+    def at(self, step: int) -> float:
+        """The rate at `step`, after the last step that of the last; a plateau's as it is now."""
+        if self._plateau:
+            return self._plateau.optimizer.param_groups[0]["lr"]
+        return self._rates[min(step, len(self._rates) - 1)]
+
+    def set(self, done: torch.Tensor) -> None:
+        """Before the step with the number `done`, int64 [1] on the device."""
+        if self._table is not None:
+            self._tensor.copy_(self._table.index_select(0, done)[0])
+
+    def end_epoch(self, top1: float) -> None:
+        """A plateau looks at the epoch's validation top-1."""
+        if self._plateau:
+            self._plateau.step(top1)
+            self._tensor.fill_(self.at(0))
+
+    def state_dict(self) -> dict:
+        return self._plateau.state_dict() if self._plateau else {}
+
+    def load_state_dict(self, state: dict, lr: float) -> None:
+        """`lr`: the rate at that time."""
+        if self._plateau:
+            self._plateau.load_state_dict(state)
+            self._plateau.optimizer.param_groups[0]["lr"] = lr
+            self._tensor.fill_(lr)
+
+
+def _plateau(config: ScheduleConfig, lr: float) -> ReduceLROnPlateau:
+    """Its optimizer is a stand-in that holds the rate as a number: read back from the device it
+    would be rounded."""
+    return ReduceLROnPlateau(
+        torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr),
+        mode="max",
+        factor=config.factor,
+        patience=config.patience,
+        threshold=config.threshold,
+        min_lr=config.min_lr,
+    )
 
 
 class WeightAverage:
@@ -83,13 +127,15 @@ class WeightAverage:
             if not isinstance(live, nn.Parameter)
         ]
         """Of the running statistics, which differ between processes; the rest does not."""
-        self.steps = 0
 
     @torch.no_grad()
-    def update(self) -> None:
-        decay = min(self._decay, (1 + self.steps) / (10 + self.steps))
-        torch._foreach_lerp_(self.average, [t.detach() for t in self._live], 1 - decay)
-        self.steps += 1
+    def update(self, step: torch.Tensor) -> None:
+        """After the step with the number `step`: int64 [1] on the device."""
+        decay = ((1 + step).double() / (10 + step)).clamp(max=self._decay)
+        weight = (1 - decay[0]).to(self.average[0].dtype)
+        change = torch._foreach_sub([t.detach() for t in self._live], self.average)
+        torch._foreach_mul_(change, weight)
+        torch._foreach_add_(self.average, change)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -110,8 +156,7 @@ class WeightAverage:
         torch._foreach_copy_([t.detach() for t in self._live], values)
 
     def state_dict(self) -> dict:
-        return {"average": self.average, "steps": self.steps}
+        return {"average": self.average}
 
     def load_state_dict(self, state: dict) -> None:
         torch._foreach_copy_(self.average, state["average"])
-        self.steps = state["steps"]

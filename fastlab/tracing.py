@@ -44,6 +44,11 @@ class Tracer:
         self._profiler: profile | None = None
         self._over = not config.enabled
 
+    @property
+    def over(self) -> bool:
+        """Whether there is nothing left to record."""
+        return self._over
+
     def steps(self, batches: Iterable, done: int) -> Iterable:
         """`batches`, each from the wait for it to the wait for the next a step of the schedule;
         `done` is the number of the run's steps before the first. The same object where nothing is

@@ -29,21 +29,22 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 from torch import nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
 from fastlab import checkpoint, config, memory, models
-from fastlab.config import Config, TrainConfig
+from fastlab.config import Config
 from fastlab.dataset.manifest import Manifest, check_sizes, read_manifest
 from fastlab.delayed import DelayedRead
 from fastlab.doctor import has_bf16
 from fastlab.errors import UserError, first_line, tell
 from fastlab.fingerprint import check_dataset, fingerprint
 from fastlab.metrics import Figures, Sums, loss_and_sums
+from fastlab.models.dropout import DropoutKeys
 from fastlab.models.norm import synchronise
-from fastlab.optim import WeightAverage, make_optimizer, make_schedule
+from fastlab.optim import Rate, WeightAverage, make_optimizer
 from fastlab.predict import sample_predictions
 from fastlab.rundir import RunDir
+from fastlab.step import Step
 from fastlab.tracing import Tracer, span
 from pipelines import make_pipeline
 from pipelines.base import Batch, Pipeline, Shard
@@ -124,11 +125,16 @@ class Trainer:
             self.average = WeightAverage(self.model, cfg.train.ema) if cfg.train.ema else None
         self.parameters = models.count_parameters(self.model)
         steps = cfg.train.epochs * self.train_data.steps()
-        self.schedule = make_schedule(cfg.schedule, self.optimizer.optimizer, steps)
+        self.rate = Rate(cfg.schedule, cfg.optim.lr, steps, self.device)
+        self.rate.attach(self.optimizer)
         self.sums = Sums(self.device)
         self.loss_and_sums = loss_and_sums
         if cfg.train.compile:
             self.loss_and_sums = torch.compile(loss_and_sums, dynamic=False)
+        refusal = refuses_capture(accelerator)
+        self.captures = cfg.train.step != "eager" and not refusal
+        if cfg.train.step == "captured" and refusal:
+            accelerator.print(f'train.step = "captured" is not possible here: {refusal}')
         self.tracer = Tracer(cfg.profile, run.traces, accelerator.process_index, self.device)
         self.progress = Progress()
         self.own_steps = 0  # done by this process
@@ -139,6 +145,15 @@ class Trainer:
         # would give: looked at every train.log_every steps, not step by step.
         self.losses = torch.zeros(self.train_data.steps() + 1, device=self.device)
         self.remaining = torch.arange(len(self.losses), 0, -1, device=self.device)
+        self.step = Step(
+            lambda batch: train_step(self, batch),
+            self.optimizer,
+            DropoutKeys(self.model, cfg.train.seed, accelerator.process_index, self.device),
+            self.rate,
+            self.losses,
+            # On a CPU it takes longer to compile than it saves.
+            compile=cfg.train.compile and self.device.type == "cuda",
+        )
         self.looks = DelayedRead(7, self.device)
 
     def pipeline(self, split: str, train: bool) -> Pipeline:
@@ -166,17 +181,23 @@ class Trainer:
         models.set_memory_format(model, settings.channels_last)
         optimizer = make_optimizer(self.cfg.optim, model)
         if settings.compile:
-            compile_forward(model, settings)
+            compile_forward(model, settings.deterministic)
         with warnings.catch_warnings():
             # torch 2.15 has another name for it, which torch 2.11 and Accelerate do not know.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             return self.accelerator.prepare(model, optimizer)
 
+    def steps_done(self) -> int:
+        return self.progress.epoch * self.train_data.steps() + self.progress.step
+
     def state_dict(self) -> dict[str, Any]:
+        optimizer = self.optimizer.state_dict()
+        for group in optimizer["param_groups"]:
+            group["lr"] = self.rate.at(self.steps_done())  # a number, as exact as the schedule's
         return {
             "progress": {**asdict(self.progress), "wall": self.wall()},
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
+            "optimizer": optimizer,
+            "schedule": self.rate.state_dict(),
             "average": self.average.state_dict() if self.average else None,
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
             # Of all processes: a resumed run puts it on the main one.
@@ -198,10 +219,11 @@ class Trainer:
             if self.best_weights and self.accelerator.is_main_process:
                 checkpoint.save_weights(self.best_weights, self.run.best)
             self.best_weights = {}
-            done = self.progress.epoch * self.train_data.steps() + self.progress.step
             state = self.state_dict()
             own = self.average.buffers if self.average else ()
-            checkpoint.save(self.run.checkpoints, done, self.model, state, self.accelerator, own)
+            checkpoint.save(
+                self.run.checkpoints, self.steps_done(), self.model, state, self.accelerator, own
+            )
             self.saved = time.perf_counter()
             self.looks.forget()  # the last one may have asked for this checkpoint
 
@@ -213,7 +235,10 @@ class Trainer:
             state["progress"].pop("rates", None)  # of checkpoints before this
             self.progress = Progress(**state["progress"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.schedule.load_state_dict(state["schedule"])
+            self.rate.load_state_dict(
+                state["schedule"], float(self.optimizer.param_groups[0]["lr"])
+            )
+            self.rate.attach(self.optimizer)
             if self.average:
                 self.average.load_state_dict(state["average"])
                 for buffer, value in zip(self.average.buffers, own, strict=False):
@@ -282,15 +307,15 @@ class Trainer:
             )
 
     @torch.no_grad()
-    def try_weights(self, batch: Batch) -> None:
+    def try_weights(self) -> None:
         """Note the loss that the weights give now, as that of the step to come: no loss so far came
         of the last update, and a checkpoint that diverged must not replace a good one. Of every
-        process, within an epoch; leaves statistics and random state as they were."""
-        devices = [torch.cuda.current_device()] if self.device.type == "cuda" else []
+        process, within an epoch; leaves statistics as they were."""
+        batch = self.step.batch
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         with span("checkpoint"):
             # Eagerly: to compile for it takes longer than it is worth.
-            with torch.random.fork_rng(devices), self.accelerator.autocast():
+            with self.accelerator.autocast():
                 logits = type(self.model).forward(self.model, batch.images)
             self.losses[self.progress.step] = loss_and_sums(
                 logits, batch.labels, batch.mask, self.cfg.train.label_smoothing
@@ -439,13 +464,22 @@ def make_accelerator(cfg: Config) -> Accelerator:
     return accelerator
 
 
-def compile_forward(model: nn.Module, settings: TrainConfig) -> None:
+def compile_forward(model: nn.Module, deterministic: bool) -> None:
     """In place and inside DDP and autocast: names of weights stay as they are."""
-    if settings.deterministic:
+    if deterministic:
         import torch._inductor.config as inductor  # slow to import
 
         inductor.deterministic = True  # its kernels are not chosen by trial either
-    model.forward = torch.compile(model.forward, mode=settings.compile_mode, dynamic=False)
+    model.forward = torch.compile(model.forward, dynamic=False)
+
+
+def refuses_capture(accelerator: Accelerator) -> str:
+    """Why a step cannot be captured there; empty if it can."""
+    if accelerator.device.type != "cuda":
+        return "there is no GPU"
+    if accelerator.num_processes > 1:
+        return "several processes take part"
+    return "fp16 reads the scale of its loss in each step" if accelerator.scaler else ""
 
 
 def open_dataset(cfg: Config) -> Manifest:
@@ -512,9 +546,6 @@ def slow_bf16(device: torch.device, precision: str) -> bool:
 def train(trainer: Trainer) -> int:
     """All epochs that are left. Returns the exit status: 0, or 128 and the signal's number."""
     progress, accelerator = trainer.progress, trainer.accelerator
-    if progress.epoch == 0 and progress.step == 0:
-        # The weights are alike by now; dropout is not to be alike on every process.
-        torch.manual_seed(trainer.cfg.train.seed + 7919 * (accelerator.process_index + 1))
     write_summary(trainer, "running")
     if slow_bf16(trainer.device, trainer.cfg.train.precision):
         accelerator.print(_SLOW_BF16)
@@ -545,7 +576,7 @@ def epoch(trainer: Trainer, board: Any) -> None:
     progress = trainer.progress
     started = time.perf_counter()
     if progress.step == 0:
-        progress.lr = trainer.optimizer.param_groups[0]["lr"]
+        progress.lr = trainer.rate.at(trainer.steps_done())
     trained, rate = train_epoch(trainer, started)
     trainer.tracer.end_epoch()
     average_buffers(trainer)
@@ -556,8 +587,7 @@ def epoch(trainer: Trainer, board: Any) -> None:
         if found.top1 > progress.best_top1:
             progress.best_top1, progress.best_epoch = found.top1, progress.epoch + 1
             trainer.keep_best()
-    if isinstance(trainer.schedule, ReduceLROnPlateau):
-        trainer.schedule.step(found.top1)
+    trainer.rate.end_epoch(found.top1)
     progress.epoch, progress.step = progress.epoch + 1, 0
     trainer.sums.values.zero_()
     trainer.looks.forget()
@@ -575,15 +605,16 @@ def train_epoch(trainer: Trainer, started: float) -> tuple[Figures, float]:
     changing; and images/s over all processes, the first steps of the process left out."""
     progress, settings = trainer.progress, trainer.cfg.train
     steps, first = trainer.train_data.steps(), progress.step
-    done = progress.epoch * steps + first
     # The first steps of the process: where an epoch, or what is left of it, is short, half of them.
     warm = first + min(max(0, _WARMUP_STEPS - trainer.own_steps), (steps - first) // 2)
     trainer.model.train()
     trainer.net.train()
     clock = time.perf_counter()
+    capture = trainer.captures and trainer.tracer.over
+    batches = trainer.step.batches(trainer.train_data, progress.epoch, first, capture=capture)
     with progress_bar(trainer, steps, first) as bar:
-        for batch in trainer.tracer.steps(trainer.train_data.epoch(progress.epoch, first), done):
-            trainer.losses[progress.step] = train_step(trainer, batch)
+        for batch in trainer.tracer.steps(batches, trainer.steps_done()):
+            trainer.step(batch)
             progress.step += 1
             trainer.own_steps += 1
             if progress.step == warm:
@@ -592,19 +623,19 @@ def train_epoch(trainer: Trainer, started: float) -> tuple[Figures, float]:
             if progress.step == steps:
                 break  # a stop, and the checkpoint, wait for the validation
             try:
-                save_or_stop(trainer, batch, started, bar)
+                save_or_stop(trainer, started, bar)
             except Stop:
-                trainer.try_weights(batch)
+                trainer.try_weights()
                 progress.seconds += time.perf_counter() - started
                 raise
     if trainer.average:  # then validation tries other weights
-        trainer.try_weights(batch)
+        trainer.try_weights()
     trainer.refuse_divergence()
     figures = trainer.sums.reduce(trainer.accelerator)
     return figures, (steps - warm) * settings.batch_size / (time.perf_counter() - clock)
 
 
-def save_or_stop(trainer: Trainer, batch: Batch, started: float, bar: Any) -> None:
+def save_or_stop(trainer: Trainer, started: float, bar: Any) -> None:
     """What may be due after a step within an epoch: a look, a checkpoint, a stop."""
     step, settings = trainer.progress.step, trainer.cfg.train
     due = settings.checkpoint_every and step % settings.checkpoint_every == 0
@@ -613,14 +644,15 @@ def save_or_stop(trainer: Trainer, batch: Batch, started: float, bar: Any) -> No
         due = due or clock_due
         show(bar, sums, step)
     if due:
-        save_within(trainer, batch, started)
+        save_within(trainer, started)
     # Several processes stop together, by a look or between two epochs.
     if trainer.wanted_stop and trainer.accelerator.num_processes == 1:
         raise Stop(trainer.wanted_stop)
 
 
 def train_step(trainer: Trainer, batch: Batch) -> torch.Tensor:
-    """Forward, backward, update: nothing here waits for the device. Returns this process's loss."""
+    """Forward, backward, update. Returns this process's loss. Nothing here reads the device or
+    differs from one step to the next: on a GPU it is captured, and repeated without Python."""
     settings, optimizer = trainer.cfg.train, trainer.optimizer
     with span("forward"):
         logits = trainer.net(batch.images)
@@ -634,10 +666,8 @@ def train_step(trainer: Trainer, batch: Batch) -> torch.Tensor:
             trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), settings.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if not isinstance(trainer.schedule, ReduceLROnPlateau):
-            trainer.schedule.step()
         if trainer.average:
-            trainer.average.update()
+            trainer.average.update(trainer.step.done)
     trainer.sums.values += sums
     return loss.detach()
 
@@ -662,9 +692,9 @@ def average_buffers(trainer: Trainer) -> None:
             buffer.copy_(trainer.accelerator.reduce(buffer, "mean"))
 
 
-def save_within(trainer: Trainer, batch: Batch, started: float) -> None:
+def save_within(trainer: Trainer, started: float) -> None:
     """A checkpoint in the middle of an epoch, with the time it took so far."""
-    trainer.try_weights(batch)
+    trainer.try_weights()
     before = trainer.progress.seconds
     trainer.progress.seconds += time.perf_counter() - started
     trainer.save()

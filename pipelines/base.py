@@ -33,6 +33,16 @@ class Shard:
     world: int = 1
 
 
+class DeviceEpoch(Protocol):
+    """What the batches of an epoch are made from, all of it on the device."""
+
+    def batch(self, step: torch.Tensor) -> Batch:
+        """The one with the number `step`: int64 [1] on the device, which the host does not read."""
+
+    def become(self, other: "DeviceEpoch") -> None:
+        """Take the contents of `other`, another epoch of the same pipeline, in place."""
+
+
 class Pipeline(Protocol):
     """Batches of one split for one process."""
 
@@ -42,6 +52,9 @@ class Pipeline(Protocol):
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of `epoch` from number `start` on. A batch stays valid until the next is
         asked for."""
+
+    def device_epoch(self, epoch: int) -> DeviceEpoch | None:
+        """What makes the batches of `epoch` without the host; None where they come from it."""
 
 
 _MASK64 = (1 << 64) - 1

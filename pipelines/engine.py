@@ -82,6 +82,9 @@ class EnginePipeline:
         finally:  # also where the epoch is left early
             decoded.close()
 
+    def device_epoch(self, epoch: int) -> None:
+        """The engine decodes each batch anew."""
+
     def _cpu_batch(self, images, labels, row: np.ndarray, mask: np.ndarray, key: int) -> Batch:
         from pipelines.augment_cpu import augment_on_cpu  # and numba: only for batches of a CPU
 

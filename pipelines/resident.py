@@ -62,11 +62,18 @@ class ResidentPipeline:
         return self._schedule.steps()
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        key = epoch_key(self._seed, epoch)
-        rows, masks = self._schedule.rows(epoch, start)
         if self._on_device is not None:
-            return device_batches(self._apply, self._augmenter, self._on_device, rows, masks, key)
-        return self._host_batches(rows, masks, key)
+            return self._resident(epoch, start).batches()
+        rows, masks = self._schedule.rows(epoch, start)
+        return self._host_batches(rows, masks, epoch_key(self._seed, epoch))
+
+    def device_epoch(self, epoch: int) -> "ResidentEpoch | None":
+        return self._resident(epoch, 0) if self._on_device is not None else None
+
+    def _resident(self, epoch: int, start: int) -> "ResidentEpoch":
+        rows, masks = self._schedule.rows(epoch, start)
+        key = epoch_key(self._seed, epoch)
+        return ResidentEpoch(self._apply, self._augmenter, *self._on_device, rows, masks, key)
 
     def _place(self, placement: str) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(images, labels) on the accelerator, or None where batches come from the host."""
@@ -145,23 +152,41 @@ def upload(images: np.ndarray, device: torch.device) -> torch.Tensor:
     return copy
 
 
-def device_batches(
-    apply: Callable[..., torch.Tensor],
-    augmenter: Augmenter,
-    uploaded: tuple[torch.Tensor, torch.Tensor],
-    rows: np.ndarray,
-    masks: np.ndarray,
-    key: int,
-) -> Iterator[Batch]:
-    """A batch for each of `rows` (int64 [steps, b]) and `masks` (bool [steps, b]), gathered from
-    the `uploaded` images and augmented by `apply`, one of `device_augmenter`."""
-    images, labels = uploaded
-    # One transfer an epoch: nothing in a step waits for the host.
-    on_device = (torch.from_numpy(part).to(images.device) for part in (rows, masks))
-    key_tensor = torch.tensor(key, device=images.device)
-    for row, mask in zip(*on_device, strict=True):
-        pixels = apply(augmenter, images, row, row, key_tensor)
-        yield Batch(pixels, labels[row], mask)
+class ResidentEpoch:
+    """Batches of one epoch, gathered from images on the device and augmented there."""
+
+    def __init__(
+        self,
+        apply: Callable[..., torch.Tensor],
+        augmenter: Augmenter,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        rows: np.ndarray,
+        masks: np.ndarray,
+        key: int,
+    ) -> None:
+        """`apply` is one of `device_augmenter`, `images` those of `upload`; `rows` (int64
+        [steps, b]) and `masks` (bool [steps, b]) say what each step takes."""
+        self._apply, self._augmenter = apply, augmenter
+        self._images, self._labels = images, labels
+        # One transfer an epoch: nothing in a step waits for the host.
+        self._rows, self._masks = (torch.from_numpy(p).to(images.device) for p in (rows, masks))
+        self._key = torch.tensor(key, device=images.device)
+
+    def become(self, other: "ResidentEpoch") -> None:
+        self._rows.copy_(other._rows)
+        self._masks.copy_(other._masks)
+        self._key.copy_(other._key)
+
+    def batch(self, step: torch.Tensor) -> Batch:
+        # `self._rows[step]` would read the number on the host.
+        rows, mask = (part.index_select(0, step)[0] for part in (self._rows, self._masks))
+        pixels = self._apply(self._augmenter, self._images, rows, rows, self._key)
+        return Batch(pixels, self._labels[rows], mask)
+
+    def batches(self) -> Iterator[Batch]:
+        steps = torch.arange(len(self._rows), device=self._images.device)
+        return (self.batch(steps[i : i + 1]) for i in range(len(steps)))
 
 
 def _ahead(jobs: Iterator[Callable], threads: int) -> Iterator:

@@ -158,7 +158,7 @@ def test_evaluate_compiles_what_training_compiled(whole_run, tmp_path, capsys, m
 
     monkeypatch.setattr(torch, "compile", compile)
     evaluated(run, capsys)
-    assert compiled == [{"mode": "default", "dynamic": False}]
+    assert compiled == [{"dynamic": False}]
 
 
 def test_images_per_second_leave_out_the_first_steps_of_each_process(

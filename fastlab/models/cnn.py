@@ -4,16 +4,23 @@ import torch
 from torch import nn
 
 from fastlab.config import ModelConfig
-from fastlab.models.resnet import norm
+from fastlab.models.dropout import Dropout
+from fastlab.models.layers import (
+    Convolution,
+    StemConvolution,
+    freeze_cancelled,
+    norm,
+    normalised,
+    pooled,
+)
 
 
 def _convolution(config: ModelConfig, inputs: int, outputs: int, size: int) -> list[nn.Module]:
-    return [
-        nn.Conv2d(inputs, outputs, size, padding=size // 2),
-        nn.Dropout(config.dropout_conv),
-        norm(config, outputs),
-        nn.ReLU(),
-    ]
+    kind = StemConvolution if inputs == 3 else Convolution
+    conv = kind(inputs, outputs, size, padding=size // 2)
+    layers = [conv, Dropout(config.dropout_conv), norm(config, outputs), nn.ReLU()]
+    freeze_cancelled(conv, config.dropout_conv, layers[2])
+    return layers
 
 
 class CNN(nn.Module):
@@ -37,12 +44,19 @@ class CNN(nn.Module):
         self.features = nn.Sequential(*layers)
         hidden = 4 * width << (stages - 3)
         self.head = nn.Sequential(
-            nn.Dropout(config.dropout_fc),
+            Dropout(config.dropout_fc),
             nn.Linear(width << stages, hidden),
             nn.ReLU(),
-            nn.Dropout(config.dropout_fc),
+            Dropout(config.dropout_fc),
             nn.Linear(hidden, classes),
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.features(x).mean(dim=(2, 3)))
+        layers = list(self.features)
+        while layers:
+            conv, dropout, norm, _, *layers = layers
+            if layers and isinstance(layers[0], nn.MaxPool2d):
+                x = pooled(conv, dropout, norm, layers.pop(0), x)
+            else:
+                x = torch.relu(normalised(conv, norm, x, dropout))
+        return self.head(x.mean(dim=(2, 3)))

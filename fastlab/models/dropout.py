@@ -1,5 +1,5 @@
-"""Dropout from a counter: which elements are dropped is a pure function of (seed, rank, step, layer,
-element), the same on every device.
+"""Dropout from a counter: whether an element is dropped is a pure function of (seed, rank, step,
+layer, element), the same on every device.
 
 A generator would have to be saved, and on a CPU it takes longer than the convolution's arithmetic
 that follows it; mixing a counter takes a tenth of it once compiled.

@@ -4,30 +4,16 @@ import torch
 from torch import nn
 
 from fastlab.config import ModelConfig
-
-
-def norm(config: ModelConfig, channels: int) -> nn.Module:
-    return nn.BatchNorm2d(channels) if config.batch_norm else nn.Identity()
-
-
-class Pointwise(nn.Conv2d):
-    """1x1 convolution, of any stride.
-
-    With under 16 input channels on a CPU it takes the strided positions first, then convolves with
-    stride 1, which is the same function: with fewer channels than a vector has floats (8, or 16 of
-    AVX-512), oneDNN's backward of a strided one in channels-last writes outside its buffers (seen
-    with torch 2.14 in fp32 and bf16, with AVX-512 for odd batches alone: wrong gradients, a damaged
-    heap, segmentation faults, hangs).
-    """
-
-    def __init__(self, inputs: int, outputs: int, stride: int, *, bias: bool = True) -> None:
-        super().__init__(inputs, outputs, 1, stride, bias=bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.in_channels >= 16 or x.device.type != "cpu":
-            return super().forward(x)
-        rows, columns = self.stride
-        return nn.functional.conv2d(x[..., ::rows, ::columns], self.weight, self.bias)
+from fastlab.models.dropout import Dropout
+from fastlab.models.layers import (
+    Convolution,
+    Pointwise,
+    StemConvolution,
+    freeze_cancelled,
+    norm,
+    normalised,
+    pooled,
+)
 
 
 class Block(nn.Module):
@@ -35,21 +21,24 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1)
-        self.dropout1 = nn.Dropout(config.dropout_conv)
+        self.conv1 = Convolution(inputs, outputs, 3, stride, padding=1)
+        self.dropout1 = Dropout(config.dropout_conv)
         self.norm1 = norm(config, outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.conv2 = Convolution(outputs, outputs, 3, padding=1)
         self.norm2 = norm(config, outputs)
         self.shortcut = None
         if config.shortcuts:
             self.shortcut = nn.Sequential(Pointwise(inputs, outputs, stride), norm(config, outputs))
-        self.dropout2 = nn.Dropout(config.dropout_conv)
+            freeze_cancelled(self.shortcut[0], 0, self.shortcut[1])
+        self.dropout2 = Dropout(config.dropout_conv)
+        freeze_cancelled(self.conv1, config.dropout_conv, self.norm1)
+        freeze_cancelled(self.conv2, 0, self.norm2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = torch.relu(self.norm1(self.dropout1(self.conv1(x))))
-        out = self.norm2(self.conv2(out))
+        out = torch.relu(normalised(self.conv1, self.norm1, x, self.dropout1))
+        out = normalised(self.conv2, self.norm2, out)
         if self.shortcut is not None:
-            out = out + self.shortcut(x)
+            out = out + normalised(*self.shortcut, x)
         return torch.relu(self.dropout2(out))
 
 
@@ -65,12 +54,13 @@ class ResNet(nn.Module):
         super().__init__()
         width = config.width
         self.stem = nn.Sequential(
-            nn.Conv2d(3, width, 5, padding=2),
-            nn.Dropout(config.dropout_stem),
+            StemConvolution(3, width, 5, padding=2),
+            Dropout(config.dropout_stem),
             norm(config, width),
             nn.ReLU(),
             nn.MaxPool2d(3, stride=2, padding=1),
         )
+        freeze_cancelled(self.stem[0], config.dropout_stem, self.stem[2])
         widths = [width * 2 ** ((i + 1) // 2) for i in range(blocks)]
         self.blocks = nn.Sequential(
             *(
@@ -78,11 +68,12 @@ class ResNet(nn.Module):
                 for inputs, outputs in zip([width, *widths[:-1]], widths, strict=True)
             )
         )
-        self.dropout = nn.Dropout(config.dropout_fc)
+        self.dropout = Dropout(config.dropout_fc)
         self.fc = nn.Linear(widths[-1], classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.blocks(self.stem(x))
+        conv, dropout, stem_norm, _, pool = self.stem
+        x = self.blocks(pooled(conv, dropout, stem_norm, pool, x))
         return self.fc(self.dropout(x.mean(dim=(2, 3))))
 
 
@@ -91,11 +82,11 @@ class BasicBlock(nn.Module):
 
     def __init__(self, config: ModelConfig, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=not config.batch_norm)
+        self.conv1 = Convolution(inputs, outputs, 3, stride, padding=1, bias=not config.batch_norm)
         self.norm1 = norm(config, outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=not config.batch_norm)
+        self.conv2 = Convolution(outputs, outputs, 3, padding=1, bias=not config.batch_norm)
         self.norm2 = norm(config, outputs)
-        self.dropout = nn.Dropout(config.dropout_conv)
+        self.dropout = Dropout(config.dropout_conv)
         self.shortcut = nn.Identity() if config.shortcuts else None
         if config.shortcuts and (stride != 1 or inputs != outputs):
             self.shortcut = nn.Sequential(
@@ -119,10 +110,10 @@ class ResNet18(nn.Module):
         super().__init__()
         width = config.width
         self.stem = nn.Sequential(
-            nn.Conv2d(3, width, 3, padding=1, bias=not config.batch_norm),
+            StemConvolution(3, width, 3, padding=1, bias=not config.batch_norm),
             norm(config, width),
             nn.ReLU(),
-            nn.Dropout(config.dropout_stem),
+            Dropout(config.dropout_stem),
         )
         widths = [width, width, *(width * 2 ** (i // 2) for i in range(2, 8))]
         strides = [1, 1, 2, 1, 2, 1, 2, 1]
@@ -130,7 +121,7 @@ class ResNet18(nn.Module):
         self.blocks = nn.Sequential(
             *(BasicBlock(config, *sizes) for sizes in zip(inputs, widths, strides, strict=True))
         )
-        self.dropout = nn.Dropout(config.dropout_fc)
+        self.dropout = Dropout(config.dropout_fc)
         self.fc = nn.Linear(widths[-1], classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

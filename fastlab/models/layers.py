@@ -1,0 +1,122 @@
+"""What the models are made of: convolutions whose bias a norm may cancel, norms, their fusion."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastlab.config import ModelConfig
+from fastlab.models import norm_pool
+from fastlab.models.dropout import Dropout
+
+# Input channels of the stem's convolution at least: more are zeros. Patched by benchmarks.
+STEM_INPUTS = 3
+
+
+class Convolution(nn.Conv2d):
+    """A convolution that can be asked to leave out its bias."""
+
+    def forward(self, x: torch.Tensor, *, with_bias: bool = True) -> torch.Tensor:
+        return self._conv_forward(x, self.weight, self.bias if with_bias else None)
+
+
+class StemConvolution(Convolution):
+    """Of images, whose channels can be filled up to `STEM_INPUTS`."""
+
+    def forward(self, x: torch.Tensor, *, with_bias: bool = True) -> torch.Tensor:
+        weight, missing = self.weight, max(0, STEM_INPUTS - self.in_channels)
+        if missing:
+            x, weight = (F.pad(part, (0, 0, 0, 0, 0, missing)) for part in (x, weight))
+        return self._conv_forward(x, weight, self.bias if with_bias else None)
+
+
+class Pointwise(Convolution):
+    """1x1 convolution, of any stride.
+
+    With under 16 input channels on a CPU it takes the strided positions first, then convolves with
+    stride 1, which is the same function: with fewer channels than a vector has floats (8, or 16 of
+    AVX-512), oneDNN's backward of a strided one in channels-last writes outside its buffers (seen
+    with torch 2.14 in fp32 and bf16, with AVX-512 for odd batches alone: wrong gradients, a damaged
+    heap, segmentation faults, hangs).
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int, *, bias: bool = True) -> None:
+        super().__init__(inputs, outputs, 1, stride, bias=bias)
+
+    def forward(self, x: torch.Tensor, *, with_bias: bool = True) -> torch.Tensor:
+        if self.in_channels >= 16 or x.device.type != "cpu":
+            return super().forward(x, with_bias=with_bias)
+        rows, columns = self.stride
+        bias = self.bias if with_bias else None
+        return F.conv2d(x[..., ::rows, ::columns], self.weight, bias)
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """`nn.BatchNorm2d` that does not count batches, a kernel each: nothing reads the number where
+    the momentum is fixed. The buffer stays, for checkpoints."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.batch_norm(
+            x,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            self.training,
+            self.momentum,
+            self.eps,
+        )
+
+
+def norm(config: ModelConfig, channels: int) -> nn.Module:
+    return BatchNorm(channels) if config.batch_norm else nn.Identity()
+
+
+def freeze_cancelled(conv: Convolution, dropout: float, norm: nn.Module) -> None:
+    """Exempt from training a bias that a batch norm right after it takes away again: whatever its
+    value, the function is the same and its gradient zero."""
+    if conv.bias is not None and not dropout and not isinstance(norm, nn.Identity):
+        conv.bias.requires_grad_(False)
+
+
+def normalised(
+    conv: Convolution, norm: nn.Module, x: torch.Tensor, dropout: Dropout | None = None
+) -> torch.Tensor:
+    """``norm(dropout(conv(x)))``, in training without the bias where the norm cancels it."""
+    cancelled = norm.training and conv.bias is not None and not conv.bias.requires_grad
+    if cancelled:
+        _count_bias(norm, conv)
+    out = conv(x, with_bias=not cancelled)
+    return norm(dropout(out) if dropout else out)
+
+
+def pooled(
+    conv: Convolution, dropout: Dropout, norm: nn.Module, pool: nn.MaxPool2d, x: torch.Tensor
+) -> torch.Tensor:
+    """``pool(relu(norm(dropout(conv(x)))))``, on a GPU in training as one operator."""
+    if not (norm.training and isinstance(norm, BatchNorm) and norm_pool.supported(x)):
+        return pool(torch.relu(normalised(conv, norm, x, dropout)))
+    if conv.bias is not None and not dropout.active:
+        _count_bias(norm, conv)
+    out, mean, var = norm_pool.dropout_norm_relu_pool(
+        conv(x, with_bias=False),
+        conv.bias if dropout.active else None,
+        norm.weight,
+        norm.bias,
+        dropout.key(),
+        dropout.p,
+        norm.eps,
+        pool.kernel_size,
+        pool.padding,
+    )
+    with torch.no_grad():
+        count = x.shape[0] * x.shape[2] * x.shape[3] / (conv.stride[0] * conv.stride[1])
+        norm.running_mean.lerp_(mean, norm.momentum)
+        norm.running_var.lerp_(var * (count / (count - 1)), norm.momentum)
+    return out
+
+
+@torch.no_grad()
+def _count_bias(norm: nn.Module, conv: Convolution) -> None:
+    """Before a step of a norm whose input lacks the bias: its running mean becomes that of outputs
+    with the bias, which evaluation adds. (After it, autograd would find the mean changed.)"""
+    norm.running_mean.add_(conv.bias, alpha=norm.momentum / (1 - norm.momentum))
