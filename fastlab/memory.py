@@ -25,7 +25,6 @@ def explained(trainer: "Trainer") -> Iterator[None]:
             raise
         # Their variables hold the memory of the failed step, and `contextlib` the traceback.
         traceback.clear_frames(error.__traceback__)
-    trainer.step.release()
     raise UserError(_advice(trainer))
 
 
@@ -58,6 +57,7 @@ def largest(fits: Callable[[int], bool], failed: int) -> int:
 
 
 def _advice(trainer: "Trainer") -> str:
+    trainer.step.release()
     key = "batch_size" if trainer.model.training else "eval_batch_size"
     size = getattr(trainer.cfg.train, key)
     world = trainer.accelerator.num_processes

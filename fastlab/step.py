@@ -63,6 +63,7 @@ class Step:
         """The last one. In a captured step the next replay overwrites it."""
         self._source: DeviceEpoch | None = None
         self._graph: CUDAGraph | None = None
+        self._refused = False
         self._uncaptured: int | None = None
         """Steps to go until the capture; None: no capture is wanted."""
 
@@ -72,7 +73,7 @@ class Step:
         """What to call the step with, from step `first` of `epoch` on: None stands for a batch that
         the step makes itself, of what lies on the device."""
         self.done.fill_(epoch * data.steps() + first)
-        if not capture:
+        if self._refused or not capture:
             self.release()
             return data.epoch(epoch, first)
         if self._uncaptured is None:
@@ -112,7 +113,7 @@ class Step:
             if memory.is_out_of_memory(error):
                 raise
             self._optimizer.zero_grad(set_to_none=True)
-            self._uncaptured = None
+            self._refused, self._uncaptured = True, None
             print(
                 f"the step cannot be captured ({first_line(_first_cause(error))}); its kernels "
                 "are launched one by one",

@@ -32,7 +32,8 @@ class Dropout(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.active:
             return x
-        return torch.where(kept(x.shape, self.key(), self.p, x.device), x * (1 / (1 - self.p)), 0)
+        # Not `torch.where`, whose result would have the mask's memory layout.
+        return x.masked_fill(dropped(x.shape, self.key(), self.p, x.device), 0) / (1 - self.p)
 
 
 def threshold(p: float) -> int:
@@ -40,8 +41,8 @@ def threshold(p: float) -> int:
     return min(round(p * (WORD + 1)), WORD) - (1 << 31)
 
 
-def kept(shape: torch.Size, key: torch.Tensor, p: float, device: torch.device) -> torch.Tensor:
-    """bool of `shape`, [b, c] or [b, c, h, w]: False with probability `p`. Elements are numbered in
+def dropped(shape: torch.Size, key: torch.Tensor, p: float, device: torch.device) -> torch.Tensor:
+    """bool of `shape`, [b, c] or [b, c, h, w]: True with probability `p`. Elements are numbered in
     channels-last order."""
     many = shape.numel() > torch.iinfo(torch.int32).max
     word = torch.arange(shape.numel(), dtype=torch.int64 if many else torch.int32, device=device)
@@ -50,11 +51,11 @@ def kept(shape: torch.Size, key: torch.Tensor, p: float, device: torch.device) -
     # The second key comes in between: by the first alone, two steps would permute one mask.
     word = word ^ key[1]
     word = (word ^ (word >> 15 & 0x1FFFF)) * signed(M2)  # its high bits are well mixed by now
-    keep = word >= threshold(p)
+    mask = word < threshold(p)
     if len(shape) == 2:
-        return keep.view(shape)
+        return mask.view(shape)
     b, c, h, w = shape
-    return keep.view(b, h, w, c).permute(0, 3, 1, 2)
+    return mask.view(b, h, w, c).permute(0, 3, 1, 2)
 
 
 class DropoutKeys:
