@@ -13,7 +13,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,7 @@ import torch
 from fastlab import config as configs
 from fastlab.config import Config
 from fastlab.rundir import RunDir
-from fastlab.train import Trainer, make_accelerator, torch_settings, train_step, wait_for_device
+from fastlab.train import Trainer, make_accelerator, torch_settings, wait_for_device
 from pipelines.base import Batch
 
 _WARMUP = 2  # steps
@@ -47,8 +47,7 @@ def epoch_seconds(cfg: Config) -> float:
         trainer = Trainer(cfg, RunDir(Path(os.devnull)), make_accelerator(cfg))
         wait = partial(wait_for_device, trainer.device)
         trainer.model.train()
-        step = partial(train_step, trainer)
-        training = step_seconds(trainer.train_data.epoch(0), step, wait)
+        training = step_seconds(trainer.batches(0), trainer.step, wait)
         trainer.model.eval()
         with torch.no_grad():
             look = trainer.val_data.epoch(0)
@@ -57,7 +56,9 @@ def epoch_seconds(cfg: Config) -> float:
 
 
 def step_seconds(
-    batches: Iterator[Batch], step: Callable[[Batch], object], wait: Callable[[], None]
+    batches: Iterable[Batch | None],
+    step: Callable[[Batch | None], object],
+    wait: Callable[[], None],
 ) -> float:
     """Median over the steps of `_BUDGET` seconds, the first ones left out where there are more."""
     found, started = [], time.perf_counter()

@@ -35,7 +35,7 @@ from benchmarks.measurements import (
 from fastlab import config as configs
 from fastlab.cli import run_command
 from fastlab.rundir import RunDir
-from fastlab.train import Trainer, make_accelerator, torch_settings, train_step
+from fastlab.train import Trainer, make_accelerator, torch_settings
 from pipelines.base import Batch
 
 
@@ -133,14 +133,14 @@ def measure(args: argparse.Namespace) -> None:
 
 def forever(trainer: Trainer) -> Iterator[Batch]:
     for epoch in itertools.count():
-        yield from trainer.train_data.epoch(epoch)
+        yield from trainer.batches(epoch)
 
 
 def time_steps(trainer: Trainer, batches: Iterator[Batch], steps: int) -> float:
     """Seconds a step."""
     started = time.perf_counter()
     for batch in itertools.islice(batches, steps):
-        train_step(trainer, batch)
+        trainer.step(batch)
     ceilings.wait(trainer.device)
     return (time.perf_counter() - started) / steps
 

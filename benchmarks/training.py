@@ -1,4 +1,4 @@
-"""Training steps of configurations: eager to fully compiled, and what the input path costs.
+"""Training steps of configurations: eager, compiled, captured; and what the input path costs.
 
     python -m benchmarks.training --config configs/resnet{11,18}.toml --batches 128,1024 --out FILE
     python -m benchmarks.training --config configs/demo.toml --batches 64 --steps 5    # any CPU
@@ -26,13 +26,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import ceilings
+from benchmarks import ceilings, savings
 from benchmarks.measurements import (
     Results,
     Session,
@@ -50,26 +50,37 @@ from fastlab.cli import run_command
 from fastlab.errors import UserError
 
 
-def _variant(precision: str, mode: str = "", channels_last: bool = True) -> list[str]:
-    """What it overrides in a configuration. `mode`: that of torch.compile; empty: eager."""
-    return [
-        f"train.precision={precision}",
-        f"train.channels_last={str(channels_last).lower()}",
-        f"train.compile={str(bool(mode)).lower()}",
-        f"train.compile_mode={mode or 'default'}",
-    ]
+@dataclass(frozen=True)
+class Variant:
+    """How a configuration is trained."""
+
+    precision: str
+    compile: bool = False
+    step: str = "eager"
+    channels_last: bool = True
+    change: str | None = None
+    """One of `savings.CHANGES`."""
+
+    def overrides(self) -> list[str]:
+        return [
+            f"train.precision={self.precision}",
+            f"train.channels_last={str(self.channels_last).lower()}",
+            f"train.compile={str(self.compile).lower()}",
+            f"train.step={self.step}",
+        ]
 
 
+_CAPTURED = Variant("bf16", compile=True, step="captured")
 VARIANTS = {
-    "eager fp32, channels first": _variant("fp32", channels_last=False),
-    "eager fp32": _variant("fp32"),
-    "eager bf16": _variant("bf16"),
-    "compiled fp32": _variant("fp32", "default"),
-    "compiled bf16": _variant("bf16", "default"),
-    "compiled bf16, reduce-overhead": _variant("bf16", "reduce-overhead"),
+    "eager fp32, channels first": Variant("fp32", channels_last=False),
+    "eager fp32": Variant("fp32"),
+    "eager bf16": Variant("bf16"),
+    "compiled fp32": Variant("fp32", compile=True),
+    "compiled bf16": Variant("bf16", compile=True),
+    "captured bf16": _CAPTURED,
+    **{f"captured bf16, {name}": replace(_CAPTURED, change=name) for name in savings.CHANGES},
 }
-_GRAPHS = "compiled bf16, reduce-overhead"  # CUDA graphs
-_GPU_DEFAULT = ["eager bf16", "compiled bf16", _GRAPHS]
+_GPU_DEFAULT = ["eager bf16", "compiled bf16", "captured bf16"]
 
 
 @dataclass(frozen=True)
@@ -133,7 +144,7 @@ def run(args: argparse.Namespace) -> None:
 def variants(names: str) -> list[str]:
     """Raises `UserError` for one that is unknown, or that this machine cannot run."""
     gpu = ceilings.default_device().type == "cuda"
-    known = [name for name in VARIANTS if gpu or name != _GRAPHS]
+    known = [name for name, variant in VARIANTS.items() if gpu or variant.step == "eager"]
     found = names.split(";") if names else _GPU_DEFAULT if gpu else known
     check_names(found, known, "--variants")
     return found

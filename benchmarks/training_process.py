@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.state import AcceleratorState
@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.ceilings import wait
 from benchmarks.measurements import public_config
+from benchmarks.savings import changed
 from benchmarks.training import VARIANTS
 from fastlab import config as configs
 from fastlab import models
@@ -31,12 +32,13 @@ from fastlab.config import Config, ProfileConfig
 from fastlab.errors import UserError, first_line
 from fastlab.processes import die_with_parent
 from fastlab.rundir import RunDir, write_atomically
+from fastlab.step import Step
 from fastlab.tracing import Tracer
-from fastlab.train import Trainer, make_accelerator, torch_settings, train_step
+from fastlab.train import Trainer, make_accelerator, torch_settings
 from pipelines.base import Batch
 
-# Steps of either kind before any that is timed: CUDA graphs warm up, and are recorded in the next.
-_UNTIMED = 3
+# Steps of either kind before any that is timed: the fourth is captured.
+_UNTIMED = 5
 # Of a round, at least, on the held batch.
 _LEAST_HELD = 20
 _TRACE = ProfileConfig(enabled=True, wait=0, warmup=2, active=5)
@@ -55,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def serve(args: argparse.Namespace) -> int:
     die_with_parent()
+    torch._dynamo.config.recompile_limit = 64  # of the same function, for all variants together
     answers = sys.stdout
     with redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as scratch:
         answer = Answers(args, RunDir(Path(scratch)))
@@ -74,7 +77,7 @@ def serve(args: argparse.Namespace) -> int:
 class Answers:
     def __init__(self, args: argparse.Namespace, run: RunDir) -> None:
         self._args, self._run = args, run
-        self._variants: dict[str, Variant] = {}
+        self._variants: dict[str, Measured] = {}
 
     def __call__(self, what: str, variant: str, folder: str) -> dict[str, Any]:
         found = self._variants.get(variant) or self._start(variant)
@@ -85,16 +88,40 @@ class Answers:
             return {"seconds": found.compile_seconds}
         return found.measure(self._args.epochs)
 
-    def _start(self, name: str) -> "Variant":
+    def _start(self, name: str) -> "Measured":
         size = f"train.batch_size={self._args.batch}"
-        overrides = [*self._args.overrides, *VARIANTS[name], size]
+        variant = VARIANTS[name]
+        overrides = [*self._args.overrides, *variant.overrides(), size]
         cfg = configs.load(self._args.config, overrides)
-        found = self._variants[name] = Variant(cfg, self._run, self._args.steps)
-        return found
+        with changed(variant.change):
+            self._variants[name] = Measured(cfg, self._run, self._args.steps)
+        return self._variants[name]
 
 
-class Variant:
-    """A configuration that is trained, compiled as far as it goes."""
+class Held(NamedTuple):
+    """A pipeline that gives one batch again and again: what a captured step repeats without a copy,
+    as an infinitely fast input path would."""
+
+    held: Batch
+
+    def steps(self) -> int:
+        return sys.maxsize
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        return itertools.repeat(self.held)
+
+    def device_epoch(self, epoch: int) -> "Held":
+        return self
+
+    def become(self, other: "Held") -> None:
+        pass
+
+    def batch(self, step: torch.Tensor) -> Batch:
+        return self.held
+
+
+class Measured:
+    """A variant of a configuration, which is trained."""
 
     def __init__(self, cfg: Config, run: RunDir, steps: int | None) -> None:
         """`steps`: of each epoch; None: all."""
@@ -119,8 +146,8 @@ class Variant:
         steps = epochs * self._steps
         held_steps = max(steps // 4, min(steps, _LEAST_HELD))
         with torch_settings(self._cfg), self._memory_watched():
-            fed = self._seconds(self._batches(), steps)
-            held = self._seconds(itertools.repeat(self._held), held_steps)
+            fed = self._seconds(self.trainer.step, self._batches(), steps)
+            held = self._seconds(self._held_step, self._held(), held_steps)
         self._refuse_divergence()
         batch = self._cfg.train.batch_size
         once = {
@@ -142,34 +169,39 @@ class Variant:
         steps = _TRACE.warmup + _TRACE.active
         with torch_settings(self._cfg), Tracer(_TRACE, run.traces, 0, self._device) as tracer:
             for batch in itertools.islice(tracer.steps(self._batches(), 0), steps):
-                train_step(self.trainer, batch)
+                self.trainer.step(batch)
 
     def _warm_up(self) -> None:
         started = time.perf_counter()
-        self._held = _copy(next(self._batches()))
-        self._seconds([self._held], 1)
+        self._batch = _copy(next(iter(self.trainer.train_data.epoch(self._epoch))))
+        self._epoch += 1
+        self._held_step = self.trainer.make_step()
+        self._seconds(self._held_step, self._held(), 1)
         first = time.perf_counter() - started
-        self._seconds(self._batches(), _UNTIMED)
-        self._seconds(itertools.repeat(self._held), _UNTIMED)
-        step = self._seconds(itertools.repeat(self._held), _UNTIMED)
+        self._seconds(self.trainer.step, self._batches(), _UNTIMED)
+        self._seconds(self._held_step, self._held(), _UNTIMED)
+        step = self._seconds(self._held_step, self._held(), _UNTIMED)
         self.compile_seconds = max(0.0, first - step)
 
-    def _batches(self) -> Iterator[Batch]:
+    def _held(self) -> Iterable[Batch | None]:
+        capture = self.trainer.captures
+        return self._held_step.batches(Held(self._batch), 0, 0, capture=capture)
+
+    def _batches(self) -> Iterator[Batch | None]:
         """Of one epoch after the other, from the beginning of the next on."""
         while True:
             self._epoch += 1
-            yield from itertools.islice(self.trainer.train_data.epoch(self._epoch - 1), self._steps)
+            yield from itertools.islice(self.trainer.batches(self._epoch - 1), self._steps)
 
-    def _seconds(self, batches: Iterable[Batch], steps: int) -> float:
+    def _seconds(self, step: Step, batches: Iterable[Batch | None], steps: int) -> float:
         """A step. The losses are looked at when the clock has stopped."""
-        losses = torch.zeros(steps, device=self._device)
         wait(self._device)
         started = time.perf_counter()
-        for number, batch in enumerate(itertools.islice(batches, steps)):
-            losses[number] = train_step(self.trainer, batch)
+        for batch in itertools.islice(batches, steps):
+            step(batch)
         wait(self._device)
         seconds = time.perf_counter() - started
-        if not bool(losses.isfinite().all()):
+        if not bool(self.trainer.losses.isfinite().all()):
             raise UserError("diverged: a loss is not a finite number; take a lower optim.lr")
         return seconds / steps
 

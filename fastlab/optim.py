@@ -57,6 +57,7 @@ class Rate:
         self, config: ScheduleConfig, lr: float, steps: int, device: torch.device | str
     ) -> None:
         """`steps`: optimizer steps of the whole training."""
+        self._config, self._lr = config, lr
         self._plateau = _plateau(config, lr) if config.name == "plateau" else None
         self._table = None
         if not self._plateau:
@@ -78,13 +79,20 @@ class Rate:
     def set(self, done: torch.Tensor) -> None:
         """Before the step with the number `done`, int64 [1] on the device."""
         if self._table is not None:
-            self._tensor.copy_(self._table.index_select(0, done)[0])
+            last = len(self._table) - 1  # benchmarks go on after it
+            self._tensor.copy_(self._table.index_select(0, done.clamp(max=last))[0])
 
     def end_epoch(self, top1: float) -> None:
         """A plateau looks at the epoch's validation top-1."""
         if self._plateau:
             self._plateau.step(top1)
             self._tensor.fill_(self.at(0))
+
+    def restart(self) -> None:
+        """As before the first step, in place."""
+        if self._plateau:
+            self._plateau = _plateau(self._config, self._lr)
+        self._tensor.fill_(self.at(0))
 
     def state_dict(self) -> dict:
         return self._plateau.state_dict() if self._plateau else {}
@@ -127,6 +135,10 @@ class WeightAverage:
             if not isinstance(live, nn.Parameter)
         ]
         """Of the running statistics, which differ between processes; the rest does not."""
+
+    def restart(self) -> None:
+        """From the weights that the model holds now, in place."""
+        torch._foreach_copy_(self.average, [t.detach() for t in self._live])
 
     @torch.no_grad()
     def update(self, step: torch.Tensor) -> None:

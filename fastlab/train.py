@@ -14,7 +14,7 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -112,7 +112,7 @@ class Trainer:
 
     def __init__(self, cfg: Config, run: RunDir, accelerator: Accelerator) -> None:
         self.cfg, self.run, self.accelerator = cfg, run, accelerator
-        self.device = accelerator.device
+        self.device, rank = accelerator.device, accelerator.process_index
         with agreed(accelerator):
             self.manifest = open_dataset(cfg)
             with memory.fitting(_LARGE_DATA.format(cfg.data.placement)):
@@ -135,7 +135,7 @@ class Trainer:
         self.captures = cfg.train.step != "eager" and not refusal
         if cfg.train.step == "captured" and refusal:
             accelerator.print(f'train.step = "captured" is not possible here: {refusal}')
-        self.tracer = Tracer(cfg.profile, run.traces, accelerator.process_index, self.device)
+        self.tracer = Tracer(cfg.profile, run.traces, rank, self.device)
         self.progress = Progress()
         self.own_steps = 0  # done by this process
         self.wanted_stop = 0
@@ -145,15 +145,8 @@ class Trainer:
         # would give: looked at every train.log_every steps, not step by step.
         self.losses = torch.zeros(self.train_data.steps() + 1, device=self.device)
         self.remaining = torch.arange(len(self.losses), 0, -1, device=self.device)
-        self.step = Step(
-            lambda batch: train_step(self, batch),
-            self.optimizer,
-            DropoutKeys(self.model, cfg.train.seed, accelerator.process_index, self.device),
-            self.rate,
-            self.losses,
-            # On a CPU it takes longer to compile than it saves.
-            compile=cfg.train.compile and self.device.type == "cuda",
-        )
+        self.dropout = DropoutKeys(self.model, cfg.train.seed, rank, self.device)
+        self.step = self.make_step()
         self.looks = DelayedRead(7, self.device)
 
     def pipeline(self, split: str, train: bool) -> Pipeline:
@@ -171,6 +164,22 @@ class Trainer:
             train=train,
             compile=cfg.train.compile,
         )
+
+    def make_step(self) -> Step:
+        return Step(
+            lambda batch: train_step(self, batch),
+            self.optimizer,
+            self.dropout,
+            self.rate,
+            self.losses,
+            # On a CPU that takes longer than it saves.
+            compile=self.cfg.train.compile and self.device.type == "cuda",
+        )
+
+    def batches(self, epoch: int, first: int = 0) -> Iterable[Batch | None]:
+        """What to call `step` with, from step `first` of `epoch` on."""
+        capture = self.captures and self.tracer.over
+        return self.step.batches(self.train_data, epoch, first, capture=capture)
 
     def _prepare(self) -> tuple[nn.Module, Any]:
         """Memory format and compilation are fastlab's; placement and DDP are Accelerate's."""
@@ -610,8 +619,7 @@ def train_epoch(trainer: Trainer, started: float) -> tuple[Figures, float]:
     trainer.model.train()
     trainer.net.train()
     clock = time.perf_counter()
-    capture = trainer.captures and trainer.tracer.over
-    batches = trainer.step.batches(trainer.train_data, progress.epoch, first, capture=capture)
+    batches = trainer.batches(progress.epoch, first)
     with progress_bar(trainer, steps, first) as bar:
         for batch in trainer.tracer.steps(batches, trainer.steps_done()):
             trainer.step(batch)

@@ -13,7 +13,7 @@ from torch import nn
 
 from fastlab.config import ModelConfig, OptimConfig, ScheduleConfig
 from fastlab.models import build
-from fastlab.optim import WeightAverage, make_optimizer, make_schedule, schedule_factor
+from fastlab.optim import Rate, WeightAverage, make_optimizer, schedule_factor
 
 # 21 steps: up from 1/25 in the first four, then down to a tenth in the sixteen after the peak.
 EDGES = ScheduleConfig(name="cosine", warmup=0.2, final=0.1)
@@ -71,37 +71,84 @@ def one_weight(**settings) -> tuple[nn.Parameter, torch.optim.Optimizer]:
     return model.weight, make_optimizer(OptimConfig(**settings), model)
 
 
+def rate_of(optimizer: torch.optim.Optimizer) -> float:
+    (rate,) = {float(group["lr"]) for group in optimizer.param_groups}
+    return rate
+
+
 def test_cosine_without_warmup_is_torchs_cosine_annealing():
-    _, ours = one_weight(lr=0.3)
-    schedule = make_schedule(ScheduleConfig(name="cosine", warmup=0.0, final=0.2), ours, 30)
+    _, ours = one_weight()
+    rate = Rate(ScheduleConfig(name="cosine", warmup=0.0, final=0.2), 0.3, 30, "cpu")
+    rate.attach(ours)
     _, theirs = one_weight(lr=0.3)
     annealing = torch.optim.lr_scheduler.CosineAnnealingLR(theirs, T_max=29, eta_min=0.06)
-    for _ in range(30):
-        assert ours.param_groups[0]["lr"] == pytest.approx(theirs.param_groups[0]["lr"])
-        for optimizer, stepped in ((ours, schedule), (theirs, annealing)):
-            optimizer.step()
-            stepped.step()
+    for step in range(30):
+        rate.set(torch.tensor([step]))
+        assert rate_of(ours) == pytest.approx(rate_of(theirs)) == pytest.approx(rate.at(step))
+        theirs.step()
+        annealing.step()
 
 
 def test_schedule_sets_the_rate_of_every_group():
     model = nn.Linear(2, 2)
-    optimizer = make_optimizer(OptimConfig(lr=2.0), model)
-    schedule = make_schedule(ScheduleConfig(name="onecycle", warmup=0.2, final=0.1), optimizer, 21)
-    for _ in range(12):
-        optimizer.step()
-        schedule.step()
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([1.1, 1.1])
+    optimizer = make_optimizer(OptimConfig(lr=1.0), model)
+    rate = Rate(ScheduleConfig(name="onecycle", warmup=0.2, final=0.1), 2.0, 21, "cpu")
+    rate.attach(optimizer)
+    rate.set(torch.tensor([12]))
+    assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx([1.1, 1.1])
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_a_step_takes_the_rate_that_was_set_last(name):
+    """Whatever the gradient, the first step of Adam is the rate; that of SGD is its product."""
+    weight, optimizer = one_weight(name=name, momentum=0.0)
+    rate = Rate(ScheduleConfig(name="onecycle", warmup=0.2, final=0.1), 0.5, 21, "cpu")
+    rate.attach(optimizer)
+    rate.set(torch.tensor([12]))
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert weight.item() == pytest.approx(1 - 0.275)
 
 
 def plateau_rates(top1: list[float], **settings) -> list[float]:
     """The rate after each epoch, from the report's own 0.015."""
     _, optimizer = one_weight()
-    schedule = make_schedule(ScheduleConfig(**settings), optimizer, steps=1000)
+    rate = Rate(ScheduleConfig(**settings), 0.015, 1000, "cpu")
+    rate.attach(optimizer)
     rates = []
     for value in top1:
-        schedule.step(value)
-        rates.append(optimizer.param_groups[0]["lr"])
+        rate.end_epoch(value)
+        assert rate_of(optimizer) == pytest.approx(rate.at(0))
+        rates.append(rate_of(optimizer))
     return rates
+
+
+def test_a_plateau_goes_on_from_its_saved_state():
+    settings = ScheduleConfig(name="plateau", patience=1)
+    undisturbed = Rate(settings, 0.5, 1000, "cpu")
+    for top1 in (0.3, 0.3):
+        undisturbed.end_epoch(top1)
+    resumed = Rate(settings, 0.5, 1000, "cpu")
+    resumed.load_state_dict(undisturbed.state_dict(), undisturbed.at(0))
+    for rate in (undisturbed, resumed):
+        rate.end_epoch(0.3)
+        assert rate.at(0) == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("name", ["plateau", "cosine"])
+def test_a_rate_that_restarts_is_a_fresh_one(name):
+    settings = ScheduleConfig(name=name, patience=0)
+    used, fresh = Rate(settings, 0.5, 21, "cpu"), Rate(settings, 0.5, 21, "cpu")
+    optimizers = [one_weight()[1] for _ in range(2)]
+    for rate, optimizer in zip((used, fresh), optimizers, strict=True):
+        rate.attach(optimizer)
+    used.set(torch.tensor([12]))
+    for top1 in (0.3, 0.3):
+        used.end_epoch(top1)
+    assert rate_of(optimizers[0]) != rate_of(optimizers[1])
+    used.restart()
+    assert rate_of(optimizers[0]) == rate_of(optimizers[1])
+    assert used.at(0) == fresh.at(0)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +250,7 @@ def test_average_equals_a_plain_loop(decay):
     expected = [t.double() for t in floats(model)]
     for step in range(8):
         move(model, step)
-        average.update()
+        average.update(torch.tensor([step]))
         held = min(decay, [0.1, 2 / 11, 3 / 12, 4 / 13, 5 / 14, 6 / 15, 7 / 16, 8 / 17][step])
         pairs = zip(expected, floats(model), strict=True)
         expected = [held * old + (1 - held) * new.double() for old, new in pairs]
@@ -216,7 +263,7 @@ def test_applied_average_leaves_the_model_as_it_was_even_after_an_error():
     model = averaged_model()
     average = WeightAverage(model, 0.9)
     move(model, 3)
-    average.update()
+    average.update(torch.tensor([3]))
     move(model, 4)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ZeroDivisionError), average.applied():
@@ -232,7 +279,7 @@ def test_average_goes_on_from_its_saved_state():
     average = WeightAverage(model, 0.9)
     for step in range(3):
         move(model, step)
-        average.update()
+        average.update(torch.tensor([step]))
     stored = io.BytesIO()
     torch.save([average.state_dict(), model.state_dict()], stored)
     stored.seek(0)
@@ -244,7 +291,7 @@ def test_average_goes_on_from_its_saved_state():
     found = []
     for each, averaging in ((model, average), (other, resumed)):
         move(each, 5)
-        averaging.update()
+        averaging.update(torch.tensor([3]))
         with averaging.applied():
             found.append(floats(each))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

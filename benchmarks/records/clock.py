@@ -34,17 +34,15 @@ from fastlab import models
 from fastlab.cli import run_command
 from fastlab.config import Config
 from fastlab.errors import UserError
-from fastlab.optim import WeightAverage, make_schedule
 from fastlab.rundir import RunDir
 from fastlab.train import (
     Trainer,
     evaluate,
     make_accelerator,
     torch_settings,
-    train_step,
 )
 
-_WARM = 4  # steps
+_WARM = 5  # steps: a captured step is captured in the fourth
 
 
 def main(script: str, target: float, recipe: dict[str, object], config: str) -> int:
@@ -95,27 +93,26 @@ def race(
 def warm_up(trainer: Trainer) -> None:
     """Everything that compiles or is tuned, on the shapes to come."""
     trainer.net.train()
-    for batch in itertools.islice(trainer.train_data.epoch(0), _WARM):
-        train_step(trainer, batch)
+    for batch in itertools.islice(trainer.batches(0), _WARM):
+        trainer.step(batch)
     validate(trainer)
 
 
 def restart(trainer: Trainer, seed: int) -> None:
-    """Fresh weights, order, optimizer and schedule of `seed`, in place: compiled code stays."""
+    """Fresh weights, order, optimizer and schedule of `seed`, in place: compiled code and the
+    captured step stay."""
     trainer.cfg = replace(trainer.cfg, train=replace(trainer.cfg.train, seed=seed))
     torch.manual_seed(seed)
     fresh = models.build(trainer.cfg.model, len(trainer.manifest.classes))
     trainer.model.load_state_dict(fresh.state_dict())
-    optimizer = trainer.optimizer.optimizer
-    optimizer.state.clear()
+    for state in trainer.optimizer.state.values():
+        for tensor in state.values():
+            tensor.zero_()
     trainer.train_data = trainer.pipeline("train", train=True)
-    steps = trainer.cfg.train.epochs * trainer.train_data.steps()
-    for group in optimizer.param_groups:
-        group["lr"] = trainer.cfg.optim.lr
-        group.pop("initial_lr", None)
-    trainer.schedule = make_schedule(trainer.cfg.schedule, optimizer, steps)
+    trainer.dropout.reseed(seed)
+    trainer.rate.restart()
     if trainer.average:
-        trainer.average = WeightAverage(trainer.model, trainer.cfg.train.ema)
+        trainer.average.restart()
 
 
 def timed(
@@ -130,8 +127,8 @@ def timed(
     seconds: list[float] = []
     for epoch in range(trainer.cfg.train.epochs):
         trainer.net.train()
-        for batch in trainer.train_data.epoch(epoch):
-            train_step(trainer, batch)
+        for batch in trainer.batches(epoch):
+            trainer.step(batch)
         curve.append(validate(trainer))
         seconds.append(time.perf_counter() - started)
         if curve[-1] >= target or time.monotonic() > deadline:

@@ -32,8 +32,8 @@ class Dropout(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.active:
             return x
-        # Not `torch.where`, whose result would have the mask's memory layout.
-        return x.masked_fill(dropped(x.shape, self.key(), self.p, x.device), 0) / (1 - self.p)
+        # `torch.where` would give it the memory layout of the mask.
+        return x * kept(x.shape, self.key(), self.p, x.device) / (1 - self.p)
 
 
 def threshold(p: float) -> int:
@@ -41,8 +41,8 @@ def threshold(p: float) -> int:
     return min(round(p * (WORD + 1)), WORD) - (1 << 31)
 
 
-def dropped(shape: torch.Size, key: torch.Tensor, p: float, device: torch.device) -> torch.Tensor:
-    """bool of `shape`, [b, c] or [b, c, h, w]: True with probability `p`. Elements are numbered in
+def kept(shape: torch.Size, key: torch.Tensor, p: float, device: torch.device) -> torch.Tensor:
+    """bool of `shape`, [b, c] or [b, c, h, w]: False with probability `p`. Elements are numbered in
     channels-last order."""
     many = shape.numel() > torch.iinfo(torch.int32).max
     word = torch.arange(shape.numel(), dtype=torch.int64 if many else torch.int32, device=device)
@@ -51,7 +51,7 @@ def dropped(shape: torch.Size, key: torch.Tensor, p: float, device: torch.device
     # The second key comes in between: by the first alone, two steps would permute one mask.
     word = word ^ key[1]
     word = (word ^ (word >> 15 & 0x1FFFF)) * signed(M2)  # its high bits are well mixed by now
-    mask = word < threshold(p)
+    mask = word >= threshold(p)
     if len(shape) == 2:
         return mask.view(shape)
     b, c, h, w = shape
@@ -64,12 +64,17 @@ class DropoutKeys:
     def __init__(self, model: nn.Module, seed: int, rank: int, device: torch.device) -> None:
         layers = [module for module in model.modules() if isinstance(module, Dropout)]
         offsets = [signed(number * GOLDEN) for number in range(2 * len(layers))]
-        self._stream = signed(mix_int(mix_int(seed) ^ rank))
+        self._rank = rank
         self._offsets = torch.tensor(offsets, dtype=torch.int32, device=device).view(-1, 2)
+        self._stream = torch.zeros((), dtype=torch.int32, device=device)
         self._keys = torch.zeros_like(self._offsets)
+        self.reseed(seed)
         for number, layer in enumerate(layers):
             layer.layer, layer.keys = number, self._keys
 
+    def reseed(self, seed: int) -> None:
+        self._stream.fill_(signed(mix_int(mix_int(seed) ^ self._rank)))
+
     def set(self, step: torch.Tensor) -> None:
-        """For the step with the number `step` of the run: int64 scalar on the device."""
+        """For the step with the number `step` of the run: int64 [1] on the device."""
         self._keys.copy_(mix_tensor(mix_tensor(step.int() ^ self._stream) + self._offsets))

@@ -334,10 +334,14 @@ def variant(monkeypatch):
     clock, done, epochs = [0.0], [], []
     batch = Batch(torch.zeros(1, 3, 8, 8), torch.zeros(1), torch.ones(1))
 
-    def train_step(trainer, batch):
-        done.append(batch)
-        clock[0] += {1: 30.0, 2: 1.0}.get(len(done), STEP)
-        return torch.tensor(trainer.loss)
+    class Step:
+        def __call__(self, batch):
+            done.append(batch)
+            clock[0] += {1: 30.0, 2: 1.0}.get(len(done), STEP)
+            trainer.losses.fill_(trainer.loss)
+
+        def batches(self, data, epoch, first, *, capture):
+            return data.epoch(epoch)
 
     def epoch(number):
         epochs.append(number)
@@ -352,15 +356,19 @@ def variant(monkeypatch):
         model=model,
         net=model,
         loss=1.0,
+        losses=torch.zeros(40),
+        captures=False,
+        step=Step(),
+        make_step=Step,
+        batches=epoch,
         epochs=epochs,
     )
     monkeypatch.setattr(training_process, "Trainer", lambda *_: trainer)
-    monkeypatch.setattr(training_process, "train_step", train_step)
     monkeypatch.setattr(training_process, "flop_per_image", lambda *_: 0.0)
     fake = SimpleNamespace(perf_counter=lambda: clock[0])
     monkeypatch.setattr(training_process, "time", fake)
     cfg = configs.load(None, ["train.precision=fp32", "train.batch_size=1"])
-    return lambda steps=None: training_process.Variant(cfg, None, steps)
+    return lambda steps=None: training_process.Measured(cfg, None, steps)
 
 
 def test_a_round_is_whole_epochs_with_what_begins_them(variant):
@@ -411,7 +419,7 @@ def test_variants_of_either_precision_train_in_one_process_and_are_traced(datase
         for name in ("eager fp32", "eager bf16"):
             found = answers("measure", name, "x")
             assert found["rate"] > 0 and found["each"]["stall"] < 1
-    dtypes = [v._held.images.dtype for v in answers._variants.values()]
+    dtypes = [v._batch.images.dtype for v in answers._variants.values()]
     assert dtypes == [torch.float32, torch.bfloat16]
     assert answers("trace", "eager fp32", "case") == {}
     (trace,) = (tmp_path / "traces" / "case" / "traces").iterdir()
