@@ -1,15 +1,14 @@
 """The code that torch.compile generates for a GPU, and its launches, without a GPU.
 
-`generate` compiles a module's forward and backward for a faked H100, up to the text of the generated
-code; nothing is compiled to machine code. `run` runs that code on tensors that have shapes and
-no data, so that every buffer's size is that of the tensor which a kernel is given, not one read
-from text. It rests on internals of torch (2.11 and 2.14 are tried); where one has changed, it
-fails rather than count too little.
+`generate` compiles a module's forward and backward for a faked H100, up to the text of the code,
+which calls kernels in Triton. `run` runs that code on tensors that have shapes and no data: the
+size of what a kernel is given is that of its tensor, not read from the text, and no kernel is
+compiled. Both rest on internals of torch; 2.11 and 2.14 are tried.
 """
 
 import ast
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from types import SimpleNamespace
@@ -85,7 +84,7 @@ def faked_gpu() -> Iterator[None]:
 
     Call it in a process of its own: torch remembers some of its answers, and the guard stays.
     """
-    torch._C._ensureCUDADeviceGuardSet()  # C++ code asks for the current device; this one has no CUDA
+    torch._C._ensureCUDADeviceGuardSet()  # else operators, in C++, ask the driver
     with ExitStack() as stack:
         for place, name, value in _answers():
             stack.enter_context(mock.patch.object(place, name, value, create=True))
@@ -106,7 +105,6 @@ def _answers() -> list[tuple[Any, str, Any]]:
         (cuda, "set_device", lambda device: None),
         (cuda, "is_current_stream_capturing", lambda: False),
         (cuda, "get_rng_state", lambda *device: torch.zeros(16, dtype=torch.uint8)),
-        (cuda, "set_rng_state", lambda *state: None),
         # Dynamo would ask it for the current stream.
         (torch.accelerator, "is_available", lambda *check: False),
         (_triton, "triton_hash_with_backend", lambda: ""),
@@ -189,7 +187,9 @@ def _mover(device: str, inputs: list[torch.Tensor]) -> Callable[[Any], Any]:
         if not isinstance(value, torch.Tensor):
             return value
         with mode:
-            like = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+            like = torch.empty_strided(
+                value.shape, value.stride(), dtype=value.dtype, device=device
+            )
         return like.requires_grad_(value.requires_grad)
 
     return moved
@@ -197,7 +197,9 @@ def _mover(device: str, inputs: list[torch.Tensor]) -> Callable[[Any], Any]:
 
 def _move(graph: fx.GraphModule, moved: Callable[[Any], Any]) -> None:
     for node in graph.graph.nodes:
-        node.args, node.kwargs = (fx.node.map_aggregate(part, moved) for part in (node.args, node.kwargs))
+        node.args, node.kwargs = (
+            fx.node.map_aggregate(part, moved) for part in (node.args, node.kwargs)
+        )
         if "val" in node.meta:
             node.meta["val"] = tree_map(moved, node.meta["val"])
     graph.recompile()
@@ -210,12 +212,16 @@ def run(generated: Generated) -> tuple[list[Launch], list[Call]]:
     """
     recorder = _Recorder()
     names: dict[str, Any] = {}
-    inputs = [torch.empty_like(value, device="meta") for value in generated.inputs]
+    inputs = [_without_data(t.shape, t.stride(), t.dtype) for t in generated.inputs]
     with recorder, recorder.in_place_of_triton():
         exec(compile(generated.code, "generated code", "exec"), names)
         names.update(_WITHOUT_DATA)
         names["call"](inputs)
     return recorder.launches, recorder.calls
+
+
+def _without_data(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
 
 
 def _nothing(*args: Any) -> None:
@@ -224,11 +230,10 @@ def _nothing(*args: Any) -> None:
 
 # Of the code's global names: Inductor's, in C++, are for real tensors.
 _WITHOUT_DATA = {
-    "empty_strided_cuda": lambda shape, strides, dtype: torch.empty_strided(
-        shape, strides, dtype=dtype, device="meta"
-    ),
+    "empty_strided_cuda": _without_data,
     "reinterpret_tensor": torch.as_strided,
     "get_raw_stream": _nothing,
+    "copy_if_misaligned": lambda value: value,
     "assert_size_stride": _nothing,
     "assert_size_stride_grouped": _nothing,
     "assert_tensor_metadata": _nothing,
