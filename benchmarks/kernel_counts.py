@@ -127,12 +127,13 @@ def generated_step(cfg: Config, batch: int) -> list[Generated]:
     DropoutKeys(model, cfg.train.seed, rank=0, device=torch.device("cpu"))
     images = torch.empty(batch, 3, _SIDE, _SIDE, dtype=torch.bfloat16)
     images = images.to(memory_format=torch.channels_last)
-    with _all_supported(), torch.autocast("cuda", torch.bfloat16):
+    with all_supported(), torch.autocast("cuda", torch.bfloat16):
         return faked_gpu.generate(model, images)
 
 
 @contextmanager
-def _all_supported() -> Iterator[None]:
+def all_supported() -> Iterator[None]:
+    """Within it, each of `GPU_ONLY` is true."""
     with ExitStack() as stack:
         for name in GPU_ONLY:
             stack.enter_context(mock.patch(name, lambda *args: True))
