@@ -4,8 +4,8 @@
     python -m benchmarks.tables --check    # exit 1 where one is not current
 
 A page marks each table: ``<!-- table: cpu-2026-11-24/loaders -->`` … ``<!-- end -->``. Two records
-give the table of their ratios: ``<!-- table: DATE/loaders DATE/loaders-again -->``; of counts, which
-are exact, one table of both.
+give the table of their ratios: ``<!-- table: DATE/loaders DATE/loaders-again -->``; of counts,
+which are exact, one table of both.
 """
 
 import argparse
