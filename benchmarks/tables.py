@@ -4,7 +4,8 @@
     python -m benchmarks.tables --check    # exit 1 where one is not current
 
 A page marks each table: ``<!-- table: cpu-2026-11-24/loaders -->`` … ``<!-- end -->``. Two records
-give the table of their ratios: ``<!-- table: DATE/loaders DATE/loaders-again -->``.
+give the table of their ratios: ``<!-- table: DATE/loaders DATE/loaders-again -->``; of counts,
+which are exact, one table of both.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from benchmarks.measurements import Session, load
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "benchmarks/README.md", "pipelines/README.md")
+_EXACT = "kernel_counts"
 _MARKED = re.compile(r"(<!-- table: (\S+)(?: (\S+))? -->\n).*?<!-- end -->", re.DOTALL)
 
 
@@ -40,13 +42,13 @@ def update(page: Path, write: bool) -> bool:
 
 
 def render(name: str, again: str | None = None) -> str:
-    """The table of ``benchmarks/results/<name>.json`` and what made it, in Markdown; or that of how
-    its ratios agree with those of `again`."""
-    found = _load(name)
-    if again:
-        return agreement.table(agreement.compare(found, _load(again)))
-    table = importlib.import_module(f"benchmarks.{found.benchmark}").table(found)
-    return f"{table}\n\n{origin(found)}"
+    """The table of ``benchmarks/results/<name>.json`` and what made it, in Markdown; with `again`
+    that of how the ratios of the two agree, or of the counts in both."""
+    found = [_load(part) for part in (name, again) if part]
+    if again and found[0].benchmark != _EXACT:
+        return agreement.table(agreement.compare(*found))
+    table = importlib.import_module(f"benchmarks.{found[0].benchmark}").table(*found)
+    return "\n\n".join([table, *map(origin, found)])
 
 
 def _load(name: str) -> Session:
@@ -54,18 +56,20 @@ def _load(name: str) -> Session:
 
 
 def origin(found: Session) -> str:
-    """Command, machine, date and versions, in one line."""
+    """Command, machine, date and versions, in one line; and what its figures are, if measured."""
     machine, versions = found.machine, found.versions
     devices = ", ".join(machine.get("gpus", [])) or "no GPU"
     names = ", ".join(f"{name} {version}" for name, version in versions.items())
     parts = f", in {len(found.calls)} parts" if len(found.calls) > 1 else ""
     rounds = sorted({len(record.rounds) for record in found.records})
     cpu = machine["cpu"] + (f" ({machine['instructions']})" if "instructions" in machine else "")
-    return (
+    made = (
         f"`{found.command}`; {machine['cores']} cores of {cpu}, {devices}; "
-        f"{found.date[:10]}; {names}. Median ± half the range over "
-        f"{' or '.join(map(str, rounds))} rounds{parts}."
+        f"{found.date[:10]}; {names}."
     )
+    if found.benchmark == _EXACT:
+        return made
+    return f"{made} Median ± half the range over {' or '.join(map(str, rounds))} rounds{parts}."
 
 
 if __name__ == "__main__":

@@ -1,0 +1,161 @@
+"""What is counted runs in processes of its own: a faked GPU leaves its traces in torch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import kernel_counts, tables
+from benchmarks.measurements import Record, Session, load, save
+
+ROOT = Path(__file__).parents[2]
+
+# At batch 128 with torch 2.11 to 2.14, which differ by a kernel or two: (generated kernels forward,
+# backward; MB an image). To be lowered with what the models save.
+LIMITS = {"resnet11": (110, 108, 28.0), "cnn8": (63, 65, 34.1)}
+
+SMALL = """
+import json, sys
+import torch
+from benchmarks import faked_gpu, kernel_counts
+from benchmarks.faked_gpu import CountError
+
+class Residual(torch.nn.Module):
+    def forward(self, x):
+        assert x.is_cuda
+        return torch.relu(x) + x
+
+class Sum(torch.nn.Module):
+    def forward(self, x):
+        return x.sum(dim=0)
+
+def supported(x):
+    return False
+
+@torch.library.custom_op("fastlab::double", mutates_args=())
+def double(x: torch.Tensor, times: int) -> torch.Tensor:
+    raise NotImplementedError
+
+double.register_fake(lambda x, times: torch.empty_like(x))
+double.register_autograd(lambda ctx, gradient: (double(gradient, 3), None))
+
+class Own(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(64))
+
+    def forward(self, x):
+        weighted = x * self.weight
+        return double(weighted, 5) if supported(x) else weighted
+
+def counted(model, *inputs):
+    return [kernel_counts.count_pass(graph) for graph in faked_gpu.generate(model, *inputs)]
+
+def said(call):
+    try:
+        call()
+    except CountError as error:
+        return str(error)
+
+def of(passes):
+    return [[(k.name[:12], k.kernels, k.bytes) for k in one.kernels] for one in passes]
+
+kernel_counts.GPU_ONLY.append("__main__.supported")
+rows = torch.zeros(512, 64)
+with faked_gpu.faked_gpu(), kernel_counts.all_supported():
+    found = {"residual": of(counted(Residual(), rows)), "sum": of(counted(Sum(), rows))}
+    found["unknown operator"] = said(lambda: counted(Own(), rows))
+    kernel_counts.OPERATORS["fastlab::double"] = lambda x, times: kernel_counts.Traffic(
+        times, 2 * x.numel() * x.element_size()
+    )
+    found["own"] = of(counted(Own(), rows))
+    [graph] = faked_gpu.generate(Residual(), rows)
+    for name, old, new in (
+        ("other type", "'*fp32'", "'*bf16'"),
+        ("no tensor", ".run(arg0_1", ".run(None"),
+        ("other role", "in_ptr0", "some_ptr0"),
+    ):
+        assert old in graph.code
+        changed = graph._replace(code=graph.code.replace(old, new))
+        found[name] = said(lambda: kernel_counts.count_pass(changed))
+print(json.dumps(found))
+"""
+
+
+def python(*arguments: str) -> str:
+    """What it prints."""
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def small():
+    return json.loads(python("-c", SMALL).splitlines()[-1])
+
+
+def test_a_fused_kernel_reads_its_input_and_writes_its_output_once(small):
+    assert small["residual"] == [[["triton_poi_f", 1, 2 * 512 * 64 * 4]]]
+
+
+def test_a_sum_in_two_kernels_moves_its_partial_sums_too(small):
+    rows, partial, total = 512 * 64 * 4, 4 * 64 * 4, 64 * 4
+    assert small["sum"] == [
+        [["triton_red_f", 1, rows + partial], ["triton_per_f", 1, partial + total]]
+    ]
+
+
+def test_an_operator_of_the_project_counts_as_what_it_says_in_both_passes(small):
+    forward, backward = small["own"]
+    rows, weight = 512 * 64 * 4, 64 * 4
+    assert forward == [["triton_poi_f", 1, 2 * rows + weight], ["fastlab::dou", 5, 2 * rows]]
+    assert backward[-1] == ["fastlab::dou", 3, 2 * rows]
+
+
+def test_an_operator_of_the_project_without_its_traffic_is_an_error(small):
+    assert small["unknown operator"] == "fastlab::double: its traffic is not in OPERATORS"
+
+
+@pytest.mark.parametrize("case", ["other type", "no tensor", "other role"])
+def test_an_argument_of_unknown_size_is_an_error(small, case):
+    assert small[case].startswith("triton_poi_fused")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", LIMITS)
+def test_kernels_and_bytes_of_a_step_do_not_grow(model, tmp_path):
+    out = tmp_path / "counts.json"
+    arguments = ["--config", f"configs/{model}.toml", "--batch", "128", "--out", str(out)]
+    printed = python("-m", "benchmarks.kernel_counts", *arguments)
+    found = load(out)
+    assert kernel_counts.table(found) in printed and found.machine["gpus"] == []
+    [record] = found.records
+    kernels = [record.details[one]["generated"] for one in ("forward", "backward")]
+    forward, backward, megabytes = LIMITS[model]
+    assert kernels[0] <= forward and kernels[1] <= backward and record.median / 1e6 <= megabytes
+
+
+def counts(generated: int, moved: float) -> Session:
+    one = {"generated": generated, "custom": 1, "library": {"aten::mm": 2}, "small": 3, "bytes": 0}
+    details = {"batch": 128, "forward": one, "backward": one}
+    machine = {"cpu": "a CPU", "cores": 2, "gpus": []}
+    records = [Record("resnet11", "bytes/image", [moved], details)]
+    return Session("kernel_counts", records, "python …", "2026-11-26T", machine, {"torch": "2.14"})
+
+
+def test_one_table_shows_several_records(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    for name, found in (("before", counts(110, 28e6)), ("after", counts(70, 14e6))):
+        save(found, tmp_path / f"benchmarks/results/{name}.json")
+    row = (
+        "| resnet11 | 128 | 110 + 110 = 220 → 70 + 70 = 140 | 2 → 2 | 4 → 4 | 6 → 6 | 28.0 → 14.0 |"
+    )
+    shown = tables.render("before", "after")
+    origin = "`python …`; 2 cores of a CPU, no GPU; 2026-11-26; torch 2.14."
+    assert row in shown and shown.endswith(f"\n\n{origin}\n\n{origin}")
+    paths = [str(tmp_path / f"benchmarks/results/{name}.json") for name in ("before", "after")]
+    assert kernel_counts.main(["--table", *paths]) == 0
+    assert row in capsys.readouterr().out
