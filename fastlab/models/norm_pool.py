@@ -1,5 +1,0 @@
-"""Placeholder until the branch lands."""
-
-
-def supported(x):
-    return False
