@@ -63,11 +63,24 @@ def _bias(bias, channel, known):
 
 
 @triton.jit
-def _dropped_out(x, offset, number, inside, key0, key1, scale, least, DROP: tl.constexpr):
-    """z = dropout(x + bias) of the elements at `x`, in float32."""
-    z = tl.load(x, mask=inside, other=0.0).to(tl.float32) + offset
+def _in_units_of_x(bias, mean, var, scale, eps, channel, known):
+    """The x whose z is 0; the x whose z is the mean; and the factor of their difference that makes
+    z of unit variance. Each is [1, channels]."""
+    offset = _bias(bias, channel, known)
+    centre = tl.load(mean + channel, mask=known, other=0.0) / scale - offset
+    factor = tl.rsqrt(tl.load(var + channel, mask=known, other=1.0) + eps) * scale
+    return 0.0 - offset[None, :], centre[None, :], factor[None, :]
+
+
+@triton.jit
+def _dropped_out(
+    x, number, place, inside, offset, key0, key1, scale, least, DROP: tl.constexpr
+):  # fmt: skip
+    """z = dropout(x + bias) in float32 of the elements at `place`, counted from `x` and from the
+    element with this number."""
+    z = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) + offset
     if DROP:
-        z = tl.where(_kept(number, key0, key1, least), z * scale, 0.0)
+        z = tl.where(_kept(number + place.to(tl.uint32), key0, key1, least), z * scale, 0.0)
     return z
 
 
@@ -100,19 +113,19 @@ def partial_statistics(
     start = part.to(tl.int64) * rows_each
     count = tl.minimum(rows - start, rows_each).to(tl.int32)
     source = x + start * C
-    number = place.to(tl.uint32) + (start * C).to(tl.uint32)
+    number = (start * C).to(tl.uint32)
     key0, key1 = _folded_keys(key)
     offset = _bias(bias, channel, known)[None, :]
 
     inside = (row < count)[:, None] & known[None, :]
-    z = _dropped_out(source + place, offset, number, inside, key0, key1, scale, least, DROP)
+    z = _dropped_out(source, number, place, inside, offset, key0, key1, scale, least, DROP)
     tile_count = tl.minimum(count, BLOCK_R).to(tl.float32)
     pivot = tl.sum(tl.where(inside, z, 0.0), 0) / tile_count
     total = tl.full((BLOCK_R, BLOCK_C), 0.0, tl.float32)
     square = tl.full((BLOCK_R, BLOCK_C), 0.0, tl.float32)
     for done in range(0, count, BLOCK_R):
         inside = (row < count - done)[:, None] & known[None, :]
-        z = _dropped_out(source + place, offset, number, inside, key0, key1, scale, least, DROP)
+        z = _dropped_out(source, number, place, inside, offset, key0, key1, scale, least, DROP)
         deviation = tl.where(inside, z - pivot[None, :], 0.0)
         total += deviation
         square += deviation * deviation
@@ -257,13 +270,10 @@ def normalise_and_pool(
     number = (image * (H * W * C)).to(tl.uint32)
     out = image * (HO * WO * C)
 
-    offset = _bias(bias, channel, known)[None, :]
-    factor = tl.load(weight + channel, mask=known, other=0.0)[None, :]
+    zero, centre, rstd = _in_units_of_x(bias, mean, var, scale, eps, channel, known)
+    factor = tl.load(weight + channel, mask=known, other=0.0)[None, :] * rstd
     added = tl.load(shift + channel, mask=known, other=0.0)[None, :]
-    centre = tl.load(mean + channel, mask=known, other=0.0)[None, :]
-    rstd = tl.rsqrt(tl.load(var + channel, mask=known, other=1.0) + eps)[None, :]
     sign = tl.where(factor < 0, -1.0, 1.0)
-    zero = 0.0 - offset
     key0, key1 = _folded_keys(key)
 
     if SIZE == 3:
@@ -290,8 +300,7 @@ def normalise_and_pool(
         if SIZE == 3:
             above, above_at = below, below_at
 
-        z = (best + offset) * scale
-        normal = (z - centre) * rstd * factor + added
+        normal = (best - centre) * factor + added
         dead = normal <= 0
         code = tl.where(best == zero, at + IS_ZERO, at)
         code = tl.where(dead, NOWHERE, code)
@@ -330,9 +339,7 @@ def partial_sums(
     start = part.to(tl.int64) * rows_each
     count = tl.minimum(rows - start, rows_each).to(tl.int32)
     done_before = start * C
-    offset = _bias(bias, channel, known)[None, :]
-    centre = tl.load(mean + channel, mask=known, other=0.0)[None, :]
-    rstd = tl.rsqrt(tl.load(var + channel, mask=known, other=1.0) + eps)[None, :]
+    zero, centre, rstd = _in_units_of_x(bias, mean, var, scale, eps, channel, known)
     total = tl.full((BLOCK_R, BLOCK_C), 0.0, tl.float32)
     product = tl.full((BLOCK_R, BLOCK_C), 0.0, tl.float32)
     for done in range(0, count, BLOCK_R):
@@ -340,13 +347,14 @@ def partial_sums(
         code = tl.load(codes + done_before + place, mask=inside, other=NOWHERE).to(tl.int32)
         gradient = tl.load(gy + done_before + place, mask=inside, other=0.0).to(tl.float32)
         peak = tl.load(peaks + done_before + place, mask=inside, other=0.0).to(tl.float32)
-        z = tl.where(code >= IS_ZERO, 0.0, (peak + offset) * scale)
+        peak = tl.where(code >= IS_ZERO, zero, peak)
         gradient = tl.where(code == NOWHERE, 0.0, gradient)
         total += gradient
-        product += gradient * ((z - centre) * rstd)
+        product += gradient * (peak - centre)
         done_before += BLOCK_R * C
     tl.store(shift_parts + part * C + channel, tl.sum(total, 0), mask=known)
-    tl.store(weight_parts + part * C + channel, tl.sum(product, 0), mask=known)
+    product = tl.sum(product, 0)[None, :] * rstd
+    tl.store(weight_parts + part * C + channel[None, :], product, mask=known[None, :])
 
 
 @triton.jit
@@ -482,22 +490,19 @@ def input_gradient(
     known = channel < C
     key0, key1 = _folded_keys(key)
 
-    # d loss / d z = weight * rstd * (g - mean of g - xhat * mean of (g * xhat)), where xhat is
-    # (z - mean) * rstd and z is scale * (x + bias); x gets it scaled once more.
-    offset = _bias(bias, channel, known)[None, :]
-    factor = tl.load(weight + channel, mask=known, other=0.0)[None, :]
-    centre = tl.load(mean + channel, mask=known, other=0.0)[None, :]
-    rstd = tl.rsqrt(tl.load(var + channel, mask=known, other=1.0) + eps)[None, :]
+    # The gradient of x is weight * rstd * (g - mean of g - normal * mean of (g * normal)), where
+    # rstd is in units of x, normal is (x - centre) * rstd, and g the gradient that windows sent.
+    zero, centre, rstd = _in_units_of_x(bias, mean, var, scale, eps, channel, known)
     mean_gradient = tl.load(grad_shift + channel, mask=known, other=0.0)[None, :] * inverse_count
     mean_product = tl.load(grad_weight + channel, mask=known, other=0.0)[None, :] * inverse_count
-    of_gradient = factor * rstd * scale
-    of_z = 0.0 - of_gradient * mean_product * rstd
-    of_x = of_z * scale
-    constant = of_z * (offset * scale - centre) - of_gradient * mean_gradient
+    of_gradient = tl.load(weight + channel, mask=known, other=0.0)[None, :] * rstd
+    of_x = 0.0 - of_gradient * mean_product * rstd
+    constant = 0.0 - of_x * centre - of_gradient * mean_gradient
 
     total = tl.full((BLOCK_X, BLOCK_C), 0.0, tl.float32)
     first_item = tl.program_id(0) * items_each
-    for item in range(first_item, tl.minimum(first_item + items_each, items)):
+    for done in range(0, tl.minimum(items_each, items - first_item)):
+        item = first_item + done
         square = item % ACROSS * BLOCK_X + tl.arange(0, BLOCK_X)
         first = item // ACROSS % DOWN * STRIP
         image = (item // (ACROSS * DOWN)).to(tl.int64)
@@ -573,7 +578,7 @@ def forward(
     )  # fmt: skip
     combine_statistics[(_blocks(c, PARTS_CHANNELS),)](
         means, squares, mean, var, parts, rows, rows_each,
-        C=c, BLOCK_P=PARTS_TILE, BLOCK_C=PARTS_CHANNELS,
+        C=c, BLOCK_P=PARTS_TILE, BLOCK_C=PARTS_CHANNELS, num_warps=WARPS,
     )  # fmt: skip
     _, _, height, width = y.shape
     items, tile = _strips(b, c, height, width)
@@ -632,7 +637,7 @@ def _combine(
 ) -> None:
     combine_sums[(_blocks(c, PARTS_CHANNELS),)](
         sources[0], sources[-1], targets[0], targets[-1], parts,
-        C=c, PAIR=len(sources) == 2, BLOCK_P=PARTS_TILE, BLOCK_C=PARTS_CHANNELS,
+        C=c, PAIR=len(sources) == 2, BLOCK_P=PARTS_TILE, BLOCK_C=PARTS_CHANNELS, num_warps=WARPS,
     )  # fmt: skip
 
 
