@@ -1,9 +1,9 @@
-"""The Triton kernels of `fastlab.models.norm_pool`, and their launches. Importing this needs Triton.
+"""The Triton kernels of `fastlab.models.norm_pool`, and their launches. This imports Triton.
 
 All kernels see channels-last tensors as rows of `C` channels. Their sizes are reasoned for an H100
 (132 multiprocessors, 3.35 TB/s), which hides its latency with about 18 KB of loads under way in
 each multiprocessor: a tile gives each thread 8 neighbouring channels (16 bytes of bfloat16), one
-or two rows of them, and leaves it below 128 registers, so that 512 threads and more are resident.
+or two rows of them, and leaves it at most 128 registers, so that 512 threads or more are resident.
 Blocks of 64 channels are whole cache lines of 128 bytes in bfloat16.
 
 Sums are taken in a fixed order: each program writes its part to a buffer, and one further kernel
@@ -31,7 +31,7 @@ PARTS = 1024
 # several tiles at a time.
 WINDOW_TILE, WINDOW_WARPS = 1024, 4
 # Rows of windows that a program goes down. A row that two windows share is read by both only
-# where a strip ends: one in 16 is read twice. Shorter strips would give small batches more programs.
+# where a strip ends: one in 16 is. Shorter strips would give small batches more programs.
 STRIP = 8
 GRADIENT_PARTS = 2048  # parts of the sum for the gradient of the bias: two rounds of programs
 # A kernel that adds parts takes 8 channels, one sector of 32 bytes, and so many parts at a time.
@@ -492,7 +492,7 @@ def input_gradient(
 
     # The gradient of x is weight * rstd * (g - mean of g - normal * mean of (g * normal)), where
     # rstd is in units of x, normal is (x - centre) * rstd, and g the gradient that windows sent.
-    zero, centre, rstd = _in_units_of_x(bias, mean, var, scale, eps, channel, known)
+    _, centre, rstd = _in_units_of_x(bias, mean, var, scale, eps, channel, known)
     mean_gradient = tl.load(grad_shift + channel, mask=known, other=0.0)[None, :] * inverse_count
     mean_product = tl.load(grad_weight + channel, mask=known, other=0.0)[None, :] * inverse_count
     of_gradient = tl.load(weight + channel, mask=known, other=0.0)[None, :] * rstd

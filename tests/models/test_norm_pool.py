@@ -5,7 +5,6 @@ import importlib.util
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -33,28 +32,30 @@ def fresh_kernels() -> ModuleType:
     return module
 
 
-@pytest.fixture
-def patch(monkeypatch) -> pytest.MonkeyPatch:
-    return monkeypatch
+@pytest.fixture(scope="module")
+def interpreted() -> ModuleType:
+    """The kernels for Triton's interpreter."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        return fresh_kernels()
 
 
 @pytest.fixture
-def kernels(patch) -> Iterator[ModuleType]:
-    """The kernels, which run in Triton's interpreter, on a CPU, until the test is over."""
+def kernels(interpreted, monkeypatch) -> ModuleType:
+    """The kernels that run: in Triton's interpreter, on a CPU, until the test is over."""
     from triton import language
     from triton.runtime import interpreter
 
-    with pytest.MonkeyPatch.context() as while_loading:
-        while_loading.setenv("TRITON_INTERPRET", "1")
-        module = fresh_kernels()
     # Triton itself was loaded to compile; the interpreter takes no function meant for that.
-    patch.setattr(language, "sum", interpreted_sum)
-    patch.setattr(interpreter, "_patch_lang_tensor", with_index(interpreter._patch_lang_tensor))
+    monkeypatch.setattr(language, "sum", interpreted_sum)
+    monkeypatch.setattr(
+        interpreter, "_patch_lang_tensor", with_index(interpreter._patch_lang_tensor)
+    )
     # Each call inside a kernel would prepare the language once more, which takes milliseconds.
-    patch.setattr(interpreter.InterpretedFunction, "__call__", call_prepared)
-    patch.setitem(sys.modules, KERNELS, module)
-    patch.setattr(models, "norm_pool_kernels", module, raising=False)
-    yield module
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call_prepared)
+    monkeypatch.setitem(sys.modules, KERNELS, interpreted)
+    monkeypatch.setattr(models, "norm_pool_kernels", interpreted, raising=False)
+    return interpreted
 
 
 def interpreted_sum(x, axis):
@@ -136,8 +137,9 @@ def run(case: Case, function=dropout_norm_relu_pool, dtype=None) -> dict[str, to
     given = [t.requires_grad_() for t in inputs if t is not None]
     y, mean, var = function(*inputs, case.key, case.p, EPS, case.size, case.size - 2)
     gradients = torch.autograd.grad(y, given, case.gy.to(y.dtype))
-    names = [name for name, t in zip(("dx", "bias", "weight", "shift"), inputs) if t is not None]
-    return {"y": y.detach(), "mean": mean, "var": var} | dict(zip(names, gradients))
+    names = ["dx", "weight", "shift"] if case.bias is None else ["dx", "bias", "weight", "shift"]
+    found = {"y": y.detach(), "mean": mean, "var": var}
+    return found | dict(zip(names, gradients, strict=True))
 
 
 def assert_right(case: Case, limit: float = 1e-5) -> dict[str, torch.Tensor]:
@@ -174,60 +176,69 @@ def assert_same_bits(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor])
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("p", [0.0, 0.15])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(3, 3, 7, 6), (2, 96, 5, 8)])
-def test_single_precision_is_that_of_the_layers(kernels, shape, bias, p, size):
-    assert_right(make_case(shape, size=size, p=p, bias=bias))
+def test_single_precision_is_that_of_the_layers(kernels, bias, p, size):
+    assert_right(make_case((2, 3, 5, 6), size=size, p=p, bias=bias))
 
 
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_rounds_only_what_it_stores(kernels, dtype, size):
-    assert_right(make_case((2, 64, 9, 10), dtype, size=size))
+    assert_right(make_case((2, 64, 4, 5), dtype, size=size))
 
 
-@pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize(
-    "shape", [(4, 1, 3, 3), (1, 2, 2, 2), (2, 1, 2, 35), (2, 5, 19, 3), (2, 130, 4, 4)]
+    ("size", "shape"),
+    [
+        (2, (3, 1, 3, 3)),
+        (3, (3, 1, 3, 3)),
+        (3, (1, 2, 2, 2)),
+        (3, (2, 1, 1, 6)),
+        (2, (1, 3, 3, 131)),
+        (3, (1, 3, 2, 131)),
+        (3, (1, 5, 19, 3)),
+        (2, (2, 96, 4, 4)),
+        (3, (2, 96, 4, 4)),
+    ],
 )
-def test_any_sizes_and_channels(kernels, shape, size):
+def test_any_sizes_and_channels(kernels, size, shape):
     assert_right(make_case(shape, size=size))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.15])
 def test_a_mean_far_from_zero_takes_no_precision(kernels, p):
-    found = assert_right(make_case((4, 8, 17, 16), p=p, mean=100.0), limit=2e-5)
+    found = assert_right(make_case((2, 64, 8, 8), p=p, mean=100.0), limit=2e-5)
     if p == 0:
         assert found["var"].max() < 2
 
 
-def test_a_first_image_unlike_all_others_takes_no_precision(kernels, patch):
-    patch.setattr(kernels, "TILE", 64)
-    patch.setattr(kernels, "PARTS", 2)
-    case = make_case((8, 4, 8, 8), p=0.0, bias=False)
+def test_a_first_image_unlike_all_others_takes_no_precision(kernels, monkeypatch):
+    monkeypatch.setattr(kernels, "TILE", 64)
+    monkeypatch.setattr(kernels, "PARTS", 2)
+    case = make_case((4, 4, 6, 6), p=0.0, bias=False)
     case.x[0] = 300.0
     assert_right(case)
 
 
-def test_many_parts_tiles_and_strips_add_up(kernels, patch):
+def test_many_parts_tiles_and_strips_add_up(kernels, monkeypatch):
     """Loops that only large batches would go through more than once."""
     small = {"TILE": 64, "PARTS": 5, "GRADIENT_PARTS": 4, "PARTS_TILE": 2, "WINDOW_TILE": 32}
     for name, value in small.items():
-        patch.setattr(kernels, name, value)
-    patch.setattr(kernels, "STRIP", 2)
-    assert_right(make_case((3, 12, 13, 11)))
+        monkeypatch.setattr(kernels, name, value)
+    monkeypatch.setattr(kernels, "STRIP", 2)
+    assert_right(make_case((2, 12, 9, 7)))
 
 
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
 def test_of_equal_values_the_first_is_chosen_as_by_max_pool2d(kernels, size, sign):
-    case = make_case((2, 4, 9, 8), size=size, p=0.3, bias=False)
+    case = make_case((2, 4, 5, 6), size=size, p=0.3, bias=False)
     case.x.copy_(case.x.round().clamp(-1, 1))
     case.weight.fill_(sign)
     assert_right(case)
 
 
 def test_a_channel_that_relu_kills_gets_no_gradient(kernels):
-    case = make_case((2, 4, 6, 6))
+    case = make_case((1, 4, 4, 4))
     case.shift[1] = -100.0
     found = assert_right(case)
     assert not found["y"][:, 1].any()
@@ -236,7 +247,7 @@ def test_a_channel_that_relu_kills_gets_no_gradient(kernels):
 
 
 def test_a_weight_of_zero_passes_the_shift_on_and_no_gradient_back(kernels):
-    case = make_case((2, 2, 6, 6))
+    case = make_case((1, 2, 4, 4))
     case.weight.zero_()
     case.shift.copy_(torch.tensor([0.5, -0.5]))
     found, expected = run(case), run(case, reference, torch.float64)
@@ -248,8 +259,8 @@ def test_a_weight_of_zero_passes_the_shift_on_and_no_gradient_back(kernels):
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_a_number_shows_in_its_channel(kernels, size, value):
-    case = make_case((2, 3, 6, 6), size=size, p=0.0)
-    case.x[1, 2, 3, 3] = value
+    case = make_case((2, 3, 4, 4), size=size, p=0.0)
+    case.x[1, 2, 1, 2] = value
     y = run(case)["y"]
     assert y[:, 2].isnan().all()
     assert y[:, :2].isfinite().all()
@@ -260,7 +271,7 @@ def test_the_bias_of_a_norm_without_dropout_gets_no_gradient(kernels):
 
 
 def test_the_key_tells_which_elements_are_dropped(kernels):
-    case = make_case((2, 8, 6, 6))
+    case = make_case((1, 8, 4, 4))
     first, again = run(case), run(case)
     assert_same_bits(first, again)
     for place in range(2):
@@ -269,7 +280,7 @@ def test_the_key_tells_which_elements_are_dropped(kernels):
 
 
 def test_a_gradient_of_another_layout_is_the_same(kernels):
-    case = make_case((2, 3, 6, 8))
+    case = make_case((1, 3, 4, 6))
     expected = run(case)
     case.gy = case.gy.contiguous(memory_format=torch.channels_last)
     assert_same_bits(run(case), expected)
@@ -285,7 +296,7 @@ def test_statistics_have_no_gradient(kernels):
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_operators_keep_what_they_promise_to_the_compiler(kernels, bias):
-    case = make_case((2, 3, 5, 6), bias=bias)
+    case = make_case((1, 3, 2, 4), bias=bias)
     inputs = [None if t is None else t.clone().requires_grad_() for t in case.inputs()]
     torch.library.opcheck(norm_pool._forward, (*inputs, case.key, case.p, EPS, case.size))
     with torch.no_grad():
@@ -297,7 +308,7 @@ def test_the_operators_keep_what_they_promise_to_the_compiler(kernels, bias):
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_compiled_code_gets_the_same_bits(kernels, bias):
-    case = make_case((2, 8, 6, 6), torch.bfloat16, bias=bias)
+    case = make_case((1, 8, 4, 4), torch.bfloat16, bias=bias)
     compiled = torch.compile(dropout_norm_relu_pool, backend="aot_eager", fullgraph=True)
     assert_same_bits(run(case, compiled), run(case))
 
@@ -324,14 +335,14 @@ def test_traffic_counts_two_reads_and_then_a_read_and_a_write_of_the_input():
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_traffic_counts_the_kernels_that_run(kernels, patch, bias):
+def test_traffic_counts_the_kernels_that_run(kernels, monkeypatch, bias):
     case = make_case((2, 3, 6, 6), bias=bias)
-    launched = launches_of(patch, kernels, type(kernels.partial_sums), case)
+    launched = launches_of(monkeypatch, kernels, type(kernels.partial_sums), case)
     *_, forward, backward = traffic(case.x.shape, 4, case.size, case.size - 2, bias)
     assert len(launched) == forward + backward
 
 
-def launches_of(patch, kernels: ModuleType, kind: type, case: Case) -> list[tuple]:
+def launches_of(monkeypatch, kernels: ModuleType, kind: type, case: Case) -> list[tuple]:
     """Kernels of this kind, their arguments and keyword arguments, of a forward and a backward
     pass. None of them runs."""
     launched = []
@@ -339,7 +350,7 @@ def launches_of(patch, kernels: ModuleType, kind: type, case: Case) -> list[tupl
     def record(kernel, *args, grid, warmup, **settings):
         launched.append((kernel, args, settings))
 
-    patch.setattr(kind, "run", record)
+    monkeypatch.setattr(kind, "run", record)
     inputs = case.inputs()
     outputs = norm_pool._forward_outputs(case.x, case.size)
     settings = (case.p, EPS, case.size)
@@ -367,7 +378,8 @@ def machine_code(kernel, args: tuple, settings: dict[str, int]) -> bytes:
     options = {"num_warps": settings.pop("num_warps")}
     signature = dict.fromkeys(kernel.arg_names, "constexpr")
     aligned = {}
-    for place, (name, value) in enumerate(zip(kernel.arg_names, args)):
+    for place, value in enumerate(args):
+        name = kernel.arg_names[place]
         if value is None:
             settings[name] = None
         elif isinstance(value, torch.Tensor):
@@ -381,16 +393,17 @@ def machine_code(kernel, args: tuple, settings: dict[str, int]) -> bytes:
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["cubin"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("size", "p"), [(3, 0.15), (2, 0.0)])
-def test_kernels_compile_for_an_h100_without_spilling_registers(patch, tmp_path, size, p):
-    patch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+def test_kernels_compile_for_an_h100_without_spilling_registers(monkeypatch, tmp_path, size, p):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     case = make_case((1, 64, 64, 64), torch.bfloat16, size=size, p=p)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if not tool.is_file():
         pytest.skip("this Triton is not NVIDIA's")
     kernels = fresh_kernels()
-    for kernel, args, settings in launches_of(patch, kernels, type(kernels.partial_sums), case):
+    for kernel, args, settings in launches_of(
+        monkeypatch, kernels, type(kernels.partial_sums), case
+    ):
         binary = tmp_path / "kernel.cubin"
         binary.write_bytes(machine_code(kernel, args, settings))
         usage = subprocess.run(
