@@ -36,6 +36,7 @@ from fastlab import config as configs
 from fastlab import models
 from fastlab.cli import run_command
 from fastlab.config import Config
+from fastlab.models import norm_pool
 from fastlab.models.dropout import DropoutKeys
 
 _SIDE, _CLASSES = 64, 200  # of Tiny ImageNet
@@ -49,11 +50,28 @@ class Traffic(NamedTuple):
     bytes: int  # of all of them
 
 
-OPERATORS: dict[str, Callable[..., Traffic]] = {}
+def _pool_forward(x, bias, weight, shift, key, p, eps, size) -> Traffic:
+    moved, _, kernels, _ = norm_pool.traffic(
+        x.shape, x.element_size(), size, size - 2, bias is not None
+    )
+    return Traffic(kernels, moved)
+
+
+def _pool_backward(gy, x, bias, weight, key, mean, var, codes, peaks, p, eps, size) -> Traffic:
+    _, moved, _, kernels = norm_pool.traffic(
+        x.shape, x.element_size(), size, size - 2, bias is not None
+    )
+    return Traffic(kernels, moved)
+
+
+OPERATORS: dict[str, Callable[..., Traffic]] = {
+    "fastlab::norm_pool": _pool_forward,
+    "fastlab::norm_pool_backward": _pool_backward,
+}
 """The project's operator, such as "fastlab::norm_pool" -> its traffic. The function takes what the
 operator takes; the tensors have shapes and types, and no data."""
 
-GPU_ONLY: list[str] = []
+GPU_ONLY: list[str] = ["fastlab.models.norm_pool.supported"]
 """Functions that models ask whether a kernel of the project's can take a tensor, such as
 "fastlab.models.norm_pool.supported": True while the step is counted."""
 
@@ -144,9 +162,12 @@ def count_pass(graph: Generated) -> Pass:
     """To be called on a faked GPU. Raises `CountError` where a kernel's bytes are not known."""
     launches, calls = faked_gpu.run(graph)
     kernels = [Kernel(launch.kernel, 1, launch.bytes, True) for launch in launches]
-    own = [call for call in calls if call.operator.startswith("fastlab::")]
-    kernels += [_own_kernels(call) for call in own]
-    return Pass(kernels, Counter(call.operator for call in calls if call not in own))
+    kernels += [_own_kernels(call) for call in calls if _is_own(call)]
+    return Pass(kernels, Counter(call.operator for call in calls if not _is_own(call)))
+
+
+def _is_own(call: Call) -> bool:
+    return call.operator.startswith("fastlab::")
 
 
 def _own_kernels(call: Call) -> Kernel:
