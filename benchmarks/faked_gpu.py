@@ -197,9 +197,8 @@ def _mover(device: str, inputs: list[torch.Tensor]) -> Callable[[Any], Any]:
 
 def _move(graph: fx.GraphModule, moved: Callable[[Any], Any]) -> None:
     for node in graph.graph.nodes:
-        node.args, node.kwargs = (
-            fx.node.map_aggregate(part, moved) for part in (node.args, node.kwargs)
-        )
+        node.args = fx.node.map_aggregate(node.args, moved)
+        node.kwargs = fx.node.map_aggregate(node.kwargs, moved)
         if "val" in node.meta:
             node.meta["val"] = tree_map(moved, node.meta["val"])
     graph.recompile()

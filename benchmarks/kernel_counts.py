@@ -71,7 +71,7 @@ OPERATORS: dict[str, Callable[..., Traffic]] = {
 """The project's operator, such as "fastlab::norm_pool" -> its traffic. The function takes what the
 operator takes; the tensors have shapes and types, and no data."""
 
-GPU_ONLY: list[str] = ["fastlab.models.norm_pool.supported"]
+GPU_ONLY: list[str] = []
 """Functions that models ask whether a kernel of the project's can take a tensor, such as
 "fastlab.models.norm_pool.supported": True while the step is counted."""
 
