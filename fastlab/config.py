@@ -185,6 +185,9 @@ class Config:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
 
 
+# Of earlier versions, in the configurations of their runs: without effect on what a run computes.
+_RETIRED = {("train", "compile_mode")}
+
 SECTIONS: dict[str, type] = {f.name: f.default_factory for f in dataclasses.fields(Config)}
 
 
@@ -224,7 +227,9 @@ def _check_tables(tables: dict[str, Any], where: str) -> dict[str, dict[str, Any
                 f"{where}: {section}: expected a section, [{section}], got {_show(table)}"
             )
         values[section] = {
-            key: _check_value(section, key, value, where) for key, value in table.items()
+            key: _check_value(section, key, value, where)
+            for key, value in table.items()
+            if (section, key) not in _RETIRED
         }
     return values
 

@@ -123,7 +123,7 @@ def _launching(review: "Review", settings: dict[str, Any]) -> Finding:
         "launch-bound",
         f"the GPU idles {review.shares['launching']:.0%} of the step because the host launches "
         f"more slowly than kernels run: {review.launches:.0f} launches a step{length}",
-        _compile_first(settings) or _graphs(settings) or "a larger train.batch_size",
+        _compile_first(settings) or _graphs(settings),
     )
 
 
@@ -164,10 +164,12 @@ def _compile_first(settings: dict[str, Any]) -> str:
 
 
 def _graphs(settings: dict[str, Any]) -> str:
-    mode = settings.get("train", {}).get("compile_mode", "default")
-    if mode in ("reduce-overhead", "max-autotune"):
-        return ""
-    return 'train.compile_mode = "reduce-overhead": CUDA graphs launch a step at once'
+    if settings.get("train", {}).get("step", "eager") == "eager":
+        return 'train.step = "auto": on one GPU a CUDA graph launches a step at once'
+    return (
+        "none is needed on one GPU, where train.step captures steps outside of traces; on more, a "
+        "larger train.batch_size"
+    )
 
 
 def _half(settings: dict[str, Any]) -> str:

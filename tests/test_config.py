@@ -74,7 +74,7 @@ VALUES = {
         "precision": st.sampled_from(["fp64", "fp32", "bf16", "fp16"]),
         "channels_last": st.booleans(),
         "compile": st.booleans(),
-        "compile_mode": st.sampled_from(["default", "reduce-overhead", "max-autotune"]),
+        "step": st.sampled_from(["auto", "captured", "eager"]),
         "label_smoothing": FRACTION,
         "grad_clip": NOT_NEGATIVE,
         "ema": FRACTION,
@@ -287,7 +287,7 @@ def test_unreadable_file_is_refused(tmp_path, name):
         ('data.path="with space = and # mark"', "with space = and # mark"),
         ('data.path="a\\nb"', "a\nb"),
         ("data.path=''", ""),
-        ("train.compile_mode=max-autotune", "max-autotune"),
+        ("train.step=captured", "captured"),
     ],
 )
 def test_override_sets_one_value_and_nothing_else(override, expected):
@@ -479,3 +479,11 @@ def test_mutated_file_loads_or_is_refused_in_one_line(config, edits, tmp_path_fa
         assert found.startswith(f"{path}: ")
     else:
         assert saved_and_loaded(found, path.parent) == found
+
+
+def test_a_key_of_an_earlier_version_is_read_over_in_a_file_and_refused_as_an_override(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text('[train]\ncompile_mode = "reduce-overhead"\nepochs = 3\n')
+    assert load(path).train.epochs == 3
+    with pytest.raises(UserError, match="train.compile_mode: unknown key"):
+        load(None, ["train.compile_mode=default"])

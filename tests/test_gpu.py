@@ -23,7 +23,7 @@ from torch._dynamo.utils import counters
 from fastlab import config, models
 from fastlab import train as training
 from fastlab.cli import main
-from fastlab.config import AugmentConfig, DataConfig, ModelConfig, TrainConfig
+from fastlab.config import AugmentConfig, DataConfig, ModelConfig
 from fastlab.dataset.convert import Options, convert
 from fastlab.dataset.manifest import read_manifest
 from fastlab.dataset.synth import synthesise
@@ -80,7 +80,7 @@ def device(request, monkeypatch) -> Iterator[str]:
 
 
 def _without_inductor(compile: Callable) -> Callable:
-    def plainly(function: Callable, mode: str = "default", **settings):
+    def plainly(function: Callable, **settings):
         return compile(function, backend="aot_eager", **settings)
 
     return plainly
@@ -119,9 +119,12 @@ def precision_for(device: str) -> str:
     return f"train.precision={'bf16' if device == 'cuda' else 'fp32'}"
 
 
-def take_steps(trainer: training.Trainer, batches: Iterator, count: int) -> list[torch.Tensor]:
-    """The losses, on the device."""
-    return [training.train_step(trainer, batch) for batch in islice(batches, count)]
+def take_steps(trainer: training.Trainer, batches: Iterator, count: int) -> torch.Tensor:
+    """The losses of the epoch so far, on the device."""
+    for batch in islice(batches, count):
+        trainer.step(batch)
+        trainer.progress.step += 1
+    return trainer.losses[: trainer.progress.step]
 
 
 # Data
@@ -249,13 +252,14 @@ def loss_and_gradient(
     )
     models.set_memory_format(model, channels_last)
     if compiled:
-        training.compile_forward(model, TrainConfig(precision=precision))
+        training.compile_forward(model, deterministic=False)
     images = images.to(device, training.DTYPES[precision], memory_format=torch.channels_last)
     with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
         logits = model(images)
     loss = nn.functional.cross_entropy(logits if precision == "fp64" else logits.float(), labels)
     loss.backward()
-    gradient = torch.cat([weight.grad.double().flatten() for weight in model.parameters()])
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    gradient = torch.cat([weight.grad.double().flatten() for weight in trained])
     return loss.item(), gradient.cpu()
 
 
@@ -300,19 +304,71 @@ def test_a_compiled_model_gives_the_eager_loss_and_gradient(device, precision, w
     assert_close(compiled, eager, BOUNDS[precision])
 
 
-@both_devices
-def test_cuda_graphs_train_as_plain_launches_do(make_trainer, device):
-    found = []
-    for mode in ("default", "reduce-overhead"):
+CAPTURED = {
+    "resnet11, clipped": (
+        "model.name=resnet11",
+        "schedule.name=cosine",
+        "train.grad_clip=1",
+    ),
+    "cnn8, compiled, streamed": ("model.name=cnn8", "train.compile=true", "data.placement=stream"),
+    "resnet18, compiled, sgd": ("model.name=resnet18", "train.compile=true", "optim.name=sgd"),
+}
+
+
+@gpu_only
+@pytest.mark.parametrize("name", CAPTURED)
+def test_a_captured_training_is_that_of_plain_launches_bit_for_bit(
+    name, device, dataset, tmp_path, capsys
+):
+    """With dropout, a moving average and, after two of three epochs, another rate."""
+    runs = {step: tmp_path / step for step in ("eager", "captured")}
+    plateau = ("schedule.name=plateau", "schedule.patience=0", "schedule.threshold=0.9")
+    sets = (*DETERMINISTIC, precision_for(device), "augment.flip=true", *plateau, *CAPTURED[name])
+    for step, run in runs.items():
+        AcceleratorState._reset_state(reset_partial_state=True)
         torch.compiler.reset()
-        counters.clear()
-        sets = ("train.compile=true", f"train.compile_mode={mode}", precision_for(device))
-        trainer = make_trainer(*SMALL, *DETERMINISTIC, *sets, "optim.lr=0.001")
-        found.append(torch.stack(take_steps(trainer, trainer.train_data.epoch(0), 8)).tolist())
-        assert counters["stats"]["unique_graphs"] > 0
-        assert counters["inductor"]["cudagraph_skips"] == 0
-    assert found[1] == pytest.approx(found[0], rel=1e-2)
-    assert len(set(found[0])) == 8
+        assert main(["train", *command(dataset, run, f"train.step={step}", *sets)]) == 0
+    assert "captured" not in capsys.readouterr().out  # no refusal
+    assert metrics(runs["eager"]) == metrics(runs["captured"])
+    assert_same_weights(runs["eager"], runs["captured"])
+
+
+@gpu_only
+def test_capturing_changes_nothing_and_runs_nothing(make_trainer, device):
+    trainer = make_trainer("model.name=resnet11", *DETERMINISTIC, precision_for(device))
+    batches = iter(trainer.batches(0))
+    take_steps(trainer, batches, 3)
+    state = trainer.model.state_dict()
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    trainer.step._capture(next(batches))
+    torch.cuda.synchronize()
+    assert trainer.step._graph is not None and int(trainer.step.done) == 3
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state.items())
+    assert all(p.grad is None for p in trainer.model.parameters())
+    take_steps(trainer, batches, 1)
+    assert int(trainer.step.done) == 4
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in state.items())
+
+
+@gpu_only
+def test_a_step_that_reads_the_device_is_not_captured_and_goes_on(
+    device, dataset, tmp_path, monkeypatch, capsys
+):
+    runs = {step: tmp_path / step for step in ("eager", "captured")}
+    train_step = training.train_step
+
+    def reading(trainer, batch):
+        loss = train_step(trainer, batch)
+        assert loss.item() > 0
+        return loss
+
+    monkeypatch.setattr(training, "train_step", reading)
+    for step, run in runs.items():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        sets = (f"train.step={step}", *DETERMINISTIC, precision_for(device))
+        assert main(["train", *command(dataset, run, *sets)]) == 0
+    assert capsys.readouterr().out.count("the step cannot be captured") == 1
+    assert_same_weights(runs["eager"], runs["captured"])
 
 
 @torch.no_grad()
@@ -328,12 +384,12 @@ def plain_evaluation(trainer: training.Trainer, dataset: Path) -> tuple[torch.Te
 
 
 @both_devices
-@pytest.mark.parametrize("mode", ["eager", "reduce-overhead"])
+@pytest.mark.parametrize("compiled", ["false", "true"])
 @pytest.mark.parametrize("batch_size", [7, 1000])
-def test_evaluation_counts_each_image_once(mode, batch_size, make_trainer, dataset, device):
+def test_evaluation_counts_each_image_once(compiled, batch_size, make_trainer, dataset, device):
     """As does an evaluation of them all in one batch."""
-    compiled = () if mode == "eager" else ("train.compile=true", f"train.compile_mode={mode}")
-    trainer = make_trainer(*SMALL, f"train.eval_batch_size={batch_size}", *compiled)
+    sets = (f"train.eval_batch_size={batch_size}", f"train.compile={compiled}")
+    trainer = make_trainer(*SMALL, *sets)
     found = training.evaluate(trainer.net, trainer.val_data, trainer.accelerator)
     logits, labels = plain_evaluation(trainer, dataset)
     hits = [int((logits.topk(k).indices == labels[:, None]).any(dim=1).sum()) for k in (1, 5)]
@@ -349,7 +405,7 @@ def test_the_moving_average_is_that_of_a_loop_on_the_host(make_trainer):
         return [tensor.double().cpu() for tensor in state if tensor.is_floating_point()]
 
     trainer = make_trainer("train.ema=0.5", "optim.lr=0.1", *NO_DROPOUT)
-    expected, batches = snapshot(trainer), trainer.train_data.epoch(0)
+    expected, batches = snapshot(trainer), iter(trainer.batches(0))
     start = expected
     for step in range(8):
         take_steps(trainer, batches, 1)
@@ -357,9 +413,12 @@ def test_the_moving_average_is_that_of_a_loop_on_the_host(make_trainer):
         weights = zip(expected, snapshot(trainer), strict=True)
         expected = [decay * old + (1 - decay) * new for old, new in weights]
     found = [tensor.double().cpu() for tensor in trainer.average.average]
+    moved = 0
     for average, wanted, before in zip(found, expected, start, strict=True):
         torch.testing.assert_close(average, wanted, rtol=1e-5, atol=1e-6)
-        assert not torch.equal(average, before)
+        moved += not torch.equal(average, before)
+    frozen = [p for p in trainer.model.parameters() if not p.requires_grad]
+    assert frozen and moved == len(start) - len(frozen)
 
 
 # Trainings
@@ -367,17 +426,17 @@ def test_the_moving_average_is_that_of_a_loop_on_the_host(make_trainer):
 
 STOPPED_BY_ITSELF = """
 import os, signal, sys
-from fastlab import train
+from fastlab import step, train
 
-step, steps = train.train_step, []
+call, steps = step.Step.__call__, []
 
-def stopping(trainer, batch):
-    steps.append(trainer.progress.step)
+def stopping(self, batch):
+    steps.append(batch)
     if len(steps) == 14:
         os.kill(os.getpid(), signal.SIGTERM)
-    return step(trainer, batch)
+    return call(self, batch)
 
-train.train_step = stopping
+step.Step.__call__ = stopping
 sys.exit(train.main(sys.argv[1:]))
 """
 
@@ -401,19 +460,19 @@ def test_a_stopped_training_resumes_bit_for_bit(name, compiled, device, dataset,
 
 
 @gpu_only
-@pytest.mark.parametrize("mode", ["eager", "default", "reduce-overhead"])
-def test_no_step_waits_for_the_device(mode, make_trainer, device):
+@pytest.mark.parametrize("step", ["eager", "captured"])
+@pytest.mark.parametrize("compiled", ["false", "true"])
+def test_no_step_waits_for_the_device(compiled, step, make_trainer, device):
     """After the epoch's first steps: they compile, capture and copy the epoch's order."""
-    compiled = () if mode == "eager" else ("train.compile=true", f"train.compile_mode={mode}")
     sets = (*SMALL, "data.placement=device", "augment.flip=true", precision_for(device))
-    trainer = make_trainer(*sets, *compiled)
-    batches = trainer.train_data.epoch(0)
+    trainer = make_trainer(*sets, f"train.compile={compiled}", f"train.step={step}")
+    batches = iter(trainer.batches(0))
     take_steps(trainer, batches, 5)
     with waits_refused():
         losses = take_steps(trainer, batches, 4)
         with pytest.raises(RuntimeError, match="synchronizing"):
             losses[0].item()
-    assert len(losses) == 4 and torch.stack(losses).isfinite().all()
+    assert len(losses) == 9 and losses.isfinite().all()
 
 
 @contextmanager

@@ -383,13 +383,13 @@ def test_images_a_second_come_from_the_runs_configuration(tmp_path, capsys):
 def test_advice_is_not_what_is_done_already(tmp_path):
     path = record(tmp_path / "traces", 20, tiny)
     said = [look(path).main.findings[0][2]]
-    for mode in ("default", "reduce-overhead"):
-        text = f'[train]\ncompile = true\ncompile_mode = "{mode}"\n'
+    for step in ("eager", "auto"):
+        text = f'[train]\ncompile = true\nstep = "{step}"\n'
         (tmp_path / "config.toml").write_text(text)
         said.append(look(path).main.findings[0][2])
     assert "train.compile = true" in said[0]
-    assert "CUDA graphs" in said[1]
-    assert "batch_size" in said[2]
+    assert 'train.step = "auto"' in said[1]
+    assert "none is needed on one GPU" in said[2]
 
 
 # Damage
