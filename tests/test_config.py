@@ -485,5 +485,5 @@ def test_a_key_of_an_earlier_version_is_read_over_in_a_file_and_refused_as_an_ov
     path = tmp_path / "config.toml"
     path.write_text('[train]\ncompile_mode = "reduce-overhead"\nepochs = 3\n')
     assert load(path).train.epochs == 3
-    with pytest.raises(UserError, match="train.compile_mode: unknown key"):
+    with pytest.raises(UserError, match=r"train\.compile_mode: unknown key"):
         load(None, ["train.compile_mode=default"])
