@@ -41,7 +41,7 @@ WHEELS, CEILINGS = Path("wheels"), RESULTS / "ceilings.json"
 _GRACE = 10.0  # seconds that a step has to save what it did
 _PART = 15 << 20  # bytes of a file of the packed cache
 _SHOWN = 12  # last lines of each step's log that a stage prints
-_GPU_TESTS = ("tests/test_gpu.py", "tests/test_tracing.py")
+_GPU_TESTS = ("tests/models", "tests/test_gpu.py", "tests/test_tracing.py")
 _OTHERS = ("resnet15", "resnet19", "cnn8", "resnet18")
 
 
@@ -74,15 +74,21 @@ class Sizes:
 
     batches: str = "128,1024"
     variants: str = ""
+    savings_batches: tuple[int, ...] = (1024, 128, 256)
     rounds: int = 3
     loader_batches: str = "256,4096,65536"
     classes: int = 200
-    graphs: tuple[str, ...] = ("train.compile_mode=reduce-overhead",)
-    """How long trainings launch their kernels: the fastest way."""
+    savings: tuple[str, ...] = ("--savings",)
+    """Variants of the stage `savings`."""
     overrides: tuple[str, ...] = ()
     """Makes the models small."""
     patience: float = 1.0
     """Time limits are multiplied by it."""
+
+    def each_batch(self) -> list[tuple[int, tuple[str, ...]]]:
+        """Batch sizes of the stage `savings`, and a command's options for each: short rounds."""
+        options = ("--rounds", "2", "--steps", "100", "--ceilings", str(CEILINGS))
+        return [(batch, ("--batches", str(batch), *options)) for batch in self.savings_batches]
 
     def sets(self, *overrides: str) -> list[str]:
         return [part for value in (*overrides, *self.overrides) for part in ("--set", value)]
@@ -91,10 +97,11 @@ class Sizes:
 ON_CPU = Sizes(
     batches="16",
     variants="eager fp32",
+    savings_batches=(16,),
     rounds=1,
     loader_batches="8",
     classes=4,
-    graphs=(),
+    savings=(),
     patience=10.0,
     overrides=(
         "train.epochs=2",
@@ -162,7 +169,11 @@ def data(sizes: Sizes, args: argparse.Namespace) -> list[Step]:
         *steps,
         Step("convert-first", _convert(ORIGINALS, FIRST), 15),
         Step("warm-race", _race(sizes, "reference", "warm-race", FIRST, *short), 90, beside=True),
-        warm(sizes, FIRST, "resnet11", 90),
+        warm(sizes, FIRST, "resnet11", "resnet11", 90),
+        *(
+            warm(sizes, FIRST, f"savings-{batch}", "resnet11", 150, *sizes.savings, *only)
+            for batch, only in sizes.each_batch()
+        ),
     ]
 
 
@@ -185,12 +196,24 @@ def measure(sizes: Sizes, _: argparse.Namespace) -> list[Step]:
     ]
 
 
+def savings(sizes: Sizes, _: argparse.Namespace) -> list[Step]:
+    """The step with each of its savings undone; the largest batch, bound by bytes, first."""
+    return [
+        Step(
+            f"savings-{batch}",
+            training(sizes, DATASET, f"savings-{batch}", ["resnet11"], *sizes.savings, *only),
+            60,
+        )
+        for batch, only in sizes.each_batch()
+    ]
+
+
 def reference(sizes: Sizes, _: argparse.Namespace) -> list[Step]:
     """The reference's ResNet-11 for all of its epochs, by the seed that no earlier rental took."""
     seed = next_seed("resnet11", Path("benchmarks/results"))
     run = RUNS / f"resnet11-seed{seed}"
-    sets = sizes.sets(f"data.path={DATASET}", f"train.seed={seed}", *sizes.graphs)
-    return [Step("reference", _train(run, "resnet11", sets), 290)]
+    sets = sizes.sets(f"data.path={DATASET}", f"train.seed={seed}")
+    return [Step("reference", _train(run, "resnet11", sets), 270)]
 
 
 def loaders(sizes: Sizes, _: argparse.Namespace) -> list[Step]:
@@ -223,14 +246,15 @@ def more(sizes: Sizes, _: argparse.Namespace) -> list[Step]:
     ]
 
 
-# What each stage took on an H200, with some to spare; `reference`, which has not run to its end
-# there, `loaders` and `more` are estimates from the rates measured there.
+# What each stage took on an H200, with some to spare; `savings`, `reference`, which has not run to
+# its end there, `loaders` and `more` are estimates from the rates measured there.
 STAGES = {
     "smoke": Stage(90, smoke, "the tests marked gpu, a few steps of every variant", True),
     "data": Stage(20, data, "unpack a piece of the dataset (--piece)"),
     "ready": Stage(60, ready, "convert all images, wait for tests and compilations", True),
     "measure": Stage(140, measure, "roofs, training steps of ResNet-11"),
-    "reference": Stage(270, reference, "the reference's ResNet-11 for its 100 epochs"),
+    "savings": Stage(120, savings, "the step of ResNet-11 with each of its savings undone"),
+    "reference": Stage(220, reference, "the reference's ResNet-11 for its 100 epochs"),
     "race": Stage(95, race, "seconds to 46.04 %, five times"),
     "loaders": Stage(65, loaders, "the input path beside a copy of as many bytes, nvJPEG"),
     "more": Stage(120, more, "in time that is left: the other models, one attempt at 66 %"),
@@ -272,13 +296,15 @@ def _loaders(dataset: Path, name: str, *options: object) -> list[str]:
 
 def _race(sizes: Sizes, record: str, name: str, dataset: Path, *options: object) -> list[str]:
     arguments = ("--data", dataset, "--out", RESULTS / f"{name}.json", *options)
-    return python(f"benchmarks.records.{record}", *arguments, *sizes.sets(*sizes.graphs))
+    return python(f"benchmarks.records.{record}", *arguments, *sizes.sets())
 
 
-def warm(sizes: Sizes, dataset: Path, config: str, seconds: float) -> Step:
+def warm(
+    sizes: Sizes, dataset: Path, name: str, config: str, seconds: float, *options: str
+) -> Step:
     """Compile what later stages measure, beside what measures nothing and has the cores first."""
-    command = training(sizes, dataset, f"warm-{config}", [config], "--compile-only")
-    return Step(f"warm-{config}", ["nice", "-n", "10", *command], seconds, beside=True)
+    command = training(sizes, dataset, f"warm-{name}", [config], "--compile-only", *options)
+    return Step(f"warm-{name}", ["nice", "-n", "10", *command], seconds, beside=True)
 
 
 def next_seed(name: str, results: Path) -> int:

@@ -12,11 +12,9 @@ are the loss, the optimizer and the input path.
 
 import argparse
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 import torch._inductor.config as inductor_config
@@ -70,10 +68,6 @@ OPERATORS: dict[str, Callable[..., Traffic]] = {
 }
 """The project's operator, such as "fastlab::norm_pool" -> its traffic. The function takes what the
 operator takes; the tensors have shapes and types, and no data."""
-
-GPU_ONLY: list[str] = []
-"""Functions that models ask whether a kernel of the project's can take a tensor, such as
-"fastlab.models.norm_pool.supported": True while the step is counted."""
 
 
 class Kernel(NamedTuple):
@@ -145,17 +139,8 @@ def generated_step(cfg: Config, batch: int) -> list[Generated]:
     DropoutKeys(model, cfg.train.seed, rank=0, device=torch.device("cpu"))
     images = torch.empty(batch, 3, _SIDE, _SIDE, dtype=torch.bfloat16)
     images = images.to(memory_format=torch.channels_last)
-    with all_supported(), torch.autocast("cuda", torch.bfloat16):
+    with torch.autocast("cuda", torch.bfloat16):
         return faked_gpu.generate(model, images)
-
-
-@contextmanager
-def all_supported() -> Iterator[None]:
-    """Within it, each of `GPU_ONLY` is true."""
-    with ExitStack() as stack:
-        for name in GPU_ONLY:
-            stack.enter_context(mock.patch(name, lambda *args: True))
-        yield
 
 
 def count_pass(graph: Generated) -> Pass:

@@ -80,6 +80,7 @@ VARIANTS = {
     "captured bf16": _CAPTURED,
     **{f"captured bf16, {name}": replace(_CAPTURED, change=name) for name in savings.CHANGES},
 }
+_SAVINGS = [name for name in VARIANTS if name.startswith(("compiled bf16", "captured bf16"))]
 _GPU_DEFAULT = ["eager bf16", "compiled bf16", "captured bf16"]
 
 
@@ -112,6 +113,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     parser.add_argument("--batches", type=counts, default=[128], help="such as 128,1024")
     parser.add_argument("--variants", default="", help="names, separated by semicolons")
+    parser.add_argument(
+        "--savings", action="store_true", help="the captured step, each of its savings undone"
+    )
     parser.add_argument("--rounds", type=count, default=3)
     parser.add_argument("--epochs", type=count, default=1, help="of a round")
     parser.add_argument("--steps", type=count, help="of each epoch; default: all")
@@ -125,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    names = variants(args.variants)
+    names = variants(";".join(_SAVINGS) if args.savings else args.variants)
     for path in args.config:
         check_dataset(configs.load(path, args.overrides).data.path)
     groups = [
