@@ -253,10 +253,12 @@ STAGES = {
     "data": Stage(20, data, "unpack a piece of the dataset (--piece)"),
     "ready": Stage(60, ready, "convert all images, wait for tests and compilations", True),
     "measure": Stage(140, measure, "roofs, training steps of ResNet-11"),
-    "savings": Stage(120, savings, "the step of ResNet-11 with each of its savings undone"),
-    "reference": Stage(220, reference, "the reference's ResNet-11 for its 100 epochs"),
+    "savings": Stage(110, savings, "the step of ResNet-11 with each of its savings undone"),
+    "reference": Stage(225, reference, "the reference's ResNet-11 for its 100 epochs"),
     "race": Stage(95, race, "seconds to 46.04 %, five times"),
-    "loaders": Stage(65, loaders, "the input path beside a copy of as many bytes, nvJPEG"),
+    "loaders": Stage(
+        65, loaders, "in time that is left: the input path beside a copy of as many bytes, nvJPEG"
+    ),
     "more": Stage(120, more, "in time that is left: the other models, one attempt at 66 %"),
 }
 _WAITING = ("smoke", "ready")

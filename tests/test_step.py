@@ -236,3 +236,29 @@ def test_training_draws_nothing_from_torchs_generator(synth_dataset, tmp_path):
         trainer.step(batch)
     trainer.try_weights()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", ["plateau, adam", "onecycle, adamw, no average, augmented"])
+def test_what_is_compiled_around_a_step_is_one_graph_and_changes_nothing(
+    name, synth_dataset, tmp_path, monkeypatch
+):
+    """By a simpler compiler than on a GPU, which would take long here."""
+    compile, found = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda f: compile(f, backend="aot_eager", fullgraph=True))
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        trainer = trainer_of(synth_dataset, tmp_path, *SETTINGS[name])
+        launched = step.Step(
+            lambda batch, trainer=trainer: training.train_step(trainer, batch),
+            trainer.optimizer,
+            trainer.dropout,
+            trainer.rate,
+            trainer.losses,
+            compile=compiled,
+        )
+        trainer.step.done = launched.done
+        for batch in launched.batches(trainer.train_data, 1, 0, capture=False):
+            launched(batch)
+        found.append([*trainer.model.state_dict().values(), trainer.losses])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    assert len(set(found[0][-1].tolist())) == 6  # five losses, and that of no step
