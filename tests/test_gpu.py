@@ -27,6 +27,7 @@ from fastlab.config import AugmentConfig, DataConfig, ModelConfig
 from fastlab.dataset.convert import Options, convert
 from fastlab.dataset.manifest import read_manifest
 from fastlab.dataset.synth import synthesise
+from fastlab.models.dropout import DropoutKeys
 from fastlab.rundir import RunDir
 from fastlab.trace_page import look
 from pipelines import make_pipeline
@@ -243,14 +244,15 @@ def test_decoding_agrees_with_the_converters_to_a_few_levels(device, encoded_dat
 def loss_and_gradient(
     name: str, device: str, precision: str, compiled: bool = False, channels_last: bool = True
 ) -> tuple[float, torch.Tensor]:
-    """Of one training batch, without dropout; the gradient of all weights, fp64, on the host."""
-    plain = ModelConfig(name=name, width=8, dropout_conv=0, dropout_stem=0, dropout_fc=0)
+    """Of one training batch, with the same dropout on every device; the gradient of all weights,
+    fp64, on the host."""
     torch.manual_seed(0)
     images, labels = torch.randn(8, 3, 64, 64), torch.arange(8, device=device)
-    model = models.build(plain, classes=10).to(
+    model = models.build(ModelConfig(name=name, width=8), classes=10).to(
         device, torch.float64 if precision == "fp64" else torch.float32
     )
     models.set_memory_format(model, channels_last)
+    DropoutKeys(model, 5, 0, torch.device(device)).set(torch.tensor([3], device=device))
     if compiled:
         training.compile_forward(model, deterministic=False)
     images = images.to(device, training.DTYPES[precision], memory_format=torch.channels_last)
@@ -271,9 +273,9 @@ def without_tf32() -> Iterator[None]:
 
 # Largest relative differences of the loss and of the gradient's norm. A rounding error switches
 # ReLUs and max pools that are close to switching, which moves the gradient by more than its own
-# size: measured on a CPU, by up to 0.003 in fp32 and 0.53 in bf16 (ResNet-19, the deepest). In fp64
+# size: measured on a CPU, by up to 0.034 in fp32 (CNN-10) and 0.44 in bf16 (ResNet-19, the deepest). In fp64
 # nothing switches, so that this is the precision that tells a wrong gradient.
-BOUNDS = {"fp64": (1e-9, 1e-6), "fp32": (1e-4, 2e-2), "bf16": (5e-2, 0.75)}
+BOUNDS = {"fp64": (1e-9, 1e-6), "fp32": (1e-4, 0.1), "bf16": (5e-2, 0.75)}
 
 
 def assert_close(found: tuple, expected: tuple, bounds: tuple[float, float]) -> None:
