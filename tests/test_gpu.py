@@ -273,8 +273,8 @@ def without_tf32() -> Iterator[None]:
 
 # Largest relative differences of the loss and of the gradient's norm. A rounding error switches
 # ReLUs and max pools that are close to switching, which moves the gradient by more than its own
-# size: measured on a CPU, by up to 0.034 in fp32 (CNN-10) and 0.44 in bf16 (ResNet-19, the deepest). In fp64
-# nothing switches, so that this is the precision that tells a wrong gradient.
+# size: measured on a CPU, by up to 0.034 in fp32 (CNN-10) and 0.44 in bf16 (ResNet-19, the
+# deepest). In fp64 nothing switches, so that this is the precision that tells a wrong gradient.
 BOUNDS = {"fp64": (1e-9, 1e-6), "fp32": (1e-4, 0.1), "bf16": (5e-2, 0.75)}
 
 
