@@ -196,7 +196,8 @@ def _best_of_row(
     DROP: tl.constexpr,
 ):
     """The greatest sign * x in each window's columns of a row, where dropout makes x `zero`; and
-    the first of the columns that has it. A value that is not a number counts as the greatest."""
+    the first of the columns that has it. A value that is not a number counts as the greatest.
+    Of a row outside the image nothing is read, and what is returned means nothing."""
     PADDING: tl.constexpr = SIZE - 2
     row_inside = (row >= 0) & (row < H)
     for k in tl.static_range(SIZE):
@@ -217,8 +218,6 @@ def _best_of_row(
             stays = value <= best
             best = tl.where(stays, best, value)
             at = tl.where(stays, at, k)
-    if PADDING == 1:
-        best = tl.where(row_inside, best, float("-inf"))
     return best, at
 
 
@@ -268,7 +267,9 @@ def normalise_and_pool(
     known = channel < C
     x += image * (H * W * C)
     number = (image * (H * W * C)).to(tl.uint32)
-    out = image * (HO * WO * C)
+    y += image * (HO * WO * C)
+    codes += image * (HO * WO * C)
+    peaks += image * (HO * WO * C)
 
     zero, centre, rstd = _in_units_of_x(bias, mean, var, scale, eps, channel, known)
     factor = tl.load(weight + channel, mask=known, other=0.0)[None, :] * rstd
@@ -281,6 +282,7 @@ def normalise_and_pool(
             x, number, 2 * first - 1, window, channel, known,
             sign, zero, key0, key1, least, H, W, C, SIZE, DROP,
         )  # fmt: skip
+        above = tl.where(first > 0, above, float("-inf"))
     for row in range(first, tl.minimum(first + STRIP, HO)):
         best, at = _best_of_row(
             x, number, 2 * row, window, channel, known,
@@ -294,6 +296,8 @@ def normalise_and_pool(
             x, number, 2 * row + 1, window, channel, known,
             sign, zero, key0, key1, least, H, W, C, SIZE, DROP,
         )  # fmt: skip
+        if H % 2 == 1:
+            below = tl.where(2 * row + 1 < H, below, float("-inf"))
         stays = below <= best
         best = tl.where(stays, best, below) * sign
         at = tl.where(stays, at, below_at + (SIZE - 1) * SIZE)
@@ -305,7 +309,7 @@ def normalise_and_pool(
         code = tl.where(best == zero, at + IS_ZERO, at)
         code = tl.where(dead, NOWHERE, code)
         inside = (window < WO)[:, None] & known[None, :]
-        place = out + ((row * WO + window)[:, None] * C + channel[None, :])
+        place = (row * WO + window)[:, None] * C + channel[None, :]
         tl.store(y + place, tl.where(dead, 0.0, normal).to(y.dtype.element_ty), mask=inside)
         tl.store(codes + place, code.to(tl.uint8), mask=inside)
         tl.store(peaks + place, best.to(peaks.dtype.element_ty), mask=inside)

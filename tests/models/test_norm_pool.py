@@ -380,8 +380,8 @@ def machine_code(kernel, args: tuple, settings: dict[str, int]) -> bytes:
     aligned = {}
     for place, value in enumerate(args):
         name = kernel.arg_names[place]
-        if value is None:
-            settings[name] = None
+        if value is None or (isinstance(value, int) and value == 1):
+            settings[name] = value  # a launch takes the number 1 for a constant
         elif isinstance(value, torch.Tensor):
             signature[name] = POINTERS[value.dtype]
         else:
@@ -393,17 +393,19 @@ def machine_code(kernel, args: tuple, settings: dict[str, int]) -> bytes:
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["cubin"]
 
 
-@pytest.mark.parametrize(("size", "p"), [(3, 0.15), (2, 0.0)])
-def test_kernels_compile_for_an_h100_without_spilling_registers(monkeypatch, tmp_path, size, p):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    case = make_case((1, 64, 64, 64), torch.bfloat16, size=size, p=p)
+@pytest.mark.parametrize(("size", "p", "gradient_parts"), [(3, 0.15, 2048), (2, 0.0, 2)])
+def test_kernels_compile_for_an_h100_without_spilling_registers(
+    monkeypatch, tmp_path, size, p, gradient_parts
+):
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if not tool.is_file():
         pytest.skip("this Triton is not NVIDIA's")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     kernels = fresh_kernels()
-    for kernel, args, settings in launches_of(
-        monkeypatch, kernels, type(kernels.partial_sums), case
-    ):
+    monkeypatch.setattr(kernels, "GRADIENT_PARTS", gradient_parts)
+    case = make_case((1, 64, 64, 64), torch.bfloat16, size=size, p=p)
+    launched = launches_of(monkeypatch, kernels, type(kernels.partial_sums), case)
+    for kernel, args, settings in launched:
         binary = tmp_path / "kernel.cubin"
         binary.write_bytes(machine_code(kernel, args, settings))
         usage = subprocess.run(
