@@ -233,8 +233,8 @@ def statistics(
     norms = 1 if other is None else 2
     means, squares = (buffers(norms, parts, x) for _ in range(2))
     partial_statistics[parts, blocks(c, CHANNELS), norms](
-        x, x if other is None else other, bias, key, means, squares, rows, rows_each, 1 / (1 - p), threshold(p),
-        C=c, DROP=p > 0, **tile, num_warps=WARPS,
+        x, x if other is None else other, bias, key, means, squares, rows, rows_each,
+        1 / (1 - p), threshold(p), C=c, DROP=p > 0, **tile, num_warps=WARPS,
     )  # fmt: skip
     combine_statistics[blocks(c, PARTS_CHANNELS), norms](
         means, squares, *targets, *(other_targets or targets), parts, rows, rows_each,

@@ -307,6 +307,7 @@ def input_gradients(
         known,
     )
     key0, key1 = folded_keys(key)
+    writes = known[None, :] & (tl.program_id(0) == 0)
     total = _vector(grad_shift, channel, known)
     of_gradient, of_distance, constant = _linear(
         weights, rstd, total, _vector(grad_weight, channel, known), inverse_count
@@ -316,13 +317,11 @@ def input_gradients(
         of_gradient2, of_distance2, constant2 = _linear(
             weights2, rstd2, total, product2, inverse_count
         )
-        if tl.program_id(0) == 0:
-            tl.store(grad_shift2 + channel[None, :], total, mask=known[None, :])
+        tl.store(grad_shift2 + channel[None, :], total, mask=writes)
     if grad_bias is not None:
-        if tl.program_id(0) == 0:
-            missing = _vector(number, channel, known) * (of_distance * (zero - centre) + constant)
-            missing += of_gradient * _vector(dropped, channel, known)
-            tl.store(grad_bias + channel[None, :], 0.0 - missing, mask=known[None, :])
+        missing = _vector(number, channel, known) * (of_distance * (zero - centre) + constant)
+        missing += of_gradient * _vector(dropped, channel, known)
+        tl.store(grad_bias + channel[None, :], 0.0 - missing, mask=writes)
     for done in range(0, count, BLOCK_R):
         inside = (row < count - done)[:, None] & known[None, :]
         keeps = inside
