@@ -269,7 +269,8 @@ def _store_gradient(
     return tl.where(inside, gradient, 0.0)
 
 
-@triton.jit(do_not_specialize=["least"], do_not_specialize_on_alignment=["key"])
+# Were `items_each` compiled in where it is 1, the program would take more registers.
+@triton.jit(do_not_specialize=["least", "items_each"], do_not_specialize_on_alignment=["key"])
 def input_gradient(
     gy,
     codes,

@@ -111,19 +111,21 @@ def compiled(launch: Launch) -> dict[str, str | bytes]:
 
     settings = dict(launch.settings)
     options = {"num_warps": settings.pop("num_warps")}
-    names = launch.kernel.arg_names
-    signature = dict.fromkeys(names, "constexpr")
+    signature = dict.fromkeys(launch.kernel.arg_names, "constexpr")
     aligned = {}
-    for place, (name, value) in enumerate(zip(names, launch.args, strict=False)):
-        if value is None or (isinstance(value, int) and value == 1):
-            settings[name] = value  # a launch takes the number 1 for a constant
+    for place, value in enumerate(launch.args):
+        parameter = launch.kernel.params[place]
+        number = isinstance(value, int)
+        if value is None or (number and value == 1 and not parameter.do_not_specialize):
+            settings[parameter.name] = value
         elif isinstance(value, torch.Tensor):
-            signature[name] = _POINTERS[value.dtype]
+            signature[parameter.name] = _POINTERS[value.dtype]
+            if not parameter.do_not_specialize_on_alignment:
+                aligned[place,] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32"
-        multiple = isinstance(value, int) and value % 16 == 0 and name != "least"
-        if multiple or (isinstance(value, torch.Tensor) and name != "key"):
-            aligned[place,] = [["tt.divisibility", 16]]
+            signature[parameter.name] = "i32" if number else "fp32"
+            if number and value % 16 == 0 and not parameter.do_not_specialize:
+                aligned[place,] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, settings, aligned)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm
 
