@@ -30,10 +30,14 @@ PARTS_TILE, PARTS_CHANNELS = 512, 8
 
 @triton.jit
 def folded_keys(key):
-    """`kept` shifts the xor of a word and a key; the key's share is the same for all words."""
-    first = tl.load(key).to(tl.uint32, bitcast=True)
-    second = tl.load(key + 1).to(tl.uint32, bitcast=True)
-    return first ^ (first >> 16), second ^ (second >> 15)
+    """`kept` shifts the xor of a word and a key; the key's share is the same for all words. None is
+    the key where nothing is dropped."""
+    if key is None:
+        return 0, 0
+    else:
+        first = tl.load(key).to(tl.uint32, bitcast=True)
+        second = tl.load(key + 1).to(tl.uint32, bitcast=True)
+        return first ^ (first >> 16), second ^ (second >> 15)
 
 
 @triton.jit
@@ -220,7 +224,7 @@ def combine_sums(
 def statistics(
     x: torch.Tensor,
     bias: torch.Tensor | None,
-    key: torch.Tensor,
+    key: torch.Tensor | None,
     p: float,
     targets: tuple[torch.Tensor, ...],
     other: torch.Tensor | None = None,

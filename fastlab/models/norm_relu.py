@@ -30,7 +30,7 @@ def norm_relu(
     bias: torch.Tensor | None,
     weight: torch.Tensor,
     shift: torch.Tensor,
-    key: torch.Tensor,
+    key: torch.Tensor | None,
     p: float,
     eps: float,
     *,
@@ -44,8 +44,8 @@ def norm_relu(
 
     x, other.x, residual: [b, c, h, w], bfloat16, float16 or float32, channels-last: outputs of
     convolutions, x without its `bias`: float32 [c]. weight, shift: float32 [c], of the batch norms,
-    as is `eps`. key: int32 [2], drops the elements that `fastlab.models.dropout.kept` drops.
-    Arithmetic is in float32, and repeated to the bit. Returns [b, c, h, w] of x's dtype,
+    as is `eps`. key: int32 [2], drops the elements that `fastlab.models.dropout.kept` drops; None
+    is enough where p is 0. Arithmetic is in float32, and repeated to the bit. Returns [b, c, h, w] of x's dtype,
     channels-last; float32 [c] twice, with `other` four times.
     """
     others = (None, None, None) if other is None else other
@@ -141,7 +141,7 @@ def _forward(
     bias: torch.Tensor | None,
     weight: torch.Tensor,
     shift: torch.Tensor,
-    key: torch.Tensor,
+    key: torch.Tensor | None,
     p: float,
     eps: float,
     drop_after: bool,
@@ -167,7 +167,7 @@ def _backward(
     bias: torch.Tensor | None,
     weight: torch.Tensor,
     shift: torch.Tensor,
-    key: torch.Tensor,
+    key: torch.Tensor | None,
     x2: torch.Tensor | None,
     weight2: torch.Tensor | None,
     shift2: torch.Tensor | None,

@@ -361,7 +361,7 @@ class Inputs(NamedTuple):
     mean2: torch.Tensor | None
     var2: torch.Tensor | None
     residual: torch.Tensor | None
-    key: torch.Tensor
+    key: torch.Tensor | None
 
 
 class Settings(NamedTuple):
