@@ -116,16 +116,16 @@ class RunningStatistics:
         if left_out is not None:
             self._biased.append((norm.running_mean, left_out))
 
-    @torch.no_grad()
     def update(self) -> None:
         if not self._norms:
             return
         momentum = self._norms[0].momentum  # `norm` makes all alike
         running = [n.running_mean for n in self._norms] + [n.running_var for n in self._norms]
-        torch._foreach_lerp_(running, self._means + self._variances, momentum)
-        if self._biased:
-            means, biases = zip(*self._biased, strict=True)
-            torch._foreach_add_(means, biases, alpha=momentum)
+        with torch.no_grad():
+            torch._foreach_lerp_(running, self._means + self._variances, momentum)
+            if self._biased:
+                means, biases = zip(*self._biased, strict=True)
+                torch._foreach_add_(means, biases, alpha=momentum)
 
 
 def pooled(

@@ -45,8 +45,8 @@ def norm_relu(
     x, other.x, residual: [b, c, h, w], bfloat16, float16 or float32, channels-last: outputs of
     convolutions, x without its `bias`: float32 [c]. weight, shift: float32 [c], of the batch norms,
     as is `eps`. key: int32 [2], drops the elements that `fastlab.models.dropout.kept` drops; None
-    is enough where p is 0. Arithmetic is in float32, and repeated to the bit. Returns [b, c, h, w] of x's dtype,
-    channels-last; float32 [c] twice, with `other` four times.
+    is enough where p is 0. Arithmetic is in float32, and repeated to the bit. Returns [b, c, h, w]
+    of x's dtype, channels-last; float32 [c] twice, with `other` four times.
     """
     others = (None, None, None) if other is None else other
     outputs = _forward(x, bias, weight, shift, key, p, eps, drop_after, *others, residual)
