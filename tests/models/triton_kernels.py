@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -48,6 +49,7 @@ def running(loaded: SimpleNamespace) -> Iterator[None]:
         patch.setattr(language, "sum", _interpreted_sum)
         patched = _with_index(interpreter._patch_lang_tensor)
         patch.setattr(interpreter, "_patch_lang_tensor", patched)
+        patch.setattr(interpreter, "_convert_float", _rounded)
         # Each call inside a kernel would prepare the language once more, which takes milliseconds.
         patch.setattr(interpreter.InterpretedFunction, "__call__", _call_prepared)
         for name, module in vars(loaded).items():
@@ -74,6 +76,16 @@ def _with_index(patch_tensor):
         tensor.__index__ = lambda self: int(self.handle.data.squeeze())
 
     return patched
+
+
+_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def _rounded(values, source, target, rounding):
+    """Between float32 and bfloat16 as a GPU does: the interpreter would cut the lower bits off."""
+    types = [_TYPES[dtype.name] for dtype in (source, target)]
+    tensor = torch.from_numpy(np.ascontiguousarray(values)).view(types[0]).to(types[1])
+    return tensor.view(torch.uint16 if target.name == "bf16" else torch.uint32).numpy()
 
 
 class Launch:
