@@ -115,21 +115,9 @@ def normalise_and_rectify(
     """The output. `before` and `after`: what dropout before and after the norm multiplies by."""
     channel, known, row, place, first, count = part_of_rows(rows, rows_each, C, BLOCK_R, BLOCK_C)
     zero, centre, rstd, weights, centre2, rstd2, weights2, added = _of_norms(
-        bias,
-        weight,
-        shift,
-        mean,
-        var,
-        x2,
-        weight2,
-        shift2,
-        mean2,
-        var2,
-        before,
-        eps,
-        channel,
+        bias, weight, shift, mean, var, x2, weight2, shift2, mean2, var2, before, eps, channel,
         known,
-    )
+    )  # fmt: skip
     key0, key1 = folded_keys(key)
     for done in range(0, count, BLOCK_R):
         inside = (row < count - done)[:, None] & known[None, :]
@@ -183,21 +171,9 @@ def partial_sums(
     number. The gradient is that of the residual, and stored for it."""
     channel, known, row, place, first, count = part_of_rows(rows, rows_each, C, BLOCK_R, BLOCK_C)
     zero, centre, rstd, weights, centre2, rstd2, weights2, added = _of_norms(
-        bias,
-        weight,
-        shift,
-        mean,
-        var,
-        x2,
-        weight2,
-        shift2,
-        mean2,
-        var2,
-        before,
-        eps,
-        channel,
+        bias, weight, shift, mean, var, x2, weight2, shift2, mean2, var2, before, eps, channel,
         known,
-    )
+    )  # fmt: skip
     key0, key1 = folded_keys(key)
     total = tl.full((BLOCK_R, BLOCK_C), 0.0, tl.float32)
     product = tl.full((BLOCK_R, BLOCK_C), 0.0, tl.float32)
@@ -291,21 +267,9 @@ def input_gradients(
     """
     channel, known, row, place, first, count = part_of_rows(rows, rows_each, C, BLOCK_R, BLOCK_C)
     zero, centre, rstd, weights, centre2, rstd2, weights2, added = _of_norms(
-        bias,
-        weight,
-        shift,
-        mean,
-        var,
-        x2,
-        weight2,
-        shift2,
-        mean2,
-        var2,
-        before,
-        eps,
-        channel,
+        bias, weight, shift, mean, var, x2, weight2, shift2, mean2, var2, before, eps, channel,
         known,
-    )
+    )  # fmt: skip
     key0, key1 = folded_keys(key)
     writes = known[None, :] & (tl.program_id(0) == 0)
     total = _vector(grad_shift, channel, known)

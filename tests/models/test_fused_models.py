@@ -122,5 +122,4 @@ def test_half_precision_is_about_as_good_as_that_of_plain_layers(
         torch.stack([errors(one, right) for one, right in zip(found, exact, strict=True)])
         for found in (ours, plain)
     )
-    print((ours / plain).log().mean((1,)).exp())
     assert (ours / plain).log().mean().exp() < 1.5
