@@ -34,7 +34,7 @@ from fastlab import config as configs
 from fastlab import models
 from fastlab.cli import run_command
 from fastlab.config import Config
-from fastlab.models import norm_pool
+from fastlab.models import norm_pool, norm_relu
 from fastlab.models.dropout import DropoutKeys
 
 _SIDE, _CLASSES = 64, 200  # of Tiny ImageNet
@@ -62,9 +62,30 @@ def _pool_backward(gy, x, bias, weight, key, mean, var, codes, peaks, p, eps, si
     return Traffic(kernels, moved)
 
 
+def _relu_forward(
+    x, bias, weight, shift, key, p, eps, drop_after, x2, weight2, shift2, residual
+) -> Traffic:
+    moved, _, kernels, _ = _relu_traffic(x, x2, residual)
+    return Traffic(kernels, moved)
+
+
+def _relu_backward(
+    gy, x, bias, weight, shift, key, x2, weight2, shift2, residual, *others
+) -> Traffic:
+    _, moved, _, kernels = _relu_traffic(x, x2, residual)
+    return Traffic(kernels, moved)
+
+
+def _relu_traffic(x, x2, residual) -> tuple[int, int, int, int]:
+    other, residual = x2 is not None, residual is not None
+    return norm_relu.traffic(x.shape, x.element_size(), other=other, residual=residual)
+
+
 OPERATORS: dict[str, Callable[..., Traffic]] = {
     "fastlab::norm_pool": _pool_forward,
     "fastlab::norm_pool_backward": _pool_backward,
+    "fastlab::norm_relu": _relu_forward,
+    "fastlab::norm_relu_backward": _relu_backward,
 }
 """The project's operator, such as "fastlab::norm_pool" -> its traffic. The function takes what the
 operator takes; the tensors have shapes and types, and no data."""

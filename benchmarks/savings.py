@@ -6,26 +6,37 @@ from unittest import mock
 
 from torch import nn
 
-from fastlab.models import cnn, layers, norm_pool, resnet
+from fastlab.models import cnn, layers, norm_pool, norm_relu, resnet
 
 
-def _unfused(stack: ExitStack) -> None:
+def _pool_unfused(stack: ExitStack) -> None:
     stack.enter_context(mock.patch.object(norm_pool, "supported", lambda x: False))
 
 
+def _blocks_unfused(stack: ExitStack) -> None:
+    stack.enter_context(mock.patch.object(norm_relu, "supported", lambda x: False))
+
+
+def _unfused(stack: ExitStack) -> None:
+    """For what the fused operators leave no room for."""
+    _pool_unfused(stack)
+    _blocks_unfused(stack)
+
+
 def _with_biases(stack: ExitStack) -> None:
+    _unfused(stack)
     for module in (cnn, resnet):
         stack.enter_context(mock.patch.object(module, "freeze_cancelled", lambda *_: None))
 
 
 def _torchs_dropout(stack: ExitStack) -> None:
-    """The fused operator draws its own: it is undone as well."""
     _unfused(stack)
     for module in (cnn, resnet):
         stack.enter_context(mock.patch.object(module, "Dropout", nn.Dropout))
 
 
 def _counted_batches(stack: ExitStack) -> None:
+    _unfused(stack)
     stack.enter_context(mock.patch.object(layers.BatchNorm, "forward", nn.BatchNorm2d.forward))
 
 
@@ -40,14 +51,16 @@ def _combo_kernels(stack: ExitStack) -> None:
 
 
 CHANGES: dict[str, Callable[[ExitStack], None]] = {
-    "pool not fused": _unfused,
+    "pool not fused": _pool_unfused,
+    "blocks not fused": _blocks_unfused,
     "cancelled biases": _with_biases,
     "torch's dropout": _torchs_dropout,
     "batches counted": _counted_batches,
     "8 input channels": _eight_channels,
     "combo kernels": _combo_kernels,
 }
-"""What a variant does otherwise than fastlab: savings undone, and two that are not taken."""
+"""What a variant does otherwise than fastlab: savings undone, and two that are not taken. Cancelled
+biases, torch's dropout and counted batches are to be compared with nothing fused."""
 
 
 @contextmanager

@@ -7,10 +7,11 @@ from fastlab.config import ModelConfig
 from fastlab.models.dropout import Dropout
 from fastlab.models.layers import (
     Convolution,
+    RunningStatistics,
     StemConvolution,
+    activated,
     freeze_cancelled,
     norm,
-    normalised,
     pooled,
 )
 
@@ -52,11 +53,13 @@ class CNN(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        statistics = RunningStatistics()
         layers = list(self.features)
         while layers:
             conv, dropout, norm, _, *layers = layers
             if layers and isinstance(layers[0], nn.MaxPool2d):
-                x = pooled(conv, dropout, norm, layers.pop(0), x)
+                x = pooled(conv, dropout, norm, layers.pop(0), x, statistics)
             else:
-                x = torch.relu(normalised(conv, norm, x, dropout))
+                x = activated(conv, dropout, norm, x, statistics)
+        statistics.update()
         return self.head(x.mean(dim=(2, 3)))

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastlab.config import ModelConfig
-from fastlab.models import norm_pool
+from fastlab.models import norm_pool, norm_relu
 from fastlab.models.dropout import Dropout
 
 # Input channels of the stem's convolution at least: more are zeros. Patched by benchmarks.
@@ -89,17 +89,61 @@ def normalised(
     return norm(dropout(out) if dropout else out)
 
 
+class RunningStatistics:
+    """Of the norms in a forward pass that fused operators compute, whose updates take a kernel or
+    two together, not two each."""
+
+    def __init__(self) -> None:
+        self._norms: list[BatchNorm] = []
+        self._means: list[torch.Tensor] = []
+        self._variances: list[torch.Tensor] = []
+        self._biased: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def add(
+        self,
+        norm: BatchNorm,
+        mean: torch.Tensor,
+        var: torch.Tensor,
+        out: torch.Tensor,
+        left_out: torch.Tensor | None = None,
+    ) -> None:
+        """mean and biased var, of a tensor like `out`: [b, c, h, w]. left_out: a bias that was not
+        added to that tensor, and which evaluation adds."""
+        count = out.numel() // out.shape[1]
+        self._norms.append(norm)
+        self._means.append(mean)
+        self._variances.append(var * (count / (count - 1)))
+        if left_out is not None:
+            self._biased.append((norm.running_mean, left_out))
+
+    def update(self) -> None:
+        if not self._norms:
+            return
+        momentum = self._norms[0].momentum  # `norm` makes all alike
+        running = [n.running_mean for n in self._norms] + [n.running_var for n in self._norms]
+        with torch.no_grad():
+            torch._foreach_lerp_(running, self._means + self._variances, momentum)
+            if self._biased:
+                means, biases = zip(*self._biased, strict=True)
+                torch._foreach_add_(means, biases, alpha=momentum)
+
+
 def pooled(
-    conv: Convolution, dropout: Dropout, norm: nn.Module, pool: nn.MaxPool2d, x: torch.Tensor
+    conv: Convolution,
+    dropout: Dropout,
+    norm: nn.Module,
+    pool: nn.MaxPool2d,
+    x: torch.Tensor,
+    statistics: RunningStatistics,
 ) -> torch.Tensor:
     """``pool(relu(norm(dropout(conv(x)))))``, on a GPU in training as one operator."""
-    if not (norm.training and isinstance(norm, BatchNorm) and norm_pool.supported(x)):
+    if not (_trains(norm) and norm_pool.supported(x)):
         return pool(torch.relu(normalised(conv, norm, x, dropout)))
-    if conv.bias is not None and not dropout.active:
-        _count_bias(norm, conv)
-    out, mean, var = norm_pool.dropout_norm_relu_pool(
-        conv(x, with_bias=False),
-        conv.bias if dropout.active else None,
+    out = conv(x, with_bias=False)
+    added, left_out = _biases(conv, dropout)
+    y, mean, var = norm_pool.dropout_norm_relu_pool(
+        out,
+        added,
         norm.weight,
         norm.bias,
         dropout.key(),
@@ -108,11 +152,84 @@ def pooled(
         pool.kernel_size,
         pool.padding,
     )
-    with torch.no_grad():
-        count = x.shape[0] * x.shape[2] * x.shape[3] / (conv.stride[0] * conv.stride[1])
-        norm.running_mean.lerp_(mean, norm.momentum)
-        norm.running_var.lerp_(var * (count / (count - 1)), norm.momentum)
-    return out
+    statistics.add(norm, mean, var, out, left_out)
+    return y
+
+
+def activated(
+    conv: Convolution,
+    dropout: Dropout,
+    norm: nn.Module,
+    x: torch.Tensor,
+    statistics: RunningStatistics,
+) -> torch.Tensor:
+    """``relu(norm(dropout(conv(x))))``, on a GPU in training as one operator."""
+    if not (_trains(norm) and norm_relu.supported(x)):
+        return torch.relu(normalised(conv, norm, x, dropout))
+    added, left_out = _biases(conv, dropout)
+    y, mean, var = norm_relu.norm_relu(
+        conv(x, with_bias=False),
+        added,
+        norm.weight,
+        norm.bias,
+        dropout.key(),
+        dropout.p,
+        norm.eps,
+        drop_after=False,
+    )
+    statistics.add(norm, mean, var, y, left_out)
+    return y
+
+
+def joined(
+    conv: Convolution,
+    norm: nn.Module,
+    dropout: Dropout | None,
+    x: torch.Tensor,
+    statistics: RunningStatistics,
+    *,
+    shortcut: nn.Module | None = None,
+    start: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``relu(dropout(norm(conv(x)) + shortcut(start)))``, on a GPU in training as one operator.
+    shortcut: a convolution and its norm, the identity, or None."""
+    if not (_trains(norm) and norm_relu.supported(x)):
+        out = normalised(conv, norm, x)
+        if isinstance(shortcut, nn.Sequential):
+            out = out + normalised(*shortcut, start)
+        elif shortcut is not None:
+            out = out + start
+        return torch.relu(dropout(out) if dropout else out)
+    other = None
+    if isinstance(shortcut, nn.Sequential):
+        other_conv, other_norm = shortcut
+        out = other_conv(start, with_bias=False)
+        other = norm_relu.Other(out, other_norm.weight, other_norm.bias)
+    y, mean, var, *of_other = norm_relu.norm_relu(
+        conv(x, with_bias=False),
+        None,
+        norm.weight,
+        norm.bias,
+        dropout.key() if dropout else None,
+        dropout.p if dropout else 0.0,
+        norm.eps,
+        drop_after=True,
+        other=other,
+        residual=start if isinstance(shortcut, nn.Identity) else None,
+    )
+    statistics.add(norm, mean, var, y, conv.bias)
+    if other is not None:
+        statistics.add(other_norm, *of_other, y, other_conv.bias)
+    return y
+
+
+def _trains(norm: nn.Module) -> bool:
+    return norm.training and isinstance(norm, BatchNorm)
+
+
+def _biases(conv: Convolution, dropout: Dropout) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The bias that dropout follows, and the one that a norm cancels: one of them is None."""
+    return (conv.bias, None) if dropout.active else (None, conv.bias)
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ def _pooled(length: int, size: int, padding: int) -> int:
     return (length + 2 * padding - size) // 2 + 1
 
 
-def _channels_last(x: torch.Tensor) -> torch.Tensor:
+def channels_last(x: torch.Tensor) -> torch.Tensor:
     """`x` itself, where a compiler chose no other layout for it."""
     return x.contiguous(memory_format=torch.channels_last)
 
@@ -100,7 +100,7 @@ def _forward(
     from fastlab.models import norm_pool_kernels as kernels
 
     outputs = _forward_outputs(x, size)
-    kernels.forward(_channels_last(x), bias, weight, shift, key, p, eps, size, outputs)
+    kernels.forward(channels_last(x), bias, weight, shift, key, p, eps, size, outputs)
     return outputs
 
 
@@ -123,7 +123,7 @@ def _backward(
 
     outputs = _backward_outputs(x, bias)
     saved = (mean, var, codes, peaks)
-    gy, x = _channels_last(gy), _channels_last(x)
+    gy, x = channels_last(gy), channels_last(x)
     kernels.backward(gy, x, bias, weight, key, saved, p, eps, size, outputs)
     return outputs
 

@@ -1,32 +1,33 @@
 """The Triton kernels of `fastlab.models.norm_pool`, and their launches. This imports Triton.
 
-All kernels see channels-last tensors as rows of `C` channels. Their sizes are reasoned for an H100
-(132 multiprocessors, 3.35 TB/s), which hides its latency with about 18 KB of loads under way in
-each multiprocessor: a tile gives each thread 8 neighbouring channels (16 bytes of bfloat16), one
-or two rows of them, and leaves it at most 128 registers, so that 512 threads or more are resident.
-Blocks of 64 channels are whole cache lines of 128 bytes in bfloat16.
-
-Sums are taken in a fixed order: each program writes its part to a buffer, and one further kernel
-adds the parts. No kernel needs the host or its memory, so all can be captured in a CUDA graph.
+How they are laid out on a GPU: see `fastlab.models.norm_kernels`.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from fastlab import mixing
 from fastlab.models.dropout import threshold
+from fastlab.models.norm_kernels import (
+    CHANNELS,
+    TILE,
+    WARPS,
+    blocks,
+    buffers,
+    channels_of_tile,
+    folded_keys,
+    in_units_of_x,
+    kept,
+    part_of_rows,
+    split,
+    statistics,
+    sum_parts,
+)
 
-M1, M2 = tl.constexpr(mixing.M1), tl.constexpr(mixing.M2)
 # What tells of a window, in one byte: the place of its maximum in the low four bits, or NOWHERE if
 # ReLU made it 0; IS_ZERO is added where the maximum is 0 before normalisation, mostly by dropout.
 PLACE, NOWHERE, IS_ZERO = tl.constexpr(15), tl.constexpr(15), tl.constexpr(16)
 
-CHANNELS = 64  # of a tile, at most
-TILE, WARPS = 4096, 8  # elements of a tile of the kernels that only sum; 16 a thread
-# Parts of a sum over rows. 8 programs a multiprocessor start in two rounds at most, and the kernel
-# that adds the parts takes about 2 microseconds.
-PARTS = 1024
 # Elements of a tile of the kernels that see windows: 8 a thread of 4 warps, because they hold
 # several tiles at a time.
 WINDOW_TILE, WINDOW_WARPS = 1024, 4
@@ -34,146 +35,6 @@ WINDOW_TILE, WINDOW_WARPS = 1024, 4
 # where a strip ends: one in 16 is. Shorter strips would give small batches more programs.
 STRIP = 8
 GRADIENT_PARTS = 2048  # parts of the sum for the gradient of the bias: two rounds of programs
-# A kernel that adds parts takes 8 channels, one sector of 32 bytes, and so many parts at a time.
-PARTS_TILE, PARTS_CHANNELS = 512, 8
-
-
-@triton.jit
-def _folded_keys(key):
-    """`_kept` shifts the xor of a word and a key; the key's share is the same for all words."""
-    first = tl.load(key).to(tl.uint32, bitcast=True)
-    second = tl.load(key + 1).to(tl.uint32, bitcast=True)
-    return first ^ (first >> 16), second ^ (second >> 15)
-
-
-@triton.jit
-def _kept(number, key0, key1, least):
-    """`fastlab.models.dropout.kept` of the elements with these numbers (uint32)."""
-    word = (number ^ (number >> 16) ^ key0) * M1
-    word = (word ^ (word >> 15) ^ key1) * M2
-    return word.to(tl.int32, bitcast=True) >= least
-
-
-@triton.jit
-def _bias(bias, channel, known):
-    if bias is None:
-        return tl.full(channel.shape, 0.0, tl.float32)
-    else:
-        return tl.load(bias + channel, mask=known, other=0.0)
-
-
-@triton.jit
-def _in_units_of_x(bias, mean, var, scale, eps, channel, known):
-    """The x whose z is 0; the x whose z is the mean; and the factor of their difference that makes
-    z of unit variance. Each is [1, channels]."""
-    offset = _bias(bias, channel, known)
-    centre = tl.load(mean + channel, mask=known, other=0.0) / scale - offset
-    factor = tl.rsqrt(tl.load(var + channel, mask=known, other=1.0) + eps) * scale
-    return 0.0 - offset[None, :], centre[None, :], factor[None, :]
-
-
-@triton.jit
-def _dropped_out(
-    x, number, place, inside, offset, key0, key1, scale, least, DROP: tl.constexpr
-):  # fmt: skip
-    """z = dropout(x + bias) in float32 of the elements at `place`, counted from `x` and from the
-    element with this number."""
-    z = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) + offset
-    if DROP:
-        z = tl.where(_kept(number + place.to(tl.uint32), key0, key1, least), z * scale, 0.0)
-    return z
-
-
-@triton.jit(do_not_specialize=["least"], do_not_specialize_on_alignment=["key"])
-def partial_statistics(
-    x,
-    bias,
-    key,
-    means,
-    squares,
-    rows,
-    rows_each,
-    scale,
-    least,
-    C: tl.constexpr,
-    DROP: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """Mean of z and sum of its squared deviations from it over `rows_each` rows.
-
-    Sums are of deviations from the mean of the first tile. Were it as far from the mean of all n
-    tiles as can be, the squares would still lose no more than the factor n of their precision.
-    """
-    part = tl.program_id(0)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    known = channel < C
-    row = tl.arange(0, BLOCK_R)
-    place = row[:, None] * C + channel[None, :]
-    start = part.to(tl.int64) * rows_each
-    count = tl.minimum(rows - start, rows_each).to(tl.int32)
-    source = x + start * C
-    number = (start * C).to(tl.uint32)
-    key0, key1 = _folded_keys(key)
-    offset = _bias(bias, channel, known)[None, :]
-
-    inside = (row < count)[:, None] & known[None, :]
-    z = _dropped_out(source, number, place, inside, offset, key0, key1, scale, least, DROP)
-    tile_count = tl.minimum(count, BLOCK_R).to(tl.float32)
-    pivot = tl.sum(tl.where(inside, z, 0.0), 0) / tile_count
-    total = tl.full((BLOCK_R, BLOCK_C), 0.0, tl.float32)
-    square = tl.full((BLOCK_R, BLOCK_C), 0.0, tl.float32)
-    for done in range(0, count, BLOCK_R):
-        inside = (row < count - done)[:, None] & known[None, :]
-        z = _dropped_out(source, number, place, inside, offset, key0, key1, scale, least, DROP)
-        deviation = tl.where(inside, z - pivot[None, :], 0.0)
-        total += deviation
-        square += deviation * deviation
-        source += BLOCK_R * C
-        number += BLOCK_R * C
-    mean = tl.sum(total, 0) / count.to(tl.float32)
-    square = tl.sum(square, 0) - mean * mean * count.to(tl.float32)
-    tl.store(means + part * C + channel, pivot + mean, mask=known)
-    tl.store(squares + part * C + channel, square, mask=known)
-
-
-@triton.jit
-def combine_statistics(
-    means,
-    squares,
-    mean,
-    var,
-    parts,
-    rows,
-    rows_each,
-    C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """Mean and biased variance of z from those of its parts (Chan, Golub and LeVeque, 1983)."""
-    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    known = channel < C
-    pivot = tl.load(means + channel, mask=known, other=0.0)[None, :]
-    total = tl.full((BLOCK_P, BLOCK_C), 0.0, tl.float32)
-    for first in range(0, parts, BLOCK_P):
-        part = first + tl.arange(0, BLOCK_P)
-        count = tl.minimum(rows - part * rows_each, rows_each).to(tl.float32)[:, None]
-        inside = (part < parts)[:, None] & known[None, :]
-        place = part[:, None] * C + channel[None, :]
-        deviation = tl.load(means + place, mask=inside, other=0.0) - pivot
-        total += tl.where(inside, count * deviation, 0.0)
-    whole = tl.load(means + channel, mask=known, other=0.0) + tl.sum(total, 0) / rows
-    total = tl.full((BLOCK_P, BLOCK_C), 0.0, tl.float32)
-    for first in range(0, parts, BLOCK_P):
-        part = first + tl.arange(0, BLOCK_P)
-        count = tl.minimum(rows - part * rows_each, rows_each).to(tl.float32)[:, None]
-        inside = (part < parts)[:, None] & known[None, :]
-        place = part[:, None] * C + channel[None, :]
-        deviation = tl.load(means + place, mask=inside, other=0.0) - whole[None, :]
-        square = tl.load(squares + place, mask=inside, other=0.0)
-        total += tl.where(inside, square + count * deviation * deviation, 0.0)
-    tl.store(mean + channel, whole, mask=known)
-    tl.store(var + channel, tl.sum(total, 0) / rows, mask=known)
 
 
 @triton.jit
@@ -207,7 +68,7 @@ def _best_of_row(
         inside = (column_inside & row_inside)[:, None] & known[None, :]
         value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
         if DROP:
-            value = tl.where(_kept(number + place.to(tl.uint32), key0, key1, least), value, zero)
+            value = tl.where(kept(number + place.to(tl.uint32), key0, key1, least), value, zero)
         value *= sign
         if PADDING == 1 and (k == 0 or (k == 2 and W % 2 == 1)):
             value = tl.where(column_inside[:, None], value, float("-inf"))
@@ -271,11 +132,11 @@ def normalise_and_pool(
     codes += image * (HO * WO * C)
     peaks += image * (HO * WO * C)
 
-    zero, centre, rstd = _in_units_of_x(bias, mean, var, scale, eps, channel, known)
+    zero, centre, rstd = in_units_of_x(bias, mean, var, scale, eps, channel, known)
     factor = tl.load(weight + channel, mask=known, other=0.0)[None, :] * rstd
     added = tl.load(shift + channel, mask=known, other=0.0)[None, :]
     sign = tl.where(factor < 0, -1.0, 1.0)
-    key0, key1 = _folded_keys(key)
+    key0, key1 = folded_keys(key)
 
     if SIZE == 3:
         above, above_at = _best_of_row(
@@ -323,8 +184,7 @@ def partial_sums(
     bias,
     mean,
     var,
-    shift_parts,
-    weight_parts,
+    parts,
     rows,
     rows_each,
     scale,
@@ -335,63 +195,24 @@ def partial_sums(
 ):
     """Sums of the output's gradient over `rows_each` rows of windows that ReLU let through, and of
     its product with the normalised maximum: parts of the gradients of shift and weight."""
-    part = tl.program_id(0)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    known = channel < C
-    row = tl.arange(0, BLOCK_R)
-    place = row[:, None] * C + channel[None, :]
-    start = part.to(tl.int64) * rows_each
-    count = tl.minimum(rows - start, rows_each).to(tl.int32)
-    done_before = start * C
-    zero, centre, rstd = _in_units_of_x(bias, mean, var, scale, eps, channel, known)
+    channel, known, row, place, before, count = part_of_rows(rows, rows_each, C, BLOCK_R, BLOCK_C)
+    zero, centre, rstd = in_units_of_x(bias, mean, var, scale, eps, channel, known)
     total = tl.full((BLOCK_R, BLOCK_C), 0.0, tl.float32)
     product = tl.full((BLOCK_R, BLOCK_C), 0.0, tl.float32)
     for done in range(0, count, BLOCK_R):
         inside = (row < count - done)[:, None] & known[None, :]
-        code = tl.load(codes + done_before + place, mask=inside, other=NOWHERE).to(tl.int32)
-        gradient = tl.load(gy + done_before + place, mask=inside, other=0.0).to(tl.float32)
-        peak = tl.load(peaks + done_before + place, mask=inside, other=0.0).to(tl.float32)
+        code = tl.load(codes + before + place, mask=inside, other=NOWHERE).to(tl.int32)
+        gradient = tl.load(gy + before + place, mask=inside, other=0.0).to(tl.float32)
+        peak = tl.load(peaks + before + place, mask=inside, other=0.0).to(tl.float32)
         peak = tl.where(code >= IS_ZERO, zero, peak)
         gradient = tl.where(code == NOWHERE, 0.0, gradient)
         total += gradient
         product += gradient * (peak - centre)
-        done_before += BLOCK_R * C
-    tl.store(shift_parts + part * C + channel, tl.sum(total, 0), mask=known)
+        before += BLOCK_R * C
+    parts += tl.program_id(0) * C + channel[None, :]
+    tl.store(parts, tl.sum(total, 0)[None, :], mask=known[None, :])
     product = tl.sum(product, 0)[None, :] * rstd
-    tl.store(weight_parts + part * C + channel[None, :], product, mask=known[None, :])
-
-
-@triton.jit
-def _sum_of_parts(values, parts, channel, known, C: tl.constexpr, BLOCK_P: tl.constexpr):
-    total = tl.full((BLOCK_P, channel.shape[0]), 0.0, tl.float32)
-    for first in range(0, parts, BLOCK_P):
-        part = first + tl.arange(0, BLOCK_P)
-        inside = (part < parts)[:, None] & known[None, :]
-        place = part[:, None] * C + channel[None, :]
-        total += tl.load(values + place, mask=inside, other=0.0)
-    return tl.sum(total, 0)
-
-
-@triton.jit
-def combine_sums(
-    first_parts,
-    second_parts,
-    first,
-    second,
-    parts,
-    C: tl.constexpr,
-    PAIR: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """The sums of one buffer of parts, or of two."""
-    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    known = channel < C
-    total = _sum_of_parts(first_parts, parts, channel, known, C, BLOCK_P)
-    tl.store(first + channel, total, mask=known)
-    if PAIR:
-        total = _sum_of_parts(second_parts, parts, channel, known, C, BLOCK_P)
-        tl.store(second + channel, total, mask=known)
+    tl.store(parts + tl.num_programs(0) * C, product, mask=known[None, :])
 
 
 @triton.jit
@@ -442,13 +263,14 @@ def _store_gradient(
     value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
     gradient = of_gradient * gradient + (of_x * value + constant)
     if DROP:
-        kept = _kept(number + place.to(tl.uint32), key0, key1, least)
-        gradient = tl.where(kept, gradient, 0.0)
+        keeps = kept(number + place.to(tl.uint32), key0, key1, least)
+        gradient = tl.where(keeps, gradient, 0.0)
     tl.store(dx + place, gradient.to(dx.dtype.element_ty), mask=inside)
     return tl.where(inside, gradient, 0.0)
 
 
-@triton.jit(do_not_specialize=["least"], do_not_specialize_on_alignment=["key"])
+# Were `items_each` compiled in where it is 1, the program would take more registers.
+@triton.jit(do_not_specialize=["least", "items_each"], do_not_specialize_on_alignment=["key"])
 def input_gradient(
     gy,
     codes,
@@ -492,11 +314,11 @@ def input_gradient(
     DOWN: tl.constexpr = (SQUARES_DOWN + STRIP - 1) // STRIP
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     known = channel < C
-    key0, key1 = _folded_keys(key)
+    key0, key1 = folded_keys(key)
 
     # The gradient of x is weight * rstd * (g - mean of g - normal * mean of (g * normal)), where
     # rstd is in units of x, normal is (x - centre) * rstd, and g the gradient that windows sent.
-    _, centre, rstd = _in_units_of_x(bias, mean, var, scale, eps, channel, known)
+    _, centre, rstd = in_units_of_x(bias, mean, var, scale, eps, channel, known)
     mean_gradient = tl.load(grad_shift + channel, mask=known, other=0.0)[None, :] * inverse_count
     mean_product = tl.load(grad_weight + channel, mask=known, other=0.0)[None, :] * inverse_count
     of_gradient = tl.load(weight + channel, mask=known, other=0.0)[None, :] * rstd
@@ -573,20 +395,10 @@ def forward(
     y, mean, var, codes, peaks = outputs
     b, c, h, w = x.shape
     scale, least = 1 / (1 - p), threshold(p)
-    rows = b * h * w
-    rows_each, parts, tile = _split(rows, c)
-    means, squares = (_buffer(parts, x) for _ in range(2))
-    partial_statistics[parts, _blocks(c, CHANNELS)](
-        x, bias, key, means, squares, rows, rows_each, scale, least,
-        C=c, DROP=p > 0, **tile, num_warps=WARPS,
-    )  # fmt: skip
-    combine_statistics[(_blocks(c, PARTS_CHANNELS),)](
-        means, squares, mean, var, parts, rows, rows_each,
-        C=c, BLOCK_P=PARTS_TILE, BLOCK_C=PARTS_CHANNELS, num_warps=WARPS,
-    )  # fmt: skip
+    statistics(x, bias, key, p, (mean, var))
     _, _, height, width = y.shape
     items, tile = _strips(b, c, height, width)
-    normalise_and_pool[items, _blocks(c, CHANNELS)](
+    normalise_and_pool[items, blocks(c, CHANNELS)](
         x, bias, weight, shift, mean, var, key, y, codes, peaks, scale, least, eps,
         H=h, W=w, C=c, SIZE=size, DROP=p > 0, **tile, num_warps=WINDOW_WARPS,
     )  # fmt: skip
@@ -611,64 +423,34 @@ def backward(
     b, c, h, w = x.shape
     scale, least = 1 / (1 - p), threshold(p)
     rows = gy.numel() // c
-    rows_each, parts, tile = _split(rows, c)
-    shift_parts, weight_parts = (_buffer(parts, x) for _ in range(2))
-    partial_sums[parts, _blocks(c, CHANNELS)](
-        gy, codes, peaks, bias, mean, var, shift_parts, weight_parts, rows, rows_each, scale, eps,
+    rows_each, parts, tile = split(rows, c, TILE)
+    sums = buffers(2, parts, x)
+    partial_sums[parts, blocks(c, CHANNELS)](
+        gy, codes, peaks, bias, mean, var, sums, rows, rows_each, scale, eps,
         C=c, **tile, num_warps=WARPS,
     )  # fmt: skip
-    _combine(parts, c, (shift_parts, weight_parts), (grad_shift, grad_weight))
+    sum_parts(sums, grad_shift, grad_weight)
 
     items, tile = _strips(b, c, (h + 1) // 2, (w + 1) // 2)
-    items_each = _blocks(items, max(1, GRADIENT_PARTS // _blocks(c, CHANNELS)))
-    parts = _blocks(items, items_each)
+    items_each = blocks(items, max(1, GRADIENT_PARTS // blocks(c, CHANNELS)))
+    parts = blocks(items, items_each)
     # What is added to all of a channel, normalisation takes away again, unless dropout is between.
     summed = bias is not None and p > 0
-    bias_parts = _buffer(parts, x) if summed else None
-    input_gradient[parts, _blocks(c, CHANNELS)](
+    bias_parts = buffers(1, parts, x) if summed else None
+    input_gradient[parts, blocks(c, CHANNELS)](
         gy, codes, x, bias, weight, mean, var, grad_shift, grad_weight, key, dx, bias_parts,
         items, items_each, 1 / (b * h * w), scale, least, eps,
         H=h, W=w, C=c, SIZE=size, DROP=p > 0, SUM=summed, **tile, num_warps=WINDOW_WARPS,
     )  # fmt: skip
     if summed:
-        _combine(parts, c, (bias_parts,), (grad_bias,))
+        sum_parts(bias_parts, grad_bias)
     else:
         grad_bias.zero_()
 
 
-def _combine(
-    parts: int, c: int, sources: tuple[torch.Tensor, ...], targets: tuple[torch.Tensor, ...]
-) -> None:
-    combine_sums[(_blocks(c, PARTS_CHANNELS),)](
-        sources[0], sources[-1], targets[0], targets[-1], parts,
-        C=c, PAIR=len(sources) == 2, BLOCK_P=PARTS_TILE, BLOCK_C=PARTS_CHANNELS, num_warps=WARPS,
-    )  # fmt: skip
-
-
-def _buffer(parts: int, x: torch.Tensor) -> torch.Tensor:
-    return x.new_empty((parts, x.shape[1]), dtype=torch.float32)
-
-
-def _blocks(count: int, size: int) -> int:
-    return -(-count // size)
-
-
-def _channels_of_tile(c: int) -> int:
-    return min(CHANNELS, triton.next_power_of_2(c))
-
-
-def _split(rows: int, c: int) -> tuple[int, int, dict[str, int]]:
-    """Rows of each part but the last, the number of parts, and the tile."""
-    block_c = _channels_of_tile(c)
-    block_r = TILE // block_c
-    tiles_each = _blocks(_blocks(rows, block_r), max(1, PARTS // _blocks(c, CHANNELS)))
-    rows_each = tiles_each * block_r
-    return rows_each, _blocks(rows, rows_each), {"BLOCK_R": block_r, "BLOCK_C": block_c}
-
-
 def _strips(b: int, c: int, height: int, width: int) -> tuple[int, dict[str, int]]:
     """How many strips of tiles `b` images of windows or squares have, and the tile."""
-    block_c = _channels_of_tile(c)
+    block_c = channels_of_tile(c)
     block_x = min(triton.next_power_of_2(width), WINDOW_TILE // block_c, 64)
-    items = b * _blocks(height, STRIP) * _blocks(width, block_x)
+    items = b * blocks(height, STRIP) * blocks(width, block_x)
     return items, {"STRIP": STRIP, "BLOCK_X": block_x, "BLOCK_C": block_c}

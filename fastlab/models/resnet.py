@@ -8,10 +8,12 @@ from fastlab.models.dropout import Dropout
 from fastlab.models.layers import (
     Convolution,
     Pointwise,
+    RunningStatistics,
     StemConvolution,
+    activated,
     freeze_cancelled,
+    joined,
     norm,
-    normalised,
     pooled,
 )
 
@@ -34,12 +36,17 @@ class Block(nn.Module):
         freeze_cancelled(self.conv1, config.dropout_conv, self.norm1)
         freeze_cancelled(self.conv2, 0, self.norm2)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = torch.relu(normalised(self.conv1, self.norm1, x, self.dropout1))
-        out = normalised(self.conv2, self.norm2, out)
-        if self.shortcut is not None:
-            out = out + normalised(*self.shortcut, x)
-        return torch.relu(self.dropout2(out))
+    def forward(self, x: torch.Tensor, statistics: RunningStatistics) -> torch.Tensor:
+        out = activated(self.conv1, self.dropout1, self.norm1, x, statistics)
+        return joined(
+            self.conv2,
+            self.norm2,
+            self.dropout2,
+            out,
+            statistics,
+            shortcut=self.shortcut,
+            start=x,
+        )
 
 
 class ResNet(nn.Module):
@@ -72,8 +79,12 @@ class ResNet(nn.Module):
         self.fc = nn.Linear(widths[-1], classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        statistics = RunningStatistics()
         conv, dropout, stem_norm, _, pool = self.stem
-        x = self.blocks(pooled(conv, dropout, stem_norm, pool, x))
+        x = pooled(conv, dropout, stem_norm, pool, x, statistics)
+        for block in self.blocks:
+            x = block(x, statistics)
+        statistics.update()
         return self.fc(self.dropout(x.mean(dim=(2, 3))))
 
 
@@ -94,12 +105,12 @@ class BasicBlock(nn.Module):
                 norm(config, outputs),
             )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = self.dropout(torch.relu(self.norm1(self.conv1(x))))
-        out = self.norm2(self.conv2(out))
-        if self.shortcut is not None:
-            out = out + self.shortcut(x)
-        return torch.relu(out)
+    def forward(self, x: torch.Tensor, statistics: RunningStatistics) -> torch.Tensor:
+        # Dropout after ReLU, as it stands in ResNet-18, is dropout before it.
+        out = joined(self.conv1, self.norm1, self.dropout, x, statistics)
+        return joined(
+            self.conv2, self.norm2, None, out, statistics, shortcut=self.shortcut, start=x
+        )
 
 
 class ResNet18(nn.Module):
@@ -125,5 +136,10 @@ class ResNet18(nn.Module):
         self.fc = nn.Linear(widths[-1], classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.blocks(self.stem(x))
+        statistics = RunningStatistics()
+        conv, stem_norm, _, dropout = self.stem
+        x = joined(conv, stem_norm, dropout, x, statistics)
+        for block in self.blocks:
+            x = block(x, statistics)
+        statistics.update()
         return self.fc(self.dropout(x.mean(dim=(2, 3))))

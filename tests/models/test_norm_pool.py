@@ -1,81 +1,35 @@
 """The fused dropout, norm, ReLU and pool against PyTorch's layers in float64, by Triton's
 interpreter on a CPU; and its kernels as an H100 would get them."""
 
-import importlib.util
-import re
-import subprocess
-import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fastlab import models
 from fastlab.models import norm_pool
 from fastlab.models.dropout import kept
 from fastlab.models.norm_pool import dropout_norm_relu_pool, supported, traffic
+from tests.models import triton_kernels
+from tests.models.triton_kernels import Launch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
-KERNELS = "fastlab.models.norm_pool_kernels"
 EPS = 1e-5
 
 
-def fresh_kernels() -> ModuleType:
-    """The module of the kernels, loaded once more: how they run is settled while it is loaded."""
-    spec = importlib.util.find_spec(KERNELS)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
-def interpreted() -> ModuleType:
-    """The kernels for Triton's interpreter."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        return fresh_kernels()
+def interpreted() -> SimpleNamespace:
+    return triton_kernels.interpreted()
 
 
 @pytest.fixture
-def kernels(interpreted, monkeypatch) -> ModuleType:
-    """The kernels that run: in Triton's interpreter, on a CPU, until the test is over."""
-    from triton import language
-    from triton.runtime import interpreter
-
-    # Triton itself was loaded to compile; the interpreter takes no function meant for that.
-    monkeypatch.setattr(language, "sum", interpreted_sum)
-    monkeypatch.setattr(
-        interpreter, "_patch_lang_tensor", with_index(interpreter._patch_lang_tensor)
-    )
-    # Each call inside a kernel would prepare the language once more, which takes milliseconds.
-    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call_prepared)
-    monkeypatch.setitem(sys.modules, KERNELS, interpreted)
-    monkeypatch.setattr(models, "norm_pool_kernels", interpreted, raising=False)
-    return interpreted
-
-
-def interpreted_sum(x, axis):
-    from triton import language
-
-    return language.reduce(x, axis, language.standard._sum_combine)
-
-
-def call_prepared(function, *args, **settings):
-    return function.rewrite()(*args, **settings)
-
-
-def with_index(patch_tensor):
-    """Triton 3.6 takes an array of one element for a number, as numpy no longer does."""
-
-    def patched(tensor, scope):
-        patch_tensor(tensor, scope)
-        tensor.__index__ = lambda self: int(self.handle.data.squeeze())
-
-    return patched
+def kernels(interpreted) -> Iterator[SimpleNamespace]:
+    """The modules of the kernels, which run in Triton's interpreter until the test is over."""
+    with triton_kernels.running(interpreted):
+        yield interpreted
 
 
 @dataclass
@@ -146,8 +100,6 @@ def assert_right(case: Case, limit: float = 1e-5) -> dict[str, torch.Tensor]:
     """Tensors of x's dtype are right to its rounding, and all to `limit` of their largest value."""
     found, expected = run(case), run(case, reference, torch.float64)
     rounding = torch.finfo(case.x.dtype).eps / 2
-    if case.x.dtype == torch.bfloat16 and not case.x.is_cuda:
-        rounding *= 2  # Triton's interpreter cuts the lower bits off
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
         images = name in ("y", "dx")
@@ -212,8 +164,8 @@ def test_a_mean_far_from_zero_takes_no_precision(kernels, p):
 
 
 def test_a_first_image_unlike_all_others_takes_no_precision(kernels, monkeypatch):
-    monkeypatch.setattr(kernels, "TILE", 64)
-    monkeypatch.setattr(kernels, "PARTS", 2)
+    monkeypatch.setattr(kernels.norm_kernels, "TILE", 64)
+    monkeypatch.setattr(kernels.norm_kernels, "PARTS", 2)
     case = make_case((4, 4, 6, 6), p=0.0, bias=False)
     case.x[0] = 300.0
     assert_right(case)
@@ -221,10 +173,11 @@ def test_a_first_image_unlike_all_others_takes_no_precision(kernels, monkeypatch
 
 def test_many_parts_tiles_and_strips_add_up(kernels, monkeypatch):
     """Loops that only large batches would go through more than once."""
-    small = {"TILE": 64, "PARTS": 5, "GRADIENT_PARTS": 4, "PARTS_TILE": 2, "WINDOW_TILE": 32}
+    for name, value in {"TILE": 64, "PARTS": 5, "PARTS_TILE": 2}.items():
+        monkeypatch.setattr(kernels.norm_kernels, name, value)
+    small = {"TILE": 64, "GRADIENT_PARTS": 4, "WINDOW_TILE": 32, "STRIP": 2}
     for name, value in small.items():
-        monkeypatch.setattr(kernels, name, value)
-    monkeypatch.setattr(kernels, "STRIP", 2)
+        monkeypatch.setattr(kernels.norm_pool_kernels, name, value)
     assert_right(make_case((2, 12, 9, 7)))
 
 
@@ -337,20 +290,15 @@ def test_traffic_counts_two_reads_and_then_a_read_and_a_write_of_the_input():
 @pytest.mark.parametrize("bias", [False, True])
 def test_traffic_counts_the_kernels_that_run(kernels, monkeypatch, bias):
     case = make_case((2, 3, 6, 6), bias=bias)
-    launched = launches_of(monkeypatch, kernels, type(kernels.partial_sums), case)
+    launched = launches_of(monkeypatch, kernels, case)
     *_, forward, backward = traffic(case.x.shape, 4, case.size, case.size - 2, bias)
     assert len(launched) == forward + backward
 
 
-def launches_of(monkeypatch, kernels: ModuleType, kind: type, case: Case) -> list[tuple]:
-    """Kernels of this kind, their arguments and keyword arguments, of a forward and a backward
-    pass. None of them runs."""
-    launched = []
-
-    def record(kernel, *args, grid, warmup, **settings):
-        launched.append((kernel, args, settings))
-
-    monkeypatch.setattr(kind, "run", record)
+def launches_of(monkeypatch, loaded: SimpleNamespace, case: Case) -> list[Launch]:
+    """Of a forward and a backward pass. No kernel runs."""
+    kernels = loaded.norm_pool_kernels
+    launched = triton_kernels.record_launches(monkeypatch, kernels)
     inputs = case.inputs()
     outputs = norm_pool._forward_outputs(case.x, case.size)
     settings = (case.p, EPS, case.size)
@@ -361,56 +309,13 @@ def launches_of(monkeypatch, kernels: ModuleType, kind: type, case: Case) -> lis
     return launched
 
 
-POINTERS = {
-    torch.bfloat16: "*bf16",
-    torch.float32: "*fp32",
-    torch.int32: "*i32",
-    torch.uint8: "*u8",
-}
-
-
-def machine_code(kernel, args: tuple, settings: dict[str, int]) -> bytes:
-    """The kernel for an H100, as a launch with these arguments would have it compiled."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    settings = dict(settings)
-    options = {"num_warps": settings.pop("num_warps")}
-    signature = dict.fromkeys(kernel.arg_names, "constexpr")
-    aligned = {}
-    for place, value in enumerate(args):
-        name = kernel.arg_names[place]
-        if value is None or (isinstance(value, int) and value == 1):
-            settings[name] = value  # a launch takes the number 1 for a constant
-        elif isinstance(value, torch.Tensor):
-            signature[name] = POINTERS[value.dtype]
-        else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32"
-        multiple = isinstance(value, int) and value % 16 == 0 and name != "least"
-        if multiple or (isinstance(value, torch.Tensor) and name != "key"):
-            aligned[place,] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, settings, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["cubin"]
-
-
 @pytest.mark.parametrize(("size", "p", "gradient_parts"), [(3, 0.15, 2048), (2, 0.0, 2)])
 def test_kernels_compile_for_an_h100_without_spilling_registers(
     monkeypatch, tmp_path, size, p, gradient_parts
 ):
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if not tool.is_file():
-        pytest.skip("this Triton is not NVIDIA's")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    kernels = fresh_kernels()
-    monkeypatch.setattr(kernels, "GRADIENT_PARTS", gradient_parts)
+    loaded = triton_kernels.fresh()
+    monkeypatch.setattr(loaded.norm_pool_kernels, "GRADIENT_PARTS", gradient_parts)
     case = make_case((1, 64, 64, 64), torch.bfloat16, size=size, p=p)
-    launched = launches_of(monkeypatch, kernels, type(kernels.partial_sums), case)
-    for kernel, args, settings in launched:
-        binary = tmp_path / "kernel.cubin"
-        binary.write_bytes(machine_code(kernel, args, settings))
-        usage = subprocess.run(
-            [tool, "-res-usage", binary], capture_output=True, text=True, check=True
-        ).stdout
-        found = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-        assert found["STACK"] == found["LOCAL"] == 0, kernel
-        assert found["REG"] <= 128, kernel
+    for launch in launches_of(monkeypatch, loaded, case):
+        assert triton_kernels.registers(launch, tmp_path) <= 128, launch.kernel
