@@ -11,15 +11,15 @@ are the loss, the optimizer and the input path.
 """
 
 import argparse
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch._inductor.config as inductor_config
 
-from benchmarks import faked_gpu
+from benchmarks import faked_gpu, savings
 from benchmarks.faked_gpu import Call, CountError, Generated
 from benchmarks.measurements import (
     Record,
@@ -124,7 +124,9 @@ def main(argv: list[str] | None = None) -> int:
     what.add_argument("--table", type=Path, nargs="+", help="print the table of these records")
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     parser.add_argument("--batch", type=count, default=128, help="images a step")
-    parser.add_argument("--combo-kernels", action="store_true", help="Inductor's combo_kernels")
+    parser.add_argument(
+        "--savings", action="store_true", help="also with each saving of the step undone"
+    )
     parser.add_argument("--largest", type=count, default=0, help="name so many kernels")
     parser.add_argument("--write", type=Path, help="write the generated code to this directory")
     parser.add_argument("--out", type=Path, help="write the records to this JSON file")
@@ -135,22 +137,26 @@ def run(args: argparse.Namespace) -> None:
     if args.table:
         print(table(*(read_record(path, "--table") for path in args.table)))
         return
-    made = session("kernel_counts", [_count(path, args) for path in args.config])
+    changes = [None, *savings.CHANGES] if args.savings else [None]
+    cases = itertools.product(args.config, changes)
+    made = session("kernel_counts", [_count(path, change, args) for path, change in cases])
     print(table(made))
     if args.out:
         save(made, args.out)
 
 
-def _count(path: Path, args: argparse.Namespace) -> Record:
+def _count(path: Path, change: str | None, args: argparse.Namespace) -> Record:
+    """change: one of `savings.CHANGES`."""
     cfg = configs.load(path, args.overrides)
-    with faked_gpu.faked_gpu(), inductor_config.patch(combo_kernels=args.combo_kernels):
+    name = f"{path.stem}, {change}" if change else path.stem
+    with faked_gpu.faked_gpu(), savings.changed(change):
         graphs = generated_step(cfg, args.batch)
         if args.write:
-            _write(graphs, args.write, path.stem)
+            _write(graphs, args.write, name)
         passes = [count_pass(graph) for graph in graphs]
     for kernel in largest(passes, args.largest):
-        print(f"{path.stem}: {kernel.bytes / 1e6:6.0f} MB  {kernel.name}")
-    return _record(path.stem, cfg, args.batch, passes)
+        print(f"{name}: {kernel.bytes / 1e6:6.0f} MB  {kernel.name}")
+    return _record(name, cfg, args.batch, passes)
 
 
 def generated_step(cfg: Config, batch: int) -> list[Generated]:

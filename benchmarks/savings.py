@@ -18,7 +18,6 @@ def _blocks_unfused(stack: ExitStack) -> None:
 
 
 def _unfused(stack: ExitStack) -> None:
-    """For what the fused operators leave no room for."""
     _pool_unfused(stack)
     _blocks_unfused(stack)
 
@@ -53,14 +52,14 @@ def _combo_kernels(stack: ExitStack) -> None:
 CHANGES: dict[str, Callable[[ExitStack], None]] = {
     "pool not fused": _pool_unfused,
     "blocks not fused": _blocks_unfused,
-    "cancelled biases": _with_biases,
-    "torch's dropout": _torchs_dropout,
-    "batches counted": _counted_batches,
+    "nothing fused": _unfused,
+    "nothing fused, cancelled biases added": _with_biases,
+    "nothing fused, torch's dropout": _torchs_dropout,
+    "nothing fused, batches counted": _counted_batches,
     "8 input channels": _eight_channels,
     "combo kernels": _combo_kernels,
 }
-"""What a variant does otherwise than fastlab: savings undone, and two that are not taken. Cancelled
-biases, torch's dropout and counted batches are to be compared with nothing fused."""
+"""What a variant does otherwise than fastlab: savings undone, and two that are not taken."""
 
 
 @contextmanager

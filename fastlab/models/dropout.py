@@ -65,7 +65,7 @@ class DropoutKeys:
         layers = [module for module in model.modules() if isinstance(module, Dropout)]
         offsets = [signed(number * GOLDEN) for number in range(2 * len(layers))]
         self._rank = rank
-        self._offsets = torch.tensor(offsets, dtype=torch.int32, device=device).view(-1, 2)
+        self._offsets = torch.tensor(offsets, dtype=torch.int32, device=device).view(len(layers), 2)
         self._stream = torch.zeros((), dtype=torch.int32, device=device)
         self._keys = torch.zeros_like(self._offsets)
         self.reseed(seed)
