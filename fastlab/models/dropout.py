@@ -46,11 +46,15 @@ def kept(shape: torch.Size, key: torch.Tensor, p: float, device: torch.device) -
     channels-last order."""
     many = shape.numel() > torch.iinfo(torch.int32).max
     word = torch.arange(shape.numel(), dtype=torch.int64 if many else torch.int32, device=device)
-    word = word.int() ^ key[0]
-    word = (word ^ (word >> 16 & 0xFFFF)) * signed(M1)
+    word = word.int()
+    # In place: to allocate for each operation would take longer than the operations.
+    word ^= key[0]
+    word ^= (word >> 16).bitwise_and_(0xFFFF)
+    word *= signed(M1)
     # The second key comes in between: by the first alone, two steps would permute one mask.
-    word = word ^ key[1]
-    word = (word ^ (word >> 15 & 0x1FFFF)) * signed(M2)  # its high bits are well mixed by now
+    word ^= key[1]
+    word ^= (word >> 15).bitwise_and_(0x1FFFF)
+    word *= signed(M2)  # its high bits are well mixed by now
     mask = word >= threshold(p)
     if len(shape) == 2:
         return mask.view(shape)
