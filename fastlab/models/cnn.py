@@ -56,9 +56,10 @@ class CNN(nn.Module):
         statistics = RunningStatistics()
         layers = list(self.features)
         while layers:
-            conv, dropout, norm, _, *layers = layers
+            (conv, dropout, norm), layers = layers[:3], layers[4:]
             if layers and isinstance(layers[0], nn.MaxPool2d):
-                x = pooled(conv, dropout, norm, layers.pop(0), x, statistics)
+                x = pooled(conv, dropout, norm, layers[0], x, statistics)
+                layers = layers[1:]
             else:
                 x = activated(conv, dropout, norm, x, statistics)
         statistics.update()
