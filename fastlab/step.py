@@ -62,6 +62,8 @@ class Step:
         self.batch: Batch | None = None
         """The last one. In a captured step the next replay overwrites it."""
         self._source: DeviceEpoch | None = None
+        self._fixed: Batch | None = None
+        """Where a captured step finds a batch that it does not make itself."""
         self._graph: CUDAGraph | None = None
         self._refused = False
         self._uncaptured: int | None = None
@@ -94,21 +96,22 @@ class Step:
             self._uncaptured = self._uncaptured and self._uncaptured - 1
             return
         if batch is not None:
-            for fixed, part in zip(self.batch, batch, strict=True):
+            for fixed, part in zip(self._fixed, batch, strict=True):
                 fixed.copy_(part)
         self._graph.replay()
 
     def release(self) -> None:
         """Give up a capture, and the memory that belongs to it."""
-        self._graph = self._source = self.batch = self._uncaptured = None
+        self._graph = self._source = self._fixed = self.batch = self._uncaptured = None
 
     def _capture(self, batch: Batch | None) -> None:
         """Where that fails, say why, and go on without."""
         if batch is not None:
-            batch = Batch(*(part.clone(memory_format=torch.preserve_format) for part in batch))
+            parts = (part.clone(memory_format=torch.preserve_format) for part in batch)
+            self._fixed = Batch(*parts)
         self._set_capturable(True)
         try:
-            self._graph = CUDAGraph(lambda: self._body(batch))
+            self._graph = CUDAGraph(lambda: self._body(self._fixed))
         except RuntimeError as error:
             if memory.is_out_of_memory(error):
                 raise
