@@ -10,6 +10,9 @@ from torch import nn
 
 from fastlab.mixing import GOLDEN, M1, M2, WORD, mix_int, mix_tensor, signed
 
+# Elements that a CPU draws at a time: their words stay in its cache from one operation to the next.
+_BLOCK = 1 << 17
+
 
 class Dropout(nn.Module):
     """Set each element to zero with probability `p`, and divide the others by 1 - p, in training
@@ -44,9 +47,26 @@ def threshold(p: float) -> int:
 def kept(shape: torch.Size, key: torch.Tensor, p: float, device: torch.device) -> torch.Tensor:
     """bool of `shape`, [b, c] or [b, c, h, w]: False with probability `p`. Elements are numbered in
     channels-last order."""
-    many = shape.numel() > torch.iinfo(torch.int32).max
-    word = torch.arange(shape.numel(), dtype=torch.int64 if many else torch.int32, device=device)
-    word = word.int()
+    count = shape.numel()
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        mask = torch.empty(count, dtype=torch.bool)
+        for number, block in enumerate(mask.split(_BLOCK)):
+            block.copy_(_kept(number * _BLOCK, len(block), key, p, device))
+    else:
+        mask = _kept(0, count, key, p, device)
+    if len(shape) == 2:
+        return mask.view(shape)
+    b, c, h, w = shape
+    return mask.view(b, h, w, c).permute(0, 3, 1, 2)
+
+
+def _kept(
+    first: int, count: int, key: torch.Tensor, p: float, device: torch.device
+) -> torch.Tensor:
+    """bool [count]: of the elements from number `first` on."""
+    many = first + count > torch.iinfo(torch.int32).max
+    dtype = torch.int64 if many else torch.int32
+    word = torch.arange(first, first + count, dtype=dtype, device=device).int()
     # In place: to allocate for each operation would take longer than the operations.
     word ^= key[0]
     word ^= (word >> 16).bitwise_and_(0xFFFF)
@@ -55,11 +75,7 @@ def kept(shape: torch.Size, key: torch.Tensor, p: float, device: torch.device) -
     word ^= key[1]
     word ^= (word >> 15).bitwise_and_(0x1FFFF)
     word *= signed(M2)  # its high bits are well mixed by now
-    mask = word >= threshold(p)
-    if len(shape) == 2:
-        return mask.view(shape)
-    b, c, h, w = shape
-    return mask.view(b, h, w, c).permute(0, 3, 1, 2)
+    return word >= threshold(p)
 
 
 class DropoutKeys:

@@ -30,7 +30,9 @@ def expected_mask(shape: tuple[int, ...], key: tuple[int, int], p: float) -> np.
     return mask.reshape(b, h, w, c).transpose(0, 3, 1, 2)
 
 
-@pytest.mark.parametrize("shape", [(3, 5), (2, 7, 5, 3), (1, 1, 1, 1), (4, 64, 8, 8)])
+@pytest.mark.parametrize(
+    "shape", [(3, 5), (2, 7, 5, 3), (1, 1, 1, 1), (4, 64, 8, 8), (2, 33, 64, 65)]
+)
 @pytest.mark.parametrize("p", [0.0, 1e-9, 0.15, 0.5, 0.999])
 @pytest.mark.parametrize("key", [(0, 0), (12345, -678), (-(2**31), 2**31 - 1)])
 def test_mask_is_that_of_the_definition(shape, p, key):
