@@ -35,8 +35,10 @@ class Dropout(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.active:
             return x
-        # `torch.where` would give it the memory layout of the mask.
-        return x * kept(x.shape, self.key(), self.p, x.device) / (1 - self.p)
+        mask = kept(x.shape, self.key(), self.p, x.device)
+        # Of one type: a CPU multiplies mixed ones slowly, and once more in the backward pass.
+        # (`torch.where` would give the result the memory layout of the mask.)
+        return (x * mask.to(x.dtype)).div_(1 - self.p)
 
 
 def threshold(p: float) -> int:
