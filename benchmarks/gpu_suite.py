@@ -41,7 +41,7 @@ WHEELS, CEILINGS = Path("wheels"), RESULTS / "ceilings.json"
 _GRACE = 10.0  # seconds that a step has to save what it did
 _PART = 15 << 20  # bytes of a file of the packed cache
 _SHOWN = 12  # last lines of each step's log that a stage prints
-_GPU_TESTS = ("tests/models", "tests/test_gpu.py", "tests/test_tracing.py")
+_GPU_TESTS = ("tests/test_gpu.py", "tests/test_tracing.py", "tests/models")
 _OTHERS = ("resnet15", "resnet19", "cnn8", "resnet18")
 
 
