@@ -59,7 +59,7 @@ def _killed_conversion(base: Path, scratch: Path, formats: str, way: str, moment
         again = _convert(base, out, *options)
         _, errors = again.communicate(timeout=_SECONDS)
         if again.returncode:
-            return f"the same command again: {again.returncode} {errors[-300:]}"
+            return f"the same command again: {again.returncode} {errors[-3000:]}"
         if os.listdir(folder) != ["out"]:
             return f"left behind: {os.listdir(folder)}"
         return CORRECT if digest(out) == digest(scratch / formats) else "another dataset"
@@ -147,7 +147,7 @@ def _killed_training(base: Path, run: Path, whole: Path, moment: float, processe
     again = launch(["--resume", str(run)] if begun else arguments, processes)
     code, errors = ended(again, check=False)
     if code:
-        return f"resuming: {code} {errors[-300:]}"
+        return f"resuming: {code} {errors[-3000:]}"
     return same_run(run, whole) or CORRECT
 
 
@@ -214,7 +214,7 @@ def _killed_rank(base: Path, run: Path, whole: Path, victim: int, later: float) 
             kill_group(process)
             return "the others went on for a minute"
     code, errors = ended(launch(["--resume", str(run)], 2), check=False)
-    return same_run(run, whole) or CORRECT if code == 0 else f"resuming: {code} {errors[-300:]}"
+    return same_run(run, whole) or CORRECT if code == 0 else f"resuming: {code} {errors[-3000:]}"
 
 
 def _of_rank(rank: int) -> list[int]:
