@@ -73,7 +73,7 @@ class Step:
         self, data: Pipeline, epoch: int, first: int, *, capture: bool
     ) -> Iterable[Batch | None]:
         """What to call the step with, from step `first` of `epoch` on: None stands for a batch that
-        the step makes itself, of what lies on the device."""
+        the step makes itself, from what lies on the device."""
         self.done.fill_(epoch * data.steps() + first)
         if self._refused or not capture:
             self.release()

@@ -18,8 +18,8 @@ from fastlab.errors import UserError
 from fastlab.mixing import GOLDEN, WORD, mix_int, mix_tensor, signed
 from fastlab.tracing import span
 
-# numba's cache of `pipelines.augment_cpu` does not see a change of these or of `fastlab.mixing`:
-# delete its files in __pycache__ after one. Numbers of the random draws of an image.
+# Numbers of the random draws of an image. numba's cache of `pipelines.augment_cpu` does not see a
+# change of any constant here or in `fastlab.mixing`: delete its files in __pycache__ after one.
 FLIP, SHIFT_Y, SHIFT_X, HOLE_Y, HOLE_X, SIZE, TOP, LEFT = range(8)
 _GRID = 32  # crop sizes are drawn from a grid of so many areas by so many aspect ratios
 _RATIO = 4 / 3
