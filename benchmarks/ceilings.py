@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measurements import Record, Session, save, session
-from fastlab.cli import run_command
+from fastlab.console import run_command
 
 _ROUNDS = 7
 _ROUND = 0.05  # seconds of a round at least

@@ -22,11 +22,11 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 
-from benchmarks.measurements import Record, Session, count, interleave, save, session
-from fastlab.cli import run_command
+from benchmarks.measurements import Record, Session, interleave, save, session
+from fastlab.console import positive_int, run_command
+from fastlab.dataset.archives import Tree, open_tree
 from fastlab.dataset.blocks import block_size
 from fastlab.dataset.originals import read_originals
-from fastlab.dataset.trees import Tree, open_tree
 
 SIDE = 64  # pixels
 
@@ -34,8 +34,8 @@ SIDE = 64  # pixels
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sources", nargs="+", type=Path, help="of the same images")
-    parser.add_argument("--workers", type=count, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--rounds", type=count, default=5)
+    parser.add_argument("--workers", type=positive_int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--rounds", type=positive_int, default=5)
     parser.add_argument("--scratch", type=Path, default=Path("benchmark-scratch"))
     parser.add_argument("--out", type=Path, help="write the records to this JSON file")
     return run_command(run, parser.parse_args(argv))

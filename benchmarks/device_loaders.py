@@ -38,16 +38,13 @@ from benchmarks.measurements import (
     check_dataset,
     check_measured,
     check_names,
-    count,
-    counts,
     save,
     session,
 )
-from fastlab.cli import run_command
 from fastlab.config import AugmentConfig, DataConfig
+from fastlab.console import UserError, first_line, positive_int, positive_ints, run_command
+from fastlab.dataset.formats.tar import Shards, open_shards
 from fastlab.dataset.manifest import read_manifest
-from fastlab.dataset.shards import Shards, open_shards
-from fastlab.errors import UserError, first_line
 from pipelines import make_pipeline
 from pipelines.augment import device_augmenter, epoch_key, make_augmenter
 from pipelines.resident import ResidentEpoch, open_array, upload
@@ -66,8 +63,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("dataset", type=Path, help="dataset directory with the array format")
     batches = [256, 1024, 4096, 16384, 65536]
-    parser.add_argument("--batches", type=counts, default=batches, help="such as 256,65536")
-    parser.add_argument("--rounds", type=count, default=5)
+    parser.add_argument("--batches", type=positive_ints, default=batches, help="such as 256,65536")
+    parser.add_argument("--rounds", type=positive_int, default=5)
     parser.add_argument("--cases", default="", help="names of cases, separated by semicolons")
     parser.add_argument("--out", type=Path, help="write the records to this JSON file")
     return run_command(run, parser.parse_args(argv))

@@ -30,7 +30,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from benchmarks import rehearsal
-from fastlab.errors import UserError, tell
+from fastlab.console import UserError, tell
 
 LEASE = Path("lease")
 SITE, LOGS, RESULTS, RUNS = (LEASE / name for name in ("site", "logs", "results", "runs"))
@@ -388,7 +388,7 @@ def identify() -> dict:
     record = RESULTS / "environment.json"
     if record.exists():
         return json.loads(record.read_text())
-    code = "import json; from fastlab.rundir import environment; print(json.dumps(environment(1)))"
+    code = "import json; from fastlab.machine import environment; print(json.dumps(environment(1)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"fastlab does not start here: {done.stderr.strip().splitlines()[-1]}")

@@ -24,7 +24,6 @@ from benchmarks.faked_gpu import Call, CountError, Generated
 from benchmarks.measurements import (
     Record,
     Session,
-    count,
     public_config,
     read_record,
     save,
@@ -32,8 +31,8 @@ from benchmarks.measurements import (
 )
 from fastlab import config as configs
 from fastlab import models
-from fastlab.cli import run_command
 from fastlab.config import Config
+from fastlab.console import positive_int, run_command
 from fastlab.models import norm_pool, norm_relu
 from fastlab.models.dropout import DropoutKeys
 
@@ -123,11 +122,11 @@ def main(argv: list[str] | None = None) -> int:
     what.add_argument("--config", type=Path, nargs="+", help="the models to count")
     what.add_argument("--table", type=Path, nargs="+", help="print the table of these records")
     parser.add_argument("--set", action="append", default=[], dest="overrides")
-    parser.add_argument("--batch", type=count, default=128, help="images a step")
+    parser.add_argument("--batch", type=positive_int, default=128, help="images a step")
     parser.add_argument(
         "--savings", action="store_true", help="also with each saving of the step undone"
     )
-    parser.add_argument("--largest", type=count, default=0, help="name so many kernels")
+    parser.add_argument("--largest", type=positive_int, default=0, help="name so many kernels")
     parser.add_argument("--write", type=Path, help="write the generated code to this directory")
     parser.add_argument("--out", type=Path, help="write the records to this JSON file")
     return run_command(run, parser.parse_args(argv))

@@ -26,14 +26,12 @@ from benchmarks.measurements import (
     check_dataset,
     check_measured,
     check_names,
-    count,
-    counts,
     in_process,
     interleave,
     save,
     session,
 )
-from fastlab.cli import run_command
+from fastlab.console import positive_int, positive_ints, run_command
 from fastlab.dataset.manifest import read_manifest
 
 BATCH = 256
@@ -46,9 +44,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("dataset", type=Path, help="dataset directory with all formats")
     parser.add_argument("--originals", type=Path, help="unpacked images, for DataLoader + PIL")
     cores = [len(os.sched_getaffinity(0))]
-    parser.add_argument("--cores", type=counts, default=cores, help="such as 1,2")
+    parser.add_argument("--cores", type=positive_ints, default=cores, help="such as 1,2")
     parser.add_argument("--seconds", type=float, default=3.0, help="timed part of a round")
-    parser.add_argument("--rounds", type=count, default=5)
+    parser.add_argument("--rounds", type=positive_int, default=5)
     parser.add_argument("--only", default="", help="names of cases, separated by semicolons")
     parser.add_argument("--out", type=Path, help="write the records to this JSON file")
     parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -269,7 +267,7 @@ def _decode(args: argparse.Namespace, cores: int) -> Iterator:
 
     import simplejpeg
 
-    from fastlab.dataset.shards import open_shards
+    from fastlab.dataset.formats.tar import open_shards
 
     shards = open_shards(args.dataset, read_manifest(args.dataset), "train")
     pool = ThreadPoolExecutor(cores)

@@ -1,6 +1,5 @@
 """Typed records of measurements: what was measured, how often, where, when and by which command."""
 
-import argparse
 import json
 import re
 import shlex
@@ -14,10 +13,10 @@ from typing import Any
 
 from fastlab import config as configs
 from fastlab.config import Config
+from fastlab.console import UserError, public_path, public_text
 from fastlab.dataset.manifest import check_sizes, read_manifest
-from fastlab.errors import UserError
-from fastlab.public import public_path, public_text
-from fastlab.rundir import environment, write_atomically
+from fastlab.files import write_atomically
+from fastlab.machine import environment
 
 
 @dataclass(frozen=True)
@@ -191,18 +190,6 @@ def interleave(
 
 def tell_round(number: int, case: str, value: float) -> None:
     print(f"round {number:2d}  {case:<32} {value:14,.1f}", flush=True)
-
-
-def count(text: str) -> int:
-    """For argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
-    return int(text)
-
-
-def counts(text: str) -> list[int]:
-    """For argparse: such as 1,2."""
-    return [count(part) for part in text.split(",")]
 
 
 def check_dataset(path: str | Path) -> None:

@@ -21,7 +21,7 @@ import time
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
 
-from fastlab.errors import UserError, tell
+from fastlab.console import UserError, tell
 
 ROOT = Path(__file__).parents[1]
 CARRIED = ("braceexpand", "simplejpeg", "tomli-w", "webdataset")

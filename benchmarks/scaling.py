@@ -26,15 +26,13 @@ from benchmarks.measurements import (
     Record,
     Session,
     check_dataset,
-    count,
-    counts,
     interleave,
     save,
     session,
 )
 from fastlab import config as configs
-from fastlab.cli import run_command
-from fastlab.rundir import RunDir
+from fastlab.console import positive_int, positive_ints, run_command
+from fastlab.runs import RunDir
 from fastlab.train import Trainer, make_accelerator, torch_settings
 from pipelines.base import Batch
 
@@ -44,11 +42,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     parser.add_argument(
-        "--processes", type=counts, default=[1, 2], help="such as 1,2,4; the first is the base"
+        "--processes",
+        type=positive_ints,
+        default=[1, 2],
+        help="such as 1,2,4; the first is the base",
     )
-    parser.add_argument("--batch", type=count, default=64, help="images a step of each process")
+    parser.add_argument(
+        "--batch", type=positive_int, default=64, help="images a step of each process"
+    )
     parser.add_argument("--seconds", type=float, default=10.0, help="timed part of a round")
-    parser.add_argument("--rounds", type=count, default=3)
+    parser.add_argument("--rounds", type=positive_int, default=3)
     parser.add_argument("--out", type=Path, help="write the records to this JSON file")
     parser.add_argument("--cores", type=int, help=argparse.SUPPRESS)
     return run_command(run, parser.parse_args(argv))

@@ -39,15 +39,12 @@ from benchmarks.measurements import (
     check_dataset,
     check_measured,
     check_names,
-    count,
-    counts,
     device_of,
     read_record,
     tell_round,
 )
 from fastlab import config as configs
-from fastlab.cli import run_command
-from fastlab.errors import UserError
+from fastlab.console import UserError, positive_int, positive_ints, run_command
 
 
 @dataclass(frozen=True)
@@ -111,14 +108,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, nargs="+", required=True)
     parser.add_argument("--set", action="append", default=[], dest="overrides")
-    parser.add_argument("--batches", type=counts, default=[128], help="such as 128,1024")
+    parser.add_argument("--batches", type=positive_ints, default=[128], help="such as 128,1024")
     parser.add_argument("--variants", default="", help="names, separated by semicolons")
     parser.add_argument(
         "--savings", action="store_true", help="the captured step, each of its savings undone"
     )
-    parser.add_argument("--rounds", type=count, default=3)
-    parser.add_argument("--epochs", type=count, default=1, help="of a round")
-    parser.add_argument("--steps", type=count, help="of each epoch; default: all")
+    parser.add_argument("--rounds", type=positive_int, default=3)
+    parser.add_argument("--epochs", type=positive_int, default=1, help="of a round")
+    parser.add_argument("--steps", type=positive_int, help="of each epoch; default: all")
     parser.add_argument("--ceilings", type=Path, help="a record of benchmarks.ceilings")
     parser.add_argument("--traces", type=Path, help="a trace of each case, for fastlab trace")
     parser.add_argument("--out", type=Path, help="write the records to this JSON file")

@@ -27,14 +27,14 @@ from benchmarks.savings import changed
 from benchmarks.training import VARIANTS
 from fastlab import config as configs
 from fastlab import models
-from fastlab.cli import run_command
 from fastlab.config import Config, ProfileConfig
-from fastlab.errors import UserError, first_line
+from fastlab.console import UserError, first_line, run_command
+from fastlab.files import write_atomically
 from fastlab.processes import die_with_parent
-from fastlab.rundir import RunDir, write_atomically
-from fastlab.step import Step
+from fastlab.runs import RunDir
 from fastlab.tracing import Tracer
 from fastlab.train import Trainer, make_accelerator, torch_settings
+from fastlab.training.step import Step
 from pipelines.base import Batch
 
 # Steps of either kind before any that is timed: the fourth is captured.

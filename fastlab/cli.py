@@ -2,15 +2,11 @@
 so that ``--help`` is instant."""
 
 import argparse
-import contextlib
-import io
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
 
 import fastlab
-from fastlab.errors import UserError, silence, tell
+from fastlab.console import UserError, run_command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,53 +31,6 @@ def main(argv: list[str] | None = None) -> int:
         args.unknown = unknown[0]
         return run_command(_refuse, args)
     return run_command(args.call, args)
-
-
-def run_command(call: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int:
-    """Run `call`; a user's mistake becomes one line on standard error and exit status 2."""
-    stdout = sys.stdout or io.StringIO()  # none where it was closed: nothing is to be printed
-    try:
-        with contextlib.redirect_stdout(_Output(stdout)):
-            status = call(args) or 0
-            sys.stdout.flush()  # here, where a failure can still be told
-            return status
-    except UserError as error:
-        tell(error)
-        return 2
-    except KeyboardInterrupt:
-        tell("interrupted")
-        return 130
-    except BrokenPipeError:
-        silence(stdout)  # the reader left
-        return 141
-
-
-class _Output:
-    """Standard output, of which a failure, such as a full disk, is a `UserError`: it is told apart
-    from every other `OSError`."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        return self._told(self._stream.write, text)
-
-    def flush(self) -> None:
-        self._told(self._stream.flush)
-
-    def _told(self, call: Callable, *args: str) -> Any:
-        try:
-            return call(*args)
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            silence(self._stream)
-            raise UserError(
-                f"standard output: cannot be written ({error.strerror}); write it to another place"
-            ) from None
 
 
 def _refuse(args: argparse.Namespace) -> None:
@@ -274,7 +223,7 @@ def _add_report(commands) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from fastlab.report import write_report
+    from fastlab.report.page import write_report
 
     write_report(args.runs, args.out)
     print(f"report: {args.out}")
@@ -293,7 +242,7 @@ def _add_trace(commands) -> None:
 
 
 def _trace(args: argparse.Namespace) -> None:
-    from fastlab.trace_page import run
+    from fastlab.traces.page import run
 
     run(args)
 
@@ -307,7 +256,7 @@ def _add_doctor(commands) -> None:
 
 
 def _doctor(args: argparse.Namespace) -> None:
-    from fastlab.doctor import examine, table
+    from fastlab.machine import examine, table
 
     found = examine()
     if args.json:

@@ -1,156 +1,173 @@
 """Configuration: a TOML file, then ``--set section.key=value`` overrides, into frozen dataclasses.
 
 Strict: an unknown key, a wrong type or an impossible value is a one-line `UserError` that names the
-place, the key, what was expected and, for a misspelling, the nearest valid key.
+place, the key, what was expected and, for a misspelling, the nearest valid key. A section checks
+its values whenever one is made, from a file or in Python.
 """
 
 import dataclasses
 import difflib
+import functools
 import math
 import re
 import tomllib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import tomli_w
 
-from fastlab.errors import UserError, printable
-
-MODEL_NAMES = ("cnn8", "cnn10", "cnn12", "resnet11", "resnet15", "resnet19", "resnet18")
+from fastlab.console import UserError, printable
 
 
-def _number(default: float, expected: str, check: Callable[[float], bool]) -> Any:
-    return field(default=default, metadata={"check": (expected, check)})
+class Bound(NamedTuple):
+    """Which numbers a field takes, in words and as a test."""
+
+    expected: str
+    allows: Callable[[float], bool]
 
 
-def _above(default: float, low: float) -> Any:
-    return _number(default, f"above {low}", lambda v: v > low)
+Positive = Annotated[int, Bound("at least 1", lambda v: v >= 1)]
+Count = Annotated[int, Bound("at least 0", lambda v: v >= 0)]
+Seed = Annotated[int, Bound("from 0 to 2^31 - 1", lambda v: 0 <= v < 2**31)]
+AboveZero = Annotated[float, Bound("above 0", lambda v: v > 0)]
+NotNegative = Annotated[float, Bound("at least 0", lambda v: v >= 0)]
+Fraction = Annotated[float, Bound("at least 0 and below 1", lambda v: 0 <= v < 1)]
+Share = Annotated[float, Bound("from 0 to 1", lambda v: 0 <= v <= 1)]
+PositiveShare = Annotated[float, Bound("above 0 and at most 1", lambda v: 0 < v <= 1)]
+Factor = Annotated[float, Bound("above 0 and below 1", lambda v: 0 < v < 1)]
+
+ModelName = Literal["cnn8", "cnn10", "cnn12", "resnet11", "resnet15", "resnet19", "resnet18"]
+"""Every name has an entry in `fastlab.models.MODELS`."""
 
 
-def _at_least(default: float, low: float) -> Any:
-    return _number(default, f"at least {low}", lambda v: v >= low)
+class Section:
+    """A section of the configuration: a frozen dataclass whose fields have one of the types above,
+    a `Literal` of strings, or a plain bool, int, float or str."""
+
+    def __post_init__(self) -> None:
+        """Raises `UserError` for a value that its field does not take."""
+        section = type(self).__name__.removesuffix("Config").lower()
+        for key, kind in field_types(type(self)).items():
+            value = checked(f"{section}.{key}", kind, getattr(self, key))
+            object.__setattr__(self, key, value)
 
 
-def _fraction(default: float) -> Any:
-    """A number in [0, 1)."""
-    return _number(default, "at least 0 and below 1", lambda v: 0 <= v < 1)
-
-
-def _choice(default: str, *options: str) -> Any:
-    expected = "one of " + ", ".join(f'"{option}"' for option in options)
-    return field(default=default, metadata={"check": (expected, lambda v: v in options)})
+@functools.cache
+def field_types(section: type) -> dict[str, Any]:
+    """The type of each field of a section, with its bounds."""
+    return get_type_hints(section, include_extras=True)
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Section):
     path: str = "data/tiny-imagenet"
     """Dataset directory that `fastlab convert` wrote; relative to the working directory."""
-    pipeline: str = _choice("resident", "resident", "ffcv", "dali", "torchvision")
+    pipeline: Literal["resident", "ffcv", "dali", "torchvision"] = "resident"
     """What reads, and decodes, the images; pipelines/README.md says which one when."""
-    workers: int = _at_least(0, 0)
+    workers: Count = 0
     """Reading and decoding threads or processes of each process; 0: one for each core."""
-    placement: str = _choice("auto", "auto", "device", "stream")
+    placement: Literal["auto", "device", "stream"] = "auto"
     """Where `resident` keeps the images: "device" holds all of them on the device, "stream" maps
     the file into memory and copies batches ahead of use, "auto" takes "device" where they fit."""
-    hardware_load: float = _number(0.9, "from 0 to 1", lambda v: 0 <= v <= 1)
+    hardware_load: Share = 0.9
     """Share of the images that the GPU's JPEG hardware decodes (dali)."""
 
 
 @dataclass(frozen=True)
-class AugmentConfig:
+class AugmentConfig(Section):
     """Training only; everything off by default, as in the reference report."""
 
     flip: bool = False
     """Flip horizontally with probability 1/2."""
-    translate: int = _at_least(0, 0)
+    translate: Count = 0
     """Shift by up to so many pixels in x and in y; 0: off."""
-    padding: str = _choice("reflect", "reflect", "mean")
+    padding: Literal["reflect", "mean"] = "reflect"
     """What a translation brings into view: the reflected image, or the channel mean."""
-    cutout: int = _at_least(0, 0)
+    cutout: Count = 0
     """Side of a square that is set to the channel mean, pixels; 0: off."""
-    crop_scale: float = _number(1.0, "above 0 and at most 1", lambda v: 0 < v <= 1)
+    crop_scale: PositiveShare = 1.0
     """Random resized crop: smallest share of the image's area; 1: off."""
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    name: str = _choice("resnet11", *MODEL_NAMES)
-    width: int = _at_least(64, 1)
+class ModelConfig(Section):
+    name: ModelName = "resnet11"
+    width: Positive = 64
     """Channels of the stem; every other width is a multiple of it."""
     batch_norm: bool = True
     shortcuts: bool = True
     """False: the same residual network without its shortcut branches."""
-    dropout_conv: float = _fraction(0.2)
+    dropout_conv: Fraction = 0.2
     """Dropout in the convolutional part."""
-    dropout_stem: float = _fraction(0.15)
+    dropout_stem: Fraction = 0.15
     """Dropout after the stem's convolution (residual networks)."""
-    dropout_fc: float = _fraction(0.2)
+    dropout_fc: Fraction = 0.2
     """Dropout before the classifier, and before the hidden layer of a CNN."""
     sync_batch_norm: bool = False
     """Take batch statistics over all processes."""
 
 
 @dataclass(frozen=True)
-class OptimConfig:
-    name: str = _choice("adam", "adam", "adamw", "sgd")
-    lr: float = _above(0.015, 0)
+class OptimConfig(Section):
+    name: Literal["adam", "adamw", "sgd"] = "adam"
+    lr: AboveZero = 0.015
     """Initial (plateau, constant) or peak (cosine, onecycle) learning rate."""
-    weight_decay: float = _at_least(0.0, 0)
+    weight_decay: NotNegative = 0.0
     """Coupled for adam and sgd, decoupled for adamw; not applied to biases and norm parameters."""
-    momentum: float = _fraction(0.9)
+    momentum: Fraction = 0.9
     """sgd only, with Nesterov's form where it is above 0."""
-    beta1: float = _fraction(0.9)
-    beta2: float = _fraction(0.999)
-    eps: float = _above(1e-8, 0)
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999
+    eps: AboveZero = 1e-8
 
 
 @dataclass(frozen=True)
-class ScheduleConfig:
-    name: str = _choice("plateau", "plateau", "cosine", "onecycle", "constant")
+class ScheduleConfig(Section):
+    name: Literal["plateau", "cosine", "onecycle", "constant"] = "plateau"
     """plateau: `ReduceLROnPlateau` on validation top-1; cosine, onecycle: stepped every batch."""
-    factor: float = _number(0.1, "above 0 and below 1", lambda v: 0 < v < 1)
+    factor: Factor = 0.1
     """plateau: multiplies the rate."""
-    patience: int = _at_least(2, 0)
+    patience: Count = 2
     """plateau: epochs without improvement that are waited out."""
-    threshold: float = _at_least(1e-4, 0)
+    threshold: NotNegative = 1e-4
     """plateau: relative improvement that counts."""
-    min_lr: float = _at_least(1e-8, 0)
+    min_lr: NotNegative = 1e-8
     """plateau: floor of the rate."""
-    warmup: float = _fraction(0.25)
+    warmup: Fraction = 0.25
     """cosine, onecycle: share of all steps in which the rate rises, linearly, from lr / 25."""
-    final: float = _fraction(0.0)
+    final: Fraction = 0.0
     """cosine, onecycle: final rate as a share of the peak."""
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    epochs: int = _at_least(100, 1)
-    batch_size: int = _at_least(128, 1)
+class TrainConfig(Section):
+    epochs: Positive = 100
+    batch_size: Positive = 128
     """Images a step over all processes; a multiple of their number."""
-    eval_batch_size: int = _at_least(1000, 1)
+    eval_batch_size: Positive = 1000
     """Images a validation batch over all processes; no figure depends on it."""
-    seed: int = _number(0, "from 0 to 2^31 - 1", lambda v: 0 <= v < 2**31)
-    precision: str = _choice("bf16", "fp32", "bf16", "fp16", "fp64")
+    seed: Seed = 0
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "bf16"
     """Of the forward and backward pass; weights, optimizer and metrics stay fp32. "fp64" computes
     all in double precision, slowly: for comparing runs without rounding between them."""
     channels_last: bool = True
     compile: bool = True
-    step: str = _choice("auto", "auto", "captured", "eager")
+    step: Literal["auto", "captured", "eager"] = "auto"
     """How a step is launched: "captured", by one CUDA graph; "eager", kernel by kernel. "auto"
     captures on one GPU, unless precision is fp16 or a trace is being recorded."""
-    label_smoothing: float = _fraction(0.0)
-    grad_clip: float = _at_least(0.0, 0)
+    label_smoothing: Fraction = 0.0
+    grad_clip: NotNegative = 0.0
     """Largest norm of the gradient; 0: no clipping."""
-    ema: float = _fraction(0.0)
+    ema: Fraction = 0.0
     """Decay a step of the moving average of weights that is then validated and saved; 0: off."""
-    log_every: int = _at_least(50, 1)
+    log_every: Positive = 50
     """Steps between looks at the loss, the clock and the other processes' wish to stop."""
-    checkpoint_seconds: float = _at_least(30.0, 0)
+    checkpoint_seconds: NotNegative = 30.0
     """Seconds between checkpoints, looked at every `log_every` steps and at the end of an epoch;
     0: at the end of every epoch. The end of the training always writes one."""
-    checkpoint_every: int = _at_least(0, 0)
+    checkpoint_every: Count = 0
     """Steps between checkpoints within an epoch, whatever the clock says; 0: off."""
     deterministic: bool = False
     """On a GPU: True takes deterministic convolutions, so that a resumed run repeats an undisturbed
@@ -158,15 +175,15 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class ProfileConfig:
+class ProfileConfig(Section):
     """A trace of a few training steps, counted from the start of the process."""
 
     enabled: bool = False
-    wait: int = _at_least(10, 0)
+    wait: Count = 10
     """Steps before anything: compilation and filling of caches."""
-    warmup: int = _at_least(5, 0)
+    warmup: Count = 5
     """Steps in which the profiler runs and drops what it sees: its own start is slow."""
-    active: int = _at_least(5, 1)
+    active: Positive = 5
     """Steps recorded; the only synchronisation and the writing come after the last."""
     stacks: bool = False
     """Record Python's stack, for source lines in reviews; slows the recorded steps down."""
@@ -188,7 +205,7 @@ class Config:
 # Of earlier versions, in the configurations of their runs: without effect on what a run computes.
 _RETIRED = {("train", "compile_mode")}
 
-SECTIONS: dict[str, type] = {f.name: f.default_factory for f in dataclasses.fields(Config)}
+SECTIONS: dict[str, type] = get_type_hints(Config)
 
 
 def load(path: Path | None, overrides: Iterable[str] = ()) -> Config:
@@ -200,7 +217,7 @@ def load(path: Path | None, overrides: Iterable[str] = ()) -> Config:
     values = _check_tables(tables, str(path))
     for override in overrides:
         section, key, value = _parse_override(override)
-        values.setdefault(section, {})[key] = _check_value(section, key, value, "--set")
+        values.setdefault(section, {})[key] = _checked_in("--set", section, key, value)
     return Config(**{name: SECTIONS[name](**table) for name, table in values.items()})
 
 
@@ -227,34 +244,49 @@ def _check_tables(tables: dict[str, Any], where: str) -> dict[str, dict[str, Any
                 f"{where}: {section}: expected a section, [{section}], got {_show(table)}"
             )
         values[section] = {
-            key: _check_value(section, key, value, where)
+            key: _checked_in(where, section, key, value)
             for key, value in table.items()
             if (section, key) not in _RETIRED
         }
     return values
 
 
-def _check_value(section: str, key: str, value: Any, where: str) -> Any:
-    fields = {f.name: f for f in dataclasses.fields(SECTIONS[section])}
-    _known(key, fields, where, "key", f"{section}.")
-    kind = fields[key].type
-    expected, allowed = fields[key].metadata.get("check", ("", lambda v: True))
-    if kind is float and type(value) is int:
-        try:
-            value = float(value)
-        except OverflowError:
-            value = math.inf
-    if (
-        type(value) is not kind
-        or (kind is float and not math.isfinite(value))
-        or (kind is int and abs(value) >= 2**63)
-        or (kind is str and not _is_text(value))
-        or not allowed(value)
-    ):
-        names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
-        wanted = expected if kind is str and expected else f"{names[kind]} {expected}".strip()
-        raise UserError(f"{where}: {section}.{key}: expected {wanted}, got {_show(value)}")
-    return value
+def _checked_in(where: str, section: str, key: str, value: Any) -> Any:
+    """Check here, and not only when the section is made, since here it is known where it stands."""
+    kinds = field_types(SECTIONS[section])
+    _known(key, kinds, where, "key", f"{section}.")
+    return checked(f"{where}: {section}.{key}", kinds[key], value)
+
+
+def checked(name: str, kind: Any, value: Any) -> Any:
+    """`value` for the field `name` of the type `kind`; a whole number becomes a float where one is
+    expected. Raises `UserError` where the field does not take it."""
+    choices = get_args(kind) if get_origin(kind) is Literal else ()
+    bounds = get_args(kind)[1:] if get_origin(kind) is Annotated else ()
+    plain = str if choices else get_args(kind)[0] if bounds else kind
+    value = _as_float(value) if plain is float and type(value) is int else value
+    takes = (
+        type(value) is plain
+        and not (plain is float and not math.isfinite(value))
+        and not (plain is int and abs(value) >= 2**63)
+        and not (plain is str and not _is_text(value))
+        and (not choices or value in choices)
+        and all(bound.allows(value) for bound in bounds)
+    )
+    if takes:
+        return value
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+    expected = " ".join([names[plain], *(bound.expected for bound in bounds)])
+    if choices:
+        expected = "one of " + ", ".join(f'"{choice}"' for choice in choices)
+    raise UserError(f"{name}: expected {expected}, got {_show(value)}")
+
+
+def _as_float(value: int) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _show(value: Any) -> str:

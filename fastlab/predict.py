@@ -11,15 +11,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fastlab import checkpoint, models
+from fastlab import models
 from fastlab.config import Config
+from fastlab.console import UserError
 from fastlab.dataset.decode import CorruptImage, decode_into
-from fastlab.dataset.manifest import Manifest, check_sizes, read_manifest
-from fastlab.errors import UserError
-from fastlab.fingerprint import check_dataset
-from fastlab.optim import WeightAverage
-from fastlab.rundir import RunDir
-from pipelines import make_pipeline
+from fastlab.dataset.manifest import Manifest, check_sizes, fingerprint, read_manifest
+from fastlab.runs import RunDir
+from fastlab.training import checkpoint
+from fastlab.training.optim import WeightAverage
+from pipelines import FORMATS, make_pipeline
 from pipelines.augment import make_augmenter
 
 SAMPLES = 12
@@ -36,7 +36,7 @@ def load_run(directory: Path, which: str) -> tuple[nn.Module, Config, Manifest, 
     cfg = run.load_config()
     manifest = read_manifest(Path(cfg.data.path))
     check_sizes(Path(cfg.data.path), manifest)
-    check_dataset(run, cfg, manifest)
+    run.check_dataset(fingerprint(manifest), FORMATS[cfg.data.pipeline], cfg.data.path)
     model = models.build(cfg.model, len(manifest.classes))
     if cfg.train.precision == "fp64":
         model.double()

@@ -1,4 +1,4 @@
-"""Processes that do not outlive the one that started them."""
+"""Processes that do not outlive the one that started them, and the time this one began."""
 
 import ctypes
 import functools
@@ -12,21 +12,23 @@ STARTED = time.perf_counter()
 _PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent dies (Linux; elsewhere nothing)."""
-    _once(os.getpid())
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Have the kernel send this process the signal `number` when its parent dies (Linux; nothing
+    happens elsewhere)."""
+    _set_death_signal(os.getpid(), number)
 
 
 def die_with_launcher() -> None:
-    """A training of several processes dies with torchrun's agent, which holds the store that they
-    meet at: without it, those that still start would wait for half an hour. Their sessions are
-    their own, so that a kill of the agent's group does not reach them."""
+    """Under torchrun, die with its agent. The agent holds the store at which the processes of a
+    training meet: without it, those that are still starting would wait for half an hour. Each runs
+    in a session of its own, so a kill of the agent's process group does not reach them."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
 
 
 @functools.cache
-def _once(process: int) -> None:  # a forked child has the cache, but not the setting
+def _set_death_signal(process: int, number: int) -> None:
+    """Cached by process: a forked child inherits the cache, but not the setting."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        prctl(_PR_SET_PDEATHSIG, number)

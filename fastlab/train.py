@@ -31,22 +31,23 @@ from accelerate.utils import set_seed
 from torch import nn
 from tqdm import tqdm
 
-from fastlab import checkpoint, config, memory, models
+from fastlab import config, models
 from fastlab.config import Config
-from fastlab.dataset.manifest import Manifest, check_sizes, read_manifest
-from fastlab.delayed import DelayedRead
-from fastlab.doctor import has_bf16
-from fastlab.errors import UserError, first_line, tell
-from fastlab.fingerprint import check_dataset, fingerprint
-from fastlab.metrics import Figures, Sums, loss_and_sums
+from fastlab.console import UserError, first_line, tell
+from fastlab.dataset.manifest import Manifest, check_sizes, fingerprint, read_manifest
+from fastlab.machine import has_bf16
 from fastlab.models.dropout import DropoutKeys
 from fastlab.models.norm import synchronise
-from fastlab.optim import Rate, WeightAverage, make_optimizer
 from fastlab.predict import sample_predictions
-from fastlab.rundir import RunDir
-from fastlab.step import Step
+from fastlab.runs import RunDir
 from fastlab.tracing import Tracer, span
-from pipelines import make_pipeline
+from fastlab.training import checkpoint
+from fastlab.training import guards as memory
+from fastlab.training.delayed import DelayedRead
+from fastlab.training.metrics import Figures, Sums, loss_and_sums
+from fastlab.training.optim import Rate, WeightAverage, make_optimizer
+from fastlab.training.step import Step
+from pipelines import FORMATS, make_pipeline
 from pipelines.base import Batch, Pipeline, Shard
 
 DTYPES = {
@@ -237,7 +238,8 @@ class Trainer:
             self.looks.forget()  # the last one may have asked for this checkpoint
 
     def restore(self) -> None:
-        check_dataset(self.run, self.cfg, self.manifest)
+        form = FORMATS[self.cfg.data.pipeline]
+        self.run.check_dataset(fingerprint(self.manifest), form, self.cfg.data.path)
         path = checkpoint.last(self.run.checkpoints)
         if path is not None:
             state, own = checkpoint.load(path, self.model, self.accelerator.process_index)
@@ -344,7 +346,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_arguments(parser)
-    from fastlab.cli import run_command
+    from fastlab.console import run_command
 
     return run_command(run, parser.parse_args(argv))
 

@@ -16,6 +16,10 @@ ENGINES = {
 }
 
 
+FORMATS = {"resident": "array", "ffcv": "ffcv", "dali": "tar", "torchvision": "tar"}
+"""The format of a dataset that each engine reads."""
+
+
 def make_pipeline(config: DataConfig, *args: Any, **kwargs: Any) -> Pipeline:
     """The pipeline that `config` names; the arguments are those of every pipeline's constructor."""
     if config.pipeline == "resident":

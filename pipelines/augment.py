@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from fastlab.config import AugmentConfig
-from fastlab.errors import UserError
+from fastlab.console import UserError
 from fastlab.mixing import GOLDEN, WORD, mix_int, mix_tensor, signed
 from fastlab.tracing import span
 

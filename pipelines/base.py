@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from fastlab.errors import UserError
+from fastlab.console import UserError
 
 
 class Batch(NamedTuple):

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from fastlab.config import DataConfig
+from fastlab.console import UserError, first_line
 from fastlab.dataset.decode import MAX_PIXELS, CorruptImage, decode_into
+from fastlab.dataset.formats.tar import Shards, open_shards
 from fastlab.dataset.manifest import Manifest
-from fastlab.dataset.shards import Shards, open_shards
-from fastlab.errors import UserError, first_line
 
 _AHEAD = 2  # batches that DALI has in work; more were no faster
 

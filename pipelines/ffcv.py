@@ -25,9 +25,9 @@ import torch
 from numba import types
 
 from fastlab.config import DataConfig
-from fastlab.dataset.formats import FFCV_MISSING
+from fastlab.console import UserError, first_line
 from fastlab.dataset.manifest import Manifest
-from fastlab.errors import UserError, first_line
+from fastlab.machine import FFCV_MISSING
 
 _AHEAD = 2  # batches that wait for use while every thread fills another
 _TIMEOUT = 60.0  # seconds after which a batch is given up; a slow disk may take ten

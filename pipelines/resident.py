@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from fastlab.config import AugmentConfig, DataConfig
+from fastlab.console import UserError
 from fastlab.dataset.manifest import Manifest
-from fastlab.errors import UserError
 from pipelines.augment import Augmenter, device_augmenter, epoch_key, make_augmenter
 from pipelines.base import Batch, Shard, make_schedule
 

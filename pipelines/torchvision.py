@@ -18,10 +18,10 @@ from torchvision.io import ImageReadMode, decode_image, decode_jpeg
 from torchvision.transforms import v2
 
 from fastlab.config import DataConfig
+from fastlab.console import UserError, first_line
 from fastlab.dataset.decode import CorruptImage, decode_into, is_plain
+from fastlab.dataset.formats.tar import Shards, open_shards
 from fastlab.dataset.manifest import Manifest
-from fastlab.dataset.shards import Shards, open_shards
-from fastlab.errors import UserError, first_line
 
 _NOTHING = torch.empty(0)
 _UNKNOWN = -1

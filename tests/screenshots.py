@@ -23,9 +23,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastlab.cli import run_command
-from fastlab.errors import UserError
-from fastlab.trace_events import find_traces
+from fastlab.console import UserError, run_command
+from fastlab.traces.events import find_traces
 from tests.browser import CHROMIUM, shoot
 
 _CHARTS = "https://www.gstatic.com/charts/loader.js"

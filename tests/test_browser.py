@@ -7,7 +7,7 @@ import pytest
 
 from fastlab.cli import main
 from tests import browser
-from tests.training import command
+from tests.trainings import command
 
 pytestmark = [
     pytest.mark.slow,
@@ -25,7 +25,7 @@ def run(synth_dataset, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def pages(run, synth_dataset, tmp_path_factory) -> dict[str, Path]:
-    from benchmarks.ablations import main as ablations
+    from fastlab.study.command import main as ablations
 
     folder = tmp_path_factory.mktemp("pages")
     assert main(["report", str(run), "--out", str(folder / "report.html")]) == 0

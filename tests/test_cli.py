@@ -16,7 +16,7 @@ OTHER = "open('/dev/full', 'w', buffering=1).write('a line\\n')"
 def run(body: str, stdout: int, stderr: int = subprocess.PIPE, **settings) -> tuple[int, list[str]]:
     """Exit status and lines on standard error of a command that does `body`."""
     code = (
-        "import sys\nfrom fastlab.cli import run_command\nfrom fastlab.errors import UserError\n"
+        "import sys\nfrom fastlab.console import UserError, run_command\n"
         f"def call(args):\n    {body}\nsys.exit(run_command(call, None))"
     )
     done = subprocess.run(
@@ -36,7 +36,9 @@ def full() -> int:
 def test_a_full_disk_behind_the_output_is_one_line(body, full):
     status, lines = run(body, full)
     assert status == 2 and len(lines) == 1
-    assert lines[0].startswith("fastlab: standard output: cannot be written (No space left")
+    assert lines[0].startswith(
+        "fastlab: standard output or a file cannot be written (No space left"
+    )
 
 
 def test_with_the_errors_going_there_too_the_status_is_left(full):
@@ -44,8 +46,13 @@ def test_with_the_errors_going_there_too_the_status_is_left(full):
     assert run("raise UserError('bad input')", full, full) == (2, [])
 
 
-def test_an_error_of_another_file_keeps_its_traceback(full):
+def test_a_full_disk_under_another_file_is_one_line():
     status, lines = run(OTHER, subprocess.DEVNULL)
+    assert status == 2 and len(lines) == 1 and "a file cannot be written" in lines[0]
+
+
+def test_an_unexplained_error_of_a_named_file_keeps_its_traceback():
+    status, lines = run("open('/nowhere/at/all')", subprocess.DEVNULL)
     assert status == 1 and lines[0].startswith("Traceback")
 
 

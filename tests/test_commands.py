@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 
 from benchmarks import (
-    calibrate,
     convert,
     device_loaders,
     loaders,
@@ -17,9 +16,9 @@ from benchmarks import (
 )
 from benchmarks.records import clock, reference
 from fastlab import cli
-from fastlab.cli import run_command
-from fastlab.dataset.trees import COMPRESSED_TAR
-from fastlab.errors import UserError
+from fastlab.console import UserError, run_command
+from fastlab.dataset.archives import COMPRESSED_TAR
+from fastlab.study import calibrate
 from tests import screenshots
 from tests.faults import __main__ as faults
 

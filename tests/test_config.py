@@ -4,15 +4,24 @@ import math
 import string
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
 import tomli_w
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fastlab.config import SECTIONS, Config, dump, load
-from fastlab.errors import UserError
+from fastlab.config import (
+    SECTIONS,
+    Config,
+    DataConfig,
+    OptimConfig,
+    TrainConfig,
+    dump,
+    field_types,
+    load,
+)
+from fastlab.console import UserError
 
 FUZZ = settings(max_examples=120, deadline=None, database=None, derandomize=True)
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -432,10 +441,13 @@ def test_any_override_is_obeyed_or_refused_in_one_line(text, tmp_path_factory):
         return
     section, _, key = text.partition("=")[0].partition(".")
     value = getattr(getattr(found, section), key)
-    declared = next(f for f in fields(SECTIONS[section]) if f.name == key)
-    _, allowed = declared.metadata.get("check", ("", lambda v: True))
-    assert type(value) is declared.type
-    assert allowed(value)
+    default = getattr(SECTIONS[section](), key)
+    assert type(value) is type(default)
+    kind = field_types(SECTIONS[section])[key]
+    if get_origin(kind) is Literal:
+        assert value in get_args(kind)
+    if get_origin(kind) is Annotated:
+        assert all(bound.allows(value) for bound in get_args(kind)[1:])
     assert not isinstance(value, float) or math.isfinite(value)
     assert saved_and_loaded(found, tmp_path_factory.getbasetemp()) == found
 
@@ -487,3 +499,23 @@ def test_a_key_of_an_earlier_version_is_read_over_in_a_file_and_refused_as_an_ov
     assert load(path).train.epochs == 3
     with pytest.raises(UserError, match=r"train\.compile_mode: unknown key"):
         load(None, ["train.compile_mode=default"])
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: TrainConfig(epochs=0), "train.epochs: expected a whole number at least 1, got 0"),
+        (lambda: TrainConfig(precision="fp8"), 'train.precision: expected one of "fp32", '),
+        (lambda: replace(Config().optim, lr=-1.0), "optim.lr: expected a number above 0, got -1.0"),
+        (lambda: DataConfig(workers=True), "data.workers: expected a whole number"),
+    ],
+)
+def test_a_section_made_in_python_is_checked(make, said):
+    with pytest.raises(UserError) as caught:
+        make()
+    assert str(caught.value).startswith(said)
+
+
+def test_a_section_made_in_python_takes_a_whole_number_for_a_float():
+    lr = OptimConfig(lr=1).lr
+    assert lr == 1.0 and type(lr) is float

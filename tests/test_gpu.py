@@ -28,14 +28,14 @@ from fastlab.dataset.convert import Options, convert
 from fastlab.dataset.manifest import read_manifest
 from fastlab.dataset.synth import synthesise
 from fastlab.models.dropout import DropoutKeys
-from fastlab.rundir import RunDir
-from fastlab.trace_page import look
+from fastlab.runs import RunDir
+from fastlab.traces.page import look
 from pipelines import make_pipeline
 from pipelines.augment import device_augmenter, make_augmenter
 from pipelines.augment_cpu import augment_on_cpu
 from pipelines.resident import open_array
 from pipelines.torchvision import open_engine
-from tests.training import (
+from tests.trainings import (
     ROOT,
     TINY,
     assert_same_weights,
@@ -428,7 +428,8 @@ def test_the_moving_average_is_that_of_a_loop_on_the_host(make_trainer):
 
 STOPPED_BY_ITSELF = """
 import os, signal, sys
-from fastlab import step, train
+from fastlab import train
+from fastlab.training import step
 
 call, steps = step.Step.__call__, []
 

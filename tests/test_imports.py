@@ -83,10 +83,10 @@ def test_pipelines_know_nothing_of_training(path):
 
 
 def test_the_report_needs_no_torch_not_even_through_others():
-    found = reached("fastlab.report")
+    found = reached("fastlab.report.page")
     for module, names in found.items():
         assert not within(names, "torch", "torchvision", "accelerate"), module
-    assert {"fastlab", "fastlab.report", "fastlab.errors"} <= found.keys()
+    assert {"fastlab", "fastlab.report.page", "fastlab.console"} <= found.keys()
 
 
 def test_training_imports_numba_only_where_a_cpu_makes_batches():

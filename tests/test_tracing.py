@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from fastlab import tracing
 from fastlab.cli import main
 from fastlab.config import ProfileConfig
-from fastlab.trace_events import read_trace, times
-from fastlab.trace_page import look
+from fastlab.traces.events import read_trace, times
+from fastlab.traces.page import look
 
 ROOT = Path(__file__).parents[1]
 NAME = re.compile(r"rank(\d+)\.\d{19}\.pt\.trace\.json")
@@ -387,7 +387,7 @@ def wait_for_run(port: int) -> dict:
 
 
 def test_a_missing_plugin_is_one_line(run, monkeypatch, capsys):
-    from fastlab import trace_page
+    from fastlab.traces import page as trace_page
 
     monkeypatch.setattr(trace_page.importlib.util, "find_spec", lambda name: None)
     assert main(["trace", str(run), "--tensorboard"]) == 2

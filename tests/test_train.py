@@ -19,8 +19,8 @@ from fastlab import train as training
 from fastlab.cli import main
 from fastlab.dataset.convert import Options, convert
 from fastlab.dataset.manifest import read_manifest
-from fastlab.rundir import RunDir
-from tests.training import ROOT, TINY, assert_same_weights, command, launch, metrics, train
+from fastlab.runs import RunDir
+from tests.trainings import ROOT, TINY, assert_same_weights, command, launch, metrics, train
 
 
 @pytest.fixture(scope="module")

@@ -26,15 +26,13 @@ from benchmarks.measurements import (
     Results,
     Session,
     check_dataset,
-    count,
     public_config,
 )
 from fastlab import config as configs
 from fastlab import models
-from fastlab.cli import run_command
 from fastlab.config import Config
-from fastlab.errors import UserError
-from fastlab.rundir import RunDir
+from fastlab.console import UserError, positive_int, run_command
+from fastlab.runs import RunDir
 from fastlab.train import (
     Trainer,
     evaluate,
@@ -49,7 +47,7 @@ def main(script: str, target: float, recipe: dict[str, object], config: str) -> 
     """The command line of a record."""
     parser = argparse.ArgumentParser(description=f"Time to {target:.2%} validation top-1.")
     parser.add_argument("--data", required=True, help="dataset directory")
-    parser.add_argument("--runs", type=count, default=5)
+    parser.add_argument("--runs", type=positive_int, default=5)
     parser.add_argument("--target", type=float, default=target, help="another top-1, 0 to 1")
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     parser.add_argument("--limit", type=float, default=math.inf, help="seconds for all runs")

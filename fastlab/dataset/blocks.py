@@ -12,11 +12,11 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from fastlab.console import UserError
+from fastlab.dataset.archives import Tree
 from fastlab.dataset.decode import decode_into
 from fastlab.dataset.moments import channel_sums
 from fastlab.dataset.originals import Originals
-from fastlab.dataset.trees import Tree
-from fastlab.errors import UserError
 from fastlab.processes import die_with_parent
 
 _BLOCK = 512  # images: some milliseconds of work

@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 
 import fastlab
+from fastlab.console import UserError, printable
 from fastlab.dataset import manifest as manifests
+from fastlab.dataset.archives import Tree, open_tree
 from fastlab.dataset.blocks import Block, decoded_blocks
 from fastlab.dataset.direct import ALIGNMENT, DirectFile
 from fastlab.dataset.formats import (
@@ -39,16 +41,14 @@ from fastlab.dataset.originals import (
     read_originals,
     select_classes,
 )
-from fastlab.dataset.place import (
+from fastlab.files import (
     check_free,
     check_replaceable,
     is_free,
     move_into_place,
     partial_directory,
-    settled,
+    resolved,
 )
-from fastlab.dataset.trees import Tree, open_tree
-from fastlab.errors import UserError, printable
 
 # Options that do not change what is converted, only how or to which formats.
 _NO_IDENTITY = ("force", "workers", "formats", "settings", "on_corrupt")
@@ -84,7 +84,7 @@ def convert(source: Path, out: Path, options: Options) -> tuple[Manifest, bool]:
     was.
     """
     _check(options)
-    out = settled(out)
+    out = resolved(out)
     originals = Path(os.path.realpath(source))
     if out in (originals, *originals.parents):
         raise UserError(f"{out}: holds the originals; choose another directory for the dataset")

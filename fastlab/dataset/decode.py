@@ -7,7 +7,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from fastlab.errors import first_line
+from fastlab.console import first_line
 
 MAX_PIXELS = 64_000_000
 _FRAMES = (b"\xc0", b"\xc1", b"\xc2")  # markers of baseline, extended and progressive ones

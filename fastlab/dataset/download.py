@@ -24,7 +24,7 @@ from urllib.parse import unquote, urlsplit
 from tqdm import tqdm
 
 from fastlab import __version__
-from fastlab.errors import UserError
+from fastlab.console import UserError
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Any
 
 from xxhash import xxh3_128
 
+from fastlab.console import UserError
 from fastlab.dataset.originals import ImageClass
-from fastlab.errors import UserError
 
 FORMAT_VERSION = 4
 NAME = "manifest.json"
@@ -62,6 +62,22 @@ class Manifest:
         values["checksum"] = _checksum(values)
         # As ASCII: paths of images that were left out need not be valid Unicode.
         return json.dumps(values, indent=1) + "\n"
+
+
+def fingerprint(manifest: Manifest) -> dict[str, Any]:
+    """What tells a dataset from others, wherever it lies; JSON types alone."""
+    return {
+        "classes": [each.id for each in manifest.classes],
+        "image_size": manifest.image_size,
+        "images": {name: split.images for name, split in manifest.splits.items()},
+        "mean": manifest.mean,
+        "std": manifest.std,
+        "request": manifest.request,
+        "files": {
+            name: {path: info.xxh128 for path, info in files.items()}
+            for name, files in manifest.formats.items()
+        },
+    }
 
 
 def _checksum(values: dict[str, Any]) -> str:

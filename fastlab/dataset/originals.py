@@ -10,8 +10,8 @@ from itertools import chain, repeat
 
 import numpy as np
 
-from fastlab.dataset.trees import Tree
-from fastlab.errors import UserError, printable
+from fastlab.console import UserError, printable
+from fastlab.dataset.archives import Tree
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 

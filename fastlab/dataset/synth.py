@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastlab.dataset.place import (
+from fastlab.console import UserError
+from fastlab.files import (
     check_free,
     check_replaceable,
     move_into_place,
     partial_directory,
-    settled,
+    resolved,
 )
-from fastlab.errors import UserError
 
 SIDE = 64
 _ID = "n9{:07}"  # beside those of ImageNet
@@ -34,7 +34,7 @@ def synthesise(out: Path, classes: int, per_class: int, seed: int = 0, force: bo
         raise UserError(f"--per-class {per_class}: expected 1 to 100000")
     if seed < 0:
         raise UserError(f"--seed {seed}: expected 0 or more")
-    out = settled(out)
+    out = resolved(out)
     _check_place(out, force)
     try:
         with partial_directory(out) as partial:

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from fastlab.console import UserError, printable
 from fastlab.dataset.manifest import Manifest
-from fastlab.errors import UserError, printable
 
 _ROWS, _COLUMNS, _SCALE, _CAPTION = 4, 6, 2, 16
 

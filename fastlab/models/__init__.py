@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastlab.config import ModelConfig
-from fastlab.errors import UserError
+from fastlab.console import UserError
 from fastlab.models.cnn import CNN
 from fastlab.models.resnet import ResNet, ResNet18
 

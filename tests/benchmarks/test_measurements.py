@@ -35,11 +35,11 @@ from benchmarks.measurements import (
     session,
 )
 from fastlab import config as configs
+from fastlab.console import UserError
 from fastlab.dataset.convert import Options
 from fastlab.dataset.convert import convert as convert_dataset
 from fastlab.dataset.synth import synthesise
-from fastlab.errors import UserError
-from fastlab.rundir import RunDir
+from fastlab.runs import RunDir
 from pipelines.base import Batch
 
 ROOT = Path(__file__).parents[2]

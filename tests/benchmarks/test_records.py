@@ -9,7 +9,7 @@ from benchmarks.measurements import Results, load
 from benchmarks.records import clock, reference, sixty_six
 from fastlab import config as configs
 from fastlab import models
-from fastlab.rundir import RunDir
+from fastlab.runs import RunDir
 from fastlab.train import Trainer, make_accelerator
 
 ROOT = Path(__file__).parents[2]

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastlab.console import UserError
 from fastlab.dataset import blocks
+from fastlab.dataset.archives import open_tree
 from fastlab.dataset.convert import Options, convert
 from fastlab.dataset.moments import channel_sums
 from fastlab.dataset.originals import read_originals
-from fastlab.dataset.trees import open_tree
-from fastlab.errors import UserError
 
 
 def decoded(source, workers, folder):

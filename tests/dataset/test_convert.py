@@ -12,9 +12,9 @@ from PIL import Image
 from xxhash import xxh3_128
 
 from fastlab.cli import main
+from fastlab.console import UserError
 from fastlab.dataset import convert as conversion
 from fastlab.dataset.convert import Options, convert
-from fastlab.errors import UserError
 
 
 def arrays(dataset: Path) -> dict[str, bytes]:

@@ -12,12 +12,12 @@ import pytest
 from PIL import Image
 
 from fastlab.cli import main
+from fastlab.console import UserError
 from fastlab.dataset import formats
 from fastlab.dataset.convert import Options, convert
 from fastlab.dataset.formats import Settings
+from fastlab.dataset.formats.tar import open_shards
 from fastlab.dataset.manifest import check_hashes, read_manifest
-from fastlab.dataset.shards import open_shards
-from fastlab.errors import UserError
 from tests.packages import has
 
 needs_ffcv = pytest.mark.skipif(not has("ffcv"), reason="FFCV is not installed")

@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from xxhash import xxh3_128
 
+from fastlab.console import UserError
 from fastlab.dataset.manifest import (
     FORMAT_VERSION,
     NAME,
@@ -21,7 +22,6 @@ from fastlab.dataset.manifest import (
     read_manifest,
 )
 from fastlab.dataset.originals import ImageClass
-from fastlab.errors import UserError
 
 FUZZ = settings(max_examples=80, deadline=None, database=None, derandomize=True)
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastlab.console import UserError
 from fastlab.dataset.originals import ImageClass, Originals, Split, select_classes
-from fastlab.errors import UserError
 
 FUZZ = settings(max_examples=70, deadline=None, database=None, derandomize=True)
 

@@ -16,8 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from fastlab.cli import run_command
-from fastlab.errors import UserError
+from fastlab.console import UserError, run_command
 from tests.faults import disks, endurance, inputs, kills
 from tests.faults.outcomes import Tally
 from tests.packages import has

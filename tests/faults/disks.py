@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.faults.outcomes import Tally, judge
-from tests.training import ROOT, command, launch
+from tests.trainings import ROOT, command, launch
 
 _SECONDS = 120
 

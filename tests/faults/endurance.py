@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.faults.outcomes import CORRECT, Tally
-from tests.training import command, launch
+from tests.trainings import command, launch
 
 _MEGABYTE = 2**20
 _METRICS = "metrics.jsonl"

@@ -25,7 +25,7 @@ from PIL import Image, ImageOps
 from tests.faults import mutations
 from tests.faults.outcomes import CLEAR, Tally, judge
 from tests.packages import has
-from tests.training import command, metrics, weights
+from tests.trainings import command, metrics, weights
 
 ROOT = Path(__file__).parents[2]
 _SECONDS = 120  # an input may take; nearly all take a fraction of a second
@@ -201,8 +201,8 @@ def _read_through(data: Path, name: str) -> str:
     import torch
 
     from fastlab.config import DataConfig
+    from fastlab.console import UserError
     from fastlab.dataset.manifest import read_manifest
-    from fastlab.errors import UserError
     from pipelines import make_pipeline
 
     engines = {"array": ("resident",), "ffcv": ("ffcv",), "tar": ("torchvision", "dali")}
@@ -340,8 +340,8 @@ def prepare(base: Path) -> None:
 
 
 def _prepare(base: Path) -> None:
-    from fastlab import checkpoint
     from fastlab.dataset.synth import synthesise
+    from fastlab.training import checkpoint
 
     base.mkdir(parents=True)
     random = np.random.default_rng(0)

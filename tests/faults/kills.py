@@ -14,7 +14,7 @@ from xxhash import xxh3_128
 
 from tests.faults.outcomes import CORRECT, Tally
 from tests.packages import has
-from tests.training import ROOT, command, launch, metrics, weights
+from tests.trainings import ROOT, command, launch, metrics, weights
 
 _SECONDS = 300  # that anything here may take
 _FORMATS = ["array,tar"] * 4

@@ -1,13 +1,14 @@
 """Convolutions and norms: what they leave out must not show."""
 
 import copy
+from typing import get_args
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastlab.config import MODEL_NAMES, ModelConfig
+from fastlab.config import ModelConfig, ModelName
 from fastlab.models import build, layers
 from fastlab.models.dropout import Dropout
 from fastlab.models.layers import BatchNorm, Convolution, StemConvolution, freeze_cancelled
@@ -32,7 +33,7 @@ def test_biases_that_a_norm_follows_without_dropout_are_exempt_from_training():
     assert len(frozen(name="cnn8", dropout_conv=0.0)) == 7
 
 
-@pytest.mark.parametrize("name", MODEL_NAMES)
+@pytest.mark.parametrize("name", get_args(ModelName))
 def test_without_norms_every_bias_is_trained(name):
     assert frozen(name=name, batch_norm=False, dropout_conv=0.0, dropout_stem=0.0) == set()
 
@@ -85,7 +86,7 @@ def test_a_bias_before_dropout_is_added():
     assert conv.bias.grad.abs().min() > 1e-3
 
 
-@pytest.mark.parametrize("name", MODEL_NAMES)
+@pytest.mark.parametrize("name", get_args(ModelName))
 def test_batches_are_not_counted_and_older_weights_load(name):
     model = build(ModelConfig(name=name, width=4), 5)
     model(images(2))

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from typing import get_args
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from fastlab.config import MODEL_NAMES, ModelConfig
-from fastlab.errors import UserError
+from fastlab.config import ModelConfig, ModelName
+from fastlab.console import UserError
 from fastlab.models import MODELS, SMALLEST_IMAGE, build, count_parameters
 from fastlab.models.dropout import Dropout, DropoutKeys
 from fastlab.models.layers import Pointwise
@@ -145,7 +146,7 @@ def plain_cnn8(plain: Plain, x: torch.Tensor, p: dict[str, float]) -> torch.Tens
 
 
 def test_names_of_the_configuration_are_those_of_the_models():
-    assert set(MODEL_NAMES) == set(MODELS)
+    assert set(get_args(ModelName)) == set(MODELS)
 
 
 def test_resnet11_has_the_reports_number_of_parameters():
@@ -179,7 +180,7 @@ def test_resnet18_gives_torchvisions_logits():
 
 
 @pytest.mark.parametrize("classes", [2, 200])
-@pytest.mark.parametrize("name", MODEL_NAMES)
+@pytest.mark.parametrize("name", get_args(ModelName))
 def test_logits_have_a_row_an_image_and_a_column_a_class(name, classes):
     model = build(ModelConfig(name=name, width=8), classes)
     logits = model(images(3))
@@ -248,7 +249,7 @@ def test_each_dropout_setting_reaches_its_own_part(name, stem, conv_part, head):
     assert shares == [0.1] * stem + [0.3] * conv_part + [0.7] * head
 
 
-@pytest.mark.parametrize("name", MODEL_NAMES)
+@pytest.mark.parametrize("name", get_args(ModelName))
 def test_without_batch_norm_there_is_none(name):
     model = build(ModelConfig(name=name, width=8, batch_norm=False), 5)
     assert not [m for m in model.modules() if "norm" in type(m).__name__.lower()]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastlab.config import AugmentConfig
-from fastlab.errors import UserError
+from fastlab.console import UserError
 from pipelines.augment import (
     augment_on_device,
     device_augmenter,

@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from fastlab.config import AugmentConfig, DataConfig
+from fastlab.console import UserError
 from fastlab.dataset.convert import Options, convert
 from fastlab.dataset.manifest import read_manifest
-from fastlab.errors import UserError
 from pipelines import make_pipeline
 from pipelines.base import Shard
 from pipelines.engine import EnginePipeline

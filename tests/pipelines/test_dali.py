@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 
 from fastlab.config import AugmentConfig, DataConfig
+from fastlab.console import UserError
 from fastlab.dataset.convert import Options, convert
 from fastlab.dataset.formats import Settings
 from fastlab.dataset.manifest import read_manifest
-from fastlab.errors import UserError
 from pipelines import make_pipeline
 from pipelines.base import Shard
 from pipelines.dali import open_engine

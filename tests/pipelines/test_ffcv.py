@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from fastlab.config import AugmentConfig, DataConfig
+from fastlab.console import UserError
 from fastlab.dataset.convert import Options, convert
 from fastlab.dataset.formats import Settings
 from fastlab.dataset.manifest import FileInfo, read_manifest
-from fastlab.errors import UserError
 from pipelines import ffcv, make_pipeline
 from pipelines.base import Shard
 from pipelines.ffcv import open_engine, open_samples

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from fastlab.config import AugmentConfig, DataConfig
+from fastlab.console import UserError
 from fastlab.dataset.manifest import read_manifest
-from fastlab.errors import UserError
 from pipelines import make_pipeline, resident
 from pipelines.base import Shard
 

@@ -1,0 +1,110 @@
+"""What a command says to people: errors in one line, text without the machine's paths, exit codes.
+
+`run_command` runs every command of the project; `UserError` is the one exception for a mistake that
+the user can correct.
+"""
+
+import argparse
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TextIO
+
+# Two components or more: "12 /s" is no path. The character before it is none that a path may hold,
+# as in "data/tiny/train", "https://pytorch.org/docs" and base64, and not "<", as in "</p>".
+_ABSOLUTE = re.compile(r"(?<![\w.+~/<-])(?:/[\w.+@%~-]+){2,}")
+
+
+class UserError(Exception):
+    """Bad input. Its message is one line: what is wrong, where, and what to do. The command exits
+    with status 2."""
+
+
+def run_command(call: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int:
+    """Run `call` and return its exit status. A `UserError` becomes one line on standard error and
+    status 2; so does a full disk under standard output."""
+    try:
+        status = call(args) or 0
+        if sys.stdout:  # None where the caller closed it
+            sys.stdout.flush()  # here, where a failure can still be reported
+        return status
+    except UserError as error:
+        tell(error)
+        return 2
+    except KeyboardInterrupt:
+        tell("interrupted")
+        return 130
+    except BrokenPipeError:
+        silence(sys.stdout)  # the reader left
+        return 141
+    except OSError as error:
+        if error.filename is not None:  # a named file that nothing below explained: a defect
+            raise
+        tell(f"standard output or a file cannot be written ({error.strerror}); make room for it")
+        silence(sys.stdout)
+        return 2
+
+
+def tell(message: object) -> None:
+    """Print one line to standard error, at once: other processes may write to the same terminal."""
+    try:
+        print(f"fastlab: {message}\n", end="", file=sys.stderr, flush=True)
+    except OSError:
+        silence(sys.stderr)  # the exit status is all that is left to report
+
+
+def silence(stream: TextIO | None) -> None:
+    """Send what `stream` still buffers to /dev/null, so that Python's exit does not fail on it."""
+    if stream is None:
+        return
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
+
+
+def printable(text: str) -> str:
+    """`text` with the characters escaped that cannot be printed or would break a line in two."""
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of the error's message, or its type where it has none."""
+    return (str(error).strip().splitlines() or [repr(error)])[0]
+
+
+def positive_int(text: str) -> int:
+    """For argparse: a whole number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return int(text)
+
+
+def positive_ints(text: str) -> list[int]:
+    """For argparse: whole numbers from 1, such as 1,2."""
+    return [positive_int(part) for part in text.split(",")]
+
+
+def public_path(path: str) -> str:
+    """`path` relative to the current directory where it lies below it; the last component of any
+    other absolute path."""
+    absolute, here = Path(path), Path.cwd()
+    if absolute.is_relative_to(here):
+        return str(absolute.relative_to(here))
+    return absolute.name if absolute.is_absolute() else path
+
+
+def public_text(text: str) -> str:
+    """`text`, which may be HTML, with its absolute paths replaced by `public_path` of each: pages
+    and records are passed on to others."""
+    return _ABSOLUTE.sub(lambda match: public_path(match[0]), text)
+
+
+def public_command(argv: list[str]) -> str:
+    """`argv` as a shell takes it, its program as one would call it from a checkout."""
+    program = Path(argv[0])
+    kept = 2 if program.suffix == ".py" else 1  # fastlab/train.py, but fastlab of .venv/bin
+    arguments = [public_text(public_path(argument)) for argument in argv[1:]]
+    return shlex.join(["/".join(program.parts[-kept:]), *arguments])

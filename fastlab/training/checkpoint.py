@@ -1,0 +1,170 @@
+"""Checkpoints: whole or absent, and enough of them to go on bit for bit.
+
+``checkpoints/step-00001234/`` holds `model.safetensors`, `state.pt` (optimizer, schedule, sums,
+position, number of processes) and a `rank-N.pt` for each process (running statistics). A directory
+is written under another name and renamed; the newest whole one is the last. ``best.safetensors``
+holds the weights with the best validation top-1. Every file carries checksums that are compared
+when it is read: no changed byte goes unnoticed into a training. No state of a random generator is
+among it: nothing in a training draws from one.
+"""
+
+import io
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+from torch import nn
+from xxhash import xxh3_128
+
+from fastlab.console import UserError
+
+_HASH = "xxh128"  # of the metadata of a safetensors file
+
+
+def save(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    state: dict[str, Any],
+    accelerator: Any,
+    own: Sequence[torch.Tensor] = (),
+) -> None:
+    """Write the checkpoint of `step` and drop older ones. Every process calls this: `state` is
+    the main one's, `own` are further tensors of each.
+
+    Raises OSError where it cannot be written; the one before is then as it was.
+    """
+    partial, target = folder / "partial", folder / f"step-{step:08d}"
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    _write(_rank_state(model, own), partial / f"rank-{accelerator.process_index}.pt")
+    if accelerator.is_main_process:
+        save_weights(model.state_dict(), partial / "model.safetensors")
+        _write({**state, "processes": accelerator.num_processes}, partial / "state.pt")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if target.exists():  # a stop right after a checkpoint within an epoch
+            target.rename(f"{target}-before")
+        partial.rename(target)
+        for other in folder.glob("step-*"):
+            if other != target:
+                other.rename(partial)  # so that what a kill leaves half deleted is no checkpoint
+                shutil.rmtree(partial)
+
+
+def _write(state: dict[str, Any], path: Path) -> None:
+    """By way of memory: torch's own writer turns a full disk into an error without its reason."""
+    stream = io.BytesIO()
+    torch.save(state, stream)
+    path.write_bytes(stream.getbuffer())
+
+
+def _read(path: Path) -> dict[str, Any]:
+    # torch.load does not look at the checksums of the zip file that it reads.
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} does not match its checksum")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def save_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
+    """safetensors, in place of `path` at once. Raises OSError."""
+    tensors = {name: t.detach().cpu().contiguous() for name, t in weights.items()}
+    data = safetensors_bytes(tensors, {_HASH: _digest(tensors)})
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(data)
+    os.replace(partial, path)
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Raises `UserError` where the file is missing, damaged or of another model."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            written = (file.metadata() or {}).get(_HASH)
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: no such checkpoint; the run ended before it was written"
+        ) from None
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{path}: damaged checkpoint ({error})") from None
+    if _digest(tensors) != written:
+        raise UserError(f"{path}: damaged checkpoint (does not match its checksum)")
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError:
+        raise UserError(f"{path}: holds weights of another model") from None
+
+
+def _digest(tensors: dict[str, torch.Tensor]) -> str:
+    digest = xxh3_128()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def last(folder: Path) -> Path | None:
+    """The newest whole checkpoint, or None."""
+    return max(folder.glob("step-*"), default=None)
+
+
+def load(path: Path, model: nn.Module, rank: int) -> tuple[dict[str, Any], Sequence[torch.Tensor]]:
+    """Restore weights and running statistics; return the rest: the main process's state, and this
+    one's own tensors (none, if it has no state of its own).
+
+    Tensors of the rest are on the CPU: `load_state_dict` puts them where they belong. On another
+    number of processes than wrote it, a process without a state of its own keeps the main one's
+    statistics. Raises `UserError` for a damaged checkpoint.
+    """
+    load_weights(model, path / "model.safetensors")
+    state = load_state(path)
+    files = [path / f"rank-{n}.pt" for n in range(state.get("processes", 0))]  # not known before
+    if missing := [file.name for file in files if not file.exists()]:
+        raise UserError(f"{path}: damaged checkpoint ({missing[0]} is missing)")
+    file = path / f"rank-{rank}.pt"
+    if not file.exists():
+        return state, ()
+    with _damage_told(path):
+        return state, _restore_rank(model, _read(file))
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """The main process's state, tensors on the CPU. Raises `UserError` where it is damaged."""
+    with _damage_told(path):
+        return _read(path / "state.pt")
+
+
+@contextmanager
+def _damage_told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # torch.load raises many kinds on damaged bytes
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path}: damaged checkpoint ({reason})") from None
+
+
+def _rank_state(model: nn.Module, own: Sequence[torch.Tensor]) -> dict[str, Any]:
+    return {"buffers": _statistics(model), "own": list(own)}
+
+
+def _restore_rank(model: nn.Module, state: dict[str, Any]) -> list[torch.Tensor]:
+    for name, buffer in _statistics(model).items():
+        buffer.copy_(state["buffers"][name])
+    return state.get("own", [])  # checkpoints before this had none
+
+
+def _statistics(model: nn.Module) -> dict[str, torch.Tensor]:
+    parameters = dict(model.named_parameters())
+    return {name: t for name, t in model.state_dict().items() if name not in parameters}

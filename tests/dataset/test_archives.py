@@ -1,0 +1,180 @@
+import io
+import os
+import subprocess
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastlab.console import UserError
+from fastlab.dataset import archives as trees
+from fastlab.dataset.archives import TarTree
+
+LONG = "folder/" * 18 + "image.png"  # 135 characters: ustar splits it, GNU and pax extend
+FILES = {"a/one.png": b"1" * 700, "a/b/two.png": b"", "./three.png": b"3" * 512, LONG: b"4"}
+FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+
+
+def write(path: Path, layout: int, files=FILES, mtime: float = 1_700_000_000) -> Path:
+    with tarfile.open(path, "w", format=layout) as archive:
+        folder = tarfile.TarInfo("a")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size, member.mtime = len(data), mtime
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+def contents(tree: TarTree, names) -> dict:
+    return {name: tree.read(name.removeprefix("./")) for name in names}
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("mtime", [0, 1_700_000_000, 1_700_000_000.5])
+def test_a_tar_holds_what_tarfile_reads(tmp_path, layout, mtime):
+    path = write(tmp_path / "x.tar", FORMATS[layout], mtime=mtime)
+    found = contents(TarTree(path), FILES)
+    assert {name: data for name, (data, _) in found.items()} == FILES
+    assert {stamp.version for _, stamp in found.values()} == {int(mtime)}
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_the_quick_listing_is_tarfiles(tmp_path, monkeypatch, layout):
+    path = write(tmp_path / "x.tar", FORMATS[layout], {"a/one.png": b"1", "b": b"2" * 5000})
+    quick = TarTree(path)
+    assert trees._plain_members(quick._bytes) is not None
+    monkeypatch.setattr(trees, "_plain_members", lambda data: None)
+    slow = TarTree(path)
+    assert quick._rows == slow._rows and quick._folders == slow._folders
+    assert np.array_equal(quick._places, slow._places)
+    assert quick.read_many(["b", "a/one.png"])[0] == [b"2" * 5000, b"1"]
+    assert slow.names("a") == ["one.png"]
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("where", [0, 100, 124, 136, 148, 300])
+def test_a_damaged_header_is_refused(tmp_path, layout, where):
+    path = write(tmp_path / "x.tar", FORMATS[layout], {f"{i}.png": bytes(9) for i in range(9)})
+    data = bytearray(path.read_bytes())
+    data[512 + 3 * 1024 + where] ^= 5  # in the header of the fourth file
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="damaged archive"):
+        trees.open_tree(path, tmp_path)
+
+
+@pytest.mark.parametrize("end", [0, 100, 512, 700, 1024, 1536])
+def test_a_cut_is_refused(tmp_path, end):
+    path = write(tmp_path / "x.tar", tarfile.GNU_FORMAT, {"one.png": bytes(600)})
+    path.write_bytes(path.read_bytes()[:end])
+    with pytest.raises(UserError, match="damaged archive"):
+        trees.open_tree(path, tmp_path)
+
+
+def test_a_later_file_of_the_same_name_replaces_the_first(tmp_path):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as archive:
+        for data in (b"old", b"newer"):
+            member = tarfile.TarInfo("one.png")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    assert TarTree(path).read("one.png")[0] == b"newer"
+
+
+@pytest.mark.timeout(20)
+def test_a_negative_size_does_not_lead_round_and_round(tmp_path):
+    path = write(tmp_path / "x.tar", tarfile.GNU_FORMAT, {f"{i}.png": bytes(9) for i in range(3)})
+    data = bytearray(path.read_bytes())
+    data[512 + 1024 + 124 : 512 + 1024 + 135] = b"-0000003000"  # the second file's: 1,536 back
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="damaged archive"):
+        trees.open_tree(path, tmp_path)
+
+
+def test_a_tar_within_a_tar_is_a_file(tmp_path):
+    inner = write(tmp_path / "inner.tar", tarfile.GNU_FORMAT).read_bytes()
+    path = write(tmp_path / "x.tar", tarfile.GNU_FORMAT, {"inner.tar": inner, "b.png": b"b"})
+    tree = TarTree(path)
+    assert tree.names("") == ["b.png", "inner.tar"]
+    assert tree.read("inner.tar")[0] == inner
+
+
+@pytest.mark.parametrize("kind", ["directory", "zip", "tar"])
+def test_many_files_are_read_as_one_by_one(tmp_path, kind):
+    files = {f"a/{i}.png": bytes([i]) * i for i in range(5)}
+    folder = tmp_path / "tree"
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    if kind == "zip":
+        with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+            for name, data in files.items():
+                archive.writestr(name, data)
+    source = {
+        "directory": lambda: folder,
+        "zip": lambda: tmp_path / "x.zip",
+        "tar": lambda: write(tmp_path / "x.tar", tarfile.GNU_FORMAT, files),
+    }[kind]()
+    tree = trees.open_tree(source, tmp_path)
+    paths = ["a/3.png", "a/0.png", "a/4.png"]
+    found, stamps = tree.read_many(paths)
+    assert found == [files[path] for path in paths]
+    assert [tuple(stamp) for stamp in stamps.tolist()] == [tree.stamp(path) for path in paths]
+    found, stamps = tree.read_many(["a/3.png", "a/none.png", "a/4.png"])
+    assert found[0] == files["a/3.png"] and found[2] == files["a/4.png"]
+    assert isinstance(found[1], OSError) and stamps.shape == (3, 2)
+
+
+def test_a_link_that_leads_nowhere_is_told(tmp_path):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w") as archive:
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/elsewhere.png"
+        archive.addfile(link)
+        member = tarfile.TarInfo("one.png")
+        member.size = 3
+        archive.addfile(member, io.BytesIO(b"one"))
+    found, _ = TarTree(path).read_many(["one.png", "link.png"])
+    assert found[0] == b"one" and "--dereference" in str(found[1])
+
+
+def test_names_of_several_lines(tmp_path):
+    files = {"a.png": b"1", "b/\nc.png": b"22", "d\n.png": b"333", "e.png": b"4"}
+    tree = TarTree(write(tmp_path / "x.tar", tarfile.GNU_FORMAT, files))
+    assert tree.read_many(list(files))[0] == list(files.values())
+    assert tree.names("b") == ["\nc.png"]
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_sparse_file_is_told(tmp_path, form):
+    """Its bytes in the archive are not those of the file."""
+    (tmp_path / "x.png").write_bytes(bytes(1 << 20) + b"end")
+    os.truncate(tmp_path / "x.png", 2 << 20)
+    flavour = ["--format=gnu"] if form == tarfile.GNU_FORMAT else ["--format=pax"]
+    command = ["tar", *flavour, "--sparse", "-C", str(tmp_path), "-cf", str(tmp_path / "x.tar")]
+    subprocess.run([*command, "x.png"], check=True)
+    with tarfile.open(tmp_path / "x.tar") as archive:
+        assert archive.getmember("x.png").issparse()
+    found, _ = TarTree(tmp_path / "x.tar").read_many(["x.png"])
+    assert "without --sparse" in str(found[0])
+
+
+def test_names_in_a_zip_may_begin_with_a_dot(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("./train/a/x.png", b"x")
+    tree = trees.open_tree(tmp_path / "x.zip", tmp_path)
+    assert tree.names("") == ["train"] and tree.read("train/a/x.png")[0] == b"x"
+
+
+def test_a_full_disk_is_not_the_archives_fault(tmp_path):
+    with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as archive:
+        member = tarfile.TarInfo("one.png")
+        member.size = 3
+        archive.addfile(member, io.BytesIO(b"one"))
+    (tmp_path / "source.tar").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="cannot be written") as error:
+        trees.open_tree(tmp_path / "x.tar.gz", tmp_path)
+    assert "x.tar.gz" not in str(error.value)

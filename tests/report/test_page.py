@@ -1,0 +1,580 @@
+"""The report, read back with the standard library's HTML parser."""
+
+import base64
+import json
+import re
+import struct
+import subprocess
+import sys
+import zlib
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastlab.console import UserError
+from fastlab.report.page import write_report
+
+VOID = {"meta", "img", "br", "link"}
+
+
+@dataclass
+class Element:
+    tag: str
+    attributes: dict[str, str | None]
+    parent: "Element | None" = None
+    children: list["Element"] = field(default_factory=list)
+    pieces: list["str | Element"] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        texts = [piece if isinstance(piece, str) else piece.text for piece in self.pieces]
+        return " ".join("".join(texts).split())
+
+    def all(self, tag: str, **attributes: str) -> list["Element"]:
+        wanted = {key.rstrip("_").replace("_", "-"): value for key, value in attributes.items()}
+        found = []
+        for child in self.children:
+            if child.tag == tag and wanted.items() <= child.attributes.items():
+                found.append(child)
+            found += child.all(tag, **attributes)
+        return found
+
+    def one(self, tag: str, **attributes: str) -> "Element":
+        (element,) = self.all(tag, **attributes)
+        return element
+
+
+class Tree(HTMLParser):
+    """Builds the elements; a tag closed out of order fails."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.root = self.open = Element("", {})
+        self.feed(page)
+        self.close()
+        assert self.open is self.root
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        element = Element(tag, dict(attrs), self.open)
+        self.open.children.append(element)
+        self.open.pieces.append(element)
+        if tag not in VOID:
+            self.open = element
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.tag == tag
+        self.open = self.open.parent
+
+    def handle_data(self, data: str) -> None:
+        self.open.pieces.append(data)
+
+
+def png(width: int, height: int) -> str:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress((b"\0" + bytes(width)) * height))
+    image = b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b"")
+    return base64.b64encode(image).decode()
+
+
+def epoch(number: int, **values: Any) -> dict[str, Any]:
+    """One line of metrics.jsonl: validation top-1 grows by a hundredth an epoch."""
+    defaults = {
+        "epoch": number,
+        "step": 10 * number,
+        "lr": 0.1,
+        "train_loss": 5.0 - 0.1 * number,
+        "train_top1": 0.02 * number,
+        "train_top5": 0.04 * number,
+        "val_loss": 5.0 - 0.05 * number,
+        "val_top1": 0.01 * number,
+        "val_top5": 0.03 * number,
+        "val_images": 100,
+        "val_correct1": number,
+        "val_correct5": 3 * number,
+        "images_per_second": 1000.0,
+        "seconds": 2.0,
+    }
+    return {**defaults, **values}
+
+
+CONFIG = """
+[data]
+path = "/data/<i>tiny</i>"
+[model]
+name = "resnet11"
+widths = [64, 128]
+[train]
+epochs = 5
+compile = true
+"""
+
+SUMMARY = {
+    "name": "a",
+    "parameters": 1234567,
+    "dataset": {"path": "tiny", "classes": 200, "counts": {"train": 100000, "val": 10000}},
+    "status": "finished",
+    "train_seconds": 3723.4,
+}
+
+ENVIRONMENT = {
+    "date": "2026-11-24T10:00:00+00:00",
+    "command": "fastlab train",
+    "machine": {"cpu": "EPYC", "cores": 2, "memory_gib": 7.5, "gpus": []},
+    "versions": {"python": "3.11.7", "torch": "2.15.0"},
+    "processes": 1,
+    "git": None,
+}
+
+
+def make_run(path: Path, epochs: list[dict[str, Any]], **files: Any) -> Path:
+    """A run directory; `files` gives JSON for summary and predictions."""
+    path.mkdir(parents=True)
+    (path / "config.toml").write_text(CONFIG)
+    (path / "environment.json").write_text(json.dumps(ENVIRONMENT))
+    (path / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in epochs))
+    for name, value in files.items():
+        (path / f"{name}.json").write_text(json.dumps(value))
+    return path
+
+
+def page_of(*runs: Path) -> Element:
+    out = runs[0].parent / "report.html"
+    write_report(list(runs), out)
+    return Tree(out.read_text(encoding="utf-8")).root
+
+
+def results(page: Element) -> list[list[str]]:
+    rows = page.one("table", class_="results").one("tbody").all("tr")
+    return [[cell.text for cell in row.children] for row in rows]
+
+
+def curve(page: Element, name: str) -> list[list[tuple[float, float]]]:
+    """The segments of a curve, as points."""
+    lines = page.one("g", data_curve=name).all("polyline")
+    points = [line.attributes["points"].split() for line in lines]
+    return [[tuple(map(float, point.split(","))) for point in segment] for segment in points]
+
+
+def test_results_row_holds_the_values_at_the_best_epoch(tmp_path: Path) -> None:
+    epochs = [
+        epoch(1, val_top1=0.10, images_per_second=5.0),
+        epoch(2, val_top1=0.4217, val_top5=0.7, val_loss=2.34567, images_per_second=3000.0),
+        epoch(3, val_top1=0.4217, val_top5=0.8, images_per_second=1000.0),
+        epoch(4, val_top1=0.30, images_per_second=None),
+    ]
+    page = page_of(make_run(tmp_path / "a", epochs, summary=SUMMARY))
+    (row,) = results(page)
+    assert row[:6] == ["a", "42.17", "2", "70.00", "2.3457", "30.00"]
+    assert row[6:10] == ["0.50", "resnet11", "1,234,567", "4 of 5"]
+    assert row[10:] == ["2,000", "1 h 02 min", "✓ finished"]
+
+
+def test_run_without_a_summary_and_with_one_epoch(tmp_path: Path) -> None:
+    page = page_of(make_run(tmp_path / "a", [epoch(1, seconds=61.2, images_per_second=12.0)]))
+    (row,) = results(page)
+    assert row[:6] == ["a", "1.00", "1", "3.00", "4.9500", "1.00"]
+    assert row[6:10] == ["—", "resnet11", "—", "1 of 5"]
+    assert row[10:] == ["12", "1 min 01 s", "? unknown"]
+    # A line through one point draws nothing: the mark must show it.
+    group = page.one("g", data_curve="a val top1")
+    (mark,) = group.all("path")
+    ((point,),) = curve(page, "a val top1")
+    assert mark.attributes["transform"] == f"translate({point[0]} {point[1]})"
+
+
+def test_time_of_a_run_under_way_is_that_of_its_epochs(tmp_path: Path) -> None:
+    summary = {**SUMMARY, "status": "running", "train_seconds": 0.0}
+    run = make_run(tmp_path / "a", [epoch(1), epoch(2, seconds=40.5)], summary=summary)
+    *_, time, status = results(page_of(run))[0]
+    assert (time, status) == ("42.5 s", "▶ running")
+
+
+def test_one_row_a_run_under_names_that_differ(tmp_path: Path) -> None:
+    paths = [tmp_path / "x/seed0", tmp_path / "y/seed0", tmp_path / "y/seed1"]
+    runs = [make_run(path, [epoch(1)]) for path in paths]
+    page = page_of(*runs, runs[0])
+    assert [row[0] for row in results(page)] == ["x/seed0", "y/seed0", "seed1"]
+    links = page.one("table", class_="results").all("a")
+    targets = {article.attributes["id"] for article in page.all("article")}
+    assert {"#" + target for target in targets} == {a.attributes["href"] for a in links}
+    assert len(targets) == 3
+
+
+def test_curves_follow_the_values(tmp_path: Path) -> None:
+    page = page_of(make_run(tmp_path / "a", [epoch(n) for n in range(1, 31)]))
+    (accuracy,) = curve(page, "a val top1")
+    (loss,) = curve(page, "a val loss")
+    for points in (accuracy, loss):
+        assert len(points) == 30
+        steps = [after[0] - before[0] for before, after in pairwise(points)]
+        assert max(steps) - min(steps) < 0.05 and min(steps) > 0
+    # SVG's y grows downwards.
+    assert [y for _, y in accuracy] == sorted({y for _, y in accuracy}, reverse=True)
+    assert [y for _, y in loss] == sorted({y for _, y in loss})
+
+
+def test_points_stand_where_the_axes_say(tmp_path: Path) -> None:
+    page = page_of(make_run(tmp_path / "a", [epoch(n) for n in range(1, 31)]))
+    svg = page.one("g", data_curve="a val top1").parent.parent
+    labels = svg.all("text")
+    values = [t for t in labels if t.attributes["text-anchor"] == "end"]
+    epochs = [t for t in labels if t.attributes["text-anchor"] == "middle" and t.text != "epoch"]
+    # Training reaches 60 %, validation starts at 1 %.
+    assert [t.text for t in values] == ["0", "20", "40", "60"]
+    assert [t.text for t in epochs] == ["0", "5", "10", "15", "20", "25", "30"]
+    gridlines = [float(line.attributes["y1"]) for line in svg.all("line", class_="grid")]
+    ((*_, twentieth, _, _, _, _, _, _, _, _, _, _),) = curve(page, "a val top1")
+    assert twentieth[1] == gridlines[1]
+    assert twentieth[0] == float(epochs[4].attributes["x"])
+
+
+@pytest.mark.parametrize(("loss", "label"), [(0.0, "0.0"), (2.5, "2.5"), (4e12, "4e+12")])
+def test_axis_of_a_constant_encloses_it(tmp_path: Path, loss: float, label: str) -> None:
+    page = page_of(make_run(tmp_path / "a", [epoch(1, train_loss=loss, val_loss=loss)]))
+    svg = page.one("g", data_curve="a val loss").parent.parent
+    ticks = {
+        t.text: float(t.attributes["y"])
+        for t in svg.all("text")
+        if t.attributes["text-anchor"] == "end"
+    }
+    ((point,),) = curve(page, "a val loss")
+    # Labels stand 5 units below their line, to be centred on it.
+    assert ticks[label] - 5 == pytest.approx(point[1], abs=0.02)
+
+
+@pytest.mark.parametrize(("share", "last"), [(1.0, "100"), (0.0, "1.0")])
+def test_axis_of_accuracy_stays_within_0_and_100(tmp_path: Path, share: float, last: str) -> None:
+    page = page_of(make_run(tmp_path / "a", [epoch(1, train_top1=share, val_top1=share)]))
+    svg = page.one("g", data_curve="a val top1").parent.parent
+    ticks = [t.text for t in svg.all("text") if t.attributes["text-anchor"] == "end"]
+    assert ticks[-1] == last
+    assert float(ticks[0]) >= 0
+
+
+def test_not_a_number_leaves_a_gap(tmp_path: Path) -> None:
+    epochs = [epoch(n) for n in range(1, 7)]
+    epochs[2]["val_loss"] = float("nan")
+    epochs[4]["val_loss"] = None
+    page = page_of(make_run(tmp_path / "a", epochs))
+    assert [len(segment) for segment in curve(page, "a val loss")] == [2, 1, 1]
+    assert [len(segment) for segment in curve(page, "a train loss")] == [6]
+    table = page.one("g", data_curve="a val loss").parent.parent.parent.one("table", class_="data")
+    values = [row.all("td")[1].text for row in table.one("tbody").all("tr")]
+    assert values == ["4.9500", "4.9000", "—", "4.8000", "—", "4.7000"]
+
+
+def test_nothing_but_not_a_number(tmp_path: Path) -> None:
+    epochs = [epoch(1, train_top1=None, val_top1=float("nan"), val_top5=None, train_top5=None)]
+    page = page_of(make_run(tmp_path / "a", epochs))
+    assert curve(page, "a val top1") == []
+    assert results(page)[0][1:6] == ["—", "—", "—", "—", "—"]
+
+
+@pytest.mark.parametrize("loss", ["1e308", "-1e308", "9" * 400, "-1e999"])
+def test_what_a_page_cannot_calculate_with_is_no_number(tmp_path: Path, loss: str) -> None:
+    run = make_run(tmp_path / "a", [epoch(1, val_loss=1e308), epoch(2), epoch(3)])
+    lines = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(lines.replace('"val_loss": 4.9,', f'"val_loss": {loss},'))
+    page = page_of(run)
+    assert [len(segment) for segment in curve(page, "a val loss")] == [1]
+    assert "4.8500" in results(page)[0]
+
+
+def test_table_beneath_a_plot_holds_every_run(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "a", [epoch(1), epoch(2)]), make_run(tmp_path / "b", [epoch(1)])]
+    page = page_of(*runs)
+    table = page.all("table", class_="data")[1]
+    rows = [[cell.text for cell in row.children] for row in table.one("tbody").all("tr")]
+    assert rows == [["1", "2.00", "1.00", "2.00", "1.00"], ["2", "4.00", "2.00", "—", "—"]]
+    assert [head.text for head in table.all("th", scope="colgroup")] == ["a", "b"]
+
+
+def coinciding(page: Element) -> list[str]:
+    notes = [note.text for figure in page.all("figure") for note in figure.all("p", class_="note")]
+    return [note.removeprefix("Coinciding curves: ") for note in notes]
+
+
+def test_a_curve_under_another_is_told(tmp_path: Path) -> None:
+    alike = [epoch(n, val_top1=0.2 + 0.01 * n, val_top5=0.3) for n in (1, 2, 3)]
+    longer = [*alike, epoch(4)]
+    other = [{**e, "val_top1": e["val_top1"] + 0.1} for e in longer]
+    runs = [
+        make_run(tmp_path / name, e) for name, e in zip("abc", (alike, longer, other), strict=True)
+    ]
+    assert coinciding(page_of(*runs[:2])) == ["a lies under b (training, validation)."] * 3
+    assert coinciding(page_of(*runs[1::-1])) == []  # the shorter one is drawn over the longer
+    loss, top1, top5 = coinciding(page_of(*runs[1:]))
+    assert loss == top5 == "b lies under c (training, validation)."
+    assert top1 == "b lies under c (training)."
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (("",), False),
+        (("flip = false\ncrop_scale = 1.0",), False),
+        (("translate = 4",), " and on augmented images;"),
+        (("crop_scale = 0.5", "cutout = 8"), " and on augmented images;"),
+        (("", "flip = true"), " and, where a run augments them, on augmented images;"),
+    ],
+)
+def test_augmentation_is_told_where_it_is_on(
+    tmp_path: Path, settings: tuple[str, ...], said: str | bool
+) -> None:
+    runs = [make_run(tmp_path / str(number), [epoch(1)]) for number in range(len(settings))]
+    for run, text in zip(runs, settings, strict=True):
+        (run / "config.toml").write_text(f"{CONFIG}\n[augment]\n{text}\n")
+    notes = " ".join(note.text for note in page_of(*runs).all("p", class_="note"))
+    assert f"in training mode{said or ';'}" in notes
+
+
+def test_names_of_classes_are_shown_whole(tmp_path: Path) -> None:
+    page = page_of(make_run(tmp_path / "a", [epoch(1)]))
+    assert "line-clamp" not in page.one("style").text
+
+
+def test_predictions_show_right_and_wrong_in_words(tmp_path: Path) -> None:
+    guesses = [{"name": "cat", "probability": 0.625}, {"name": "dog", "probability": 0.25}]
+    predictions = [
+        {"png": png(6, 4), "label": label, "predicted": guesses} for label in ("cat", "dog", "eel")
+    ]
+    page = page_of(make_run(tmp_path / "a", [epoch(1)], predictions=predictions))
+    verdicts = [p.text for p in page.all("p", class_="verdict")]
+    assert verdicts == [
+        "✓ right",
+        "✗ wrong, true class ranked 2",
+        "✗ wrong, true class not in the top 2",
+    ]
+    assert "Sample predictions: 1 of 3 right" in [h.text for h in page.all("h4")]
+    image = page.all("img")[0].attributes
+    assert image["src"] == f"data:image/png;base64,{png(6, 4)}"
+    assert (image["width"], image["height"]) == ("6", "4")
+    assert "cat" in image["alt"]
+    first = page.one("ul", class_="predictions").all("ol")[0]
+    assert [li.text for li in first.all("li")] == ["cat62.5 %", "dog25.0 %"]
+    bars = [span.attributes["style"] for span in first.all("span") if "style" in span.attributes]
+    assert bars == ["width: 62.5%", "width: 25.0%"]
+
+
+def test_configuration_and_environment_as_tables(tmp_path: Path) -> None:
+    page = page_of(make_run(tmp_path / "a", [epoch(1)]))
+    tables = {
+        table.one("caption").text: {
+            row.one("th").text: row.one("td").text for row in table.all("tr")
+        }
+        for table in page.all("table", class_="settings")
+    }
+    assert list(tables) == ["data", "model", "train", "environment"]
+    assert tables["data"] == {"path": "/data/<i>tiny</i>"}
+    assert tables["model"] == {"name": "resnet11", "widths": "[64, 128]"}
+    assert tables["train"] == {"epochs": "5", "compile": "true"}
+    assert tables["environment"]["machine.gpus"] == "none"
+    assert tables["environment"]["versions.torch"] == "2.15.0"
+    assert tables["environment"]["git"] == "—"
+
+
+def test_a_page_tells_nowhere_where_things_lie(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", [epoch(1)], summary=SUMMARY)
+    for file in run.iterdir():
+        content = file.read_text().replace("fastlab train", "/elsewhere/bin/fastlab train")
+        content = re.sub(r'"(tiny|/data/<i>tiny</i>)"', '"/elsewhere/data/tiny"', content)
+        file.write_text(content)
+    page = page_of(run)
+    assert "elsewhere" not in page.text
+    assert "tiny, 200 classes" in page.text and "fastlab train" in page.text
+
+
+def test_untrusted_text_stays_text(tmp_path: Path) -> None:
+    attack = "\"'><script>alert(1)</script><img src=x onerror=alert(1)>"
+    prediction = {
+        "png": png(2, 2),
+        "label": attack,
+        "predicted": [{"name": attack, "probability": 1.0}],
+    }
+    summary = {**SUMMARY, "status": attack, "dataset": {"path": attack, "classes": 2}}
+    run = make_run(tmp_path / "<script>x", [epoch(1)], predictions=[prediction], summary=summary)
+    page = page_of(run)
+    assert page.all("script") == [] and page.all("i") == []
+    assert len(page.all("img")) == 1
+    assert page.one("p", class_="label").text == attack
+    handlers = [a for e in everything(page) for a in e.attributes if a.startswith("on")]
+    assert handlers == []
+
+
+def everything(element: Element) -> list[Element]:
+    return [element, *(e for child in element.children for e in everything(child))]
+
+
+def test_page_loads_nothing(tmp_path: Path) -> None:
+    prediction = {"png": png(2, 2), "label": "cat", "predicted": []}
+    page = page_of(make_run(tmp_path / "a", [epoch(1)], predictions=[prediction]))
+    elements = everything(page)
+    assert {e.tag for e in elements}.isdisjoint({"script", "link", "iframe", "object", "base"})
+    sources = [e.attributes[a] for e in elements for a in ("src", "href") if a in e.attributes]
+    assert len(sources) == 2
+    assert all(source.startswith(("data:image/png;base64,", "#")) for source in sources)
+    style = page.one("style").text
+    assert "url(" not in style and "@import" not in style
+    assert not re.search("https?:", (tmp_path / "report.html").read_text())
+
+
+def test_page_is_accessible(tmp_path: Path) -> None:
+    prediction = {"png": png(2, 2), "label": "cat", "predicted": []}
+    page = page_of(make_run(tmp_path / "a", [epoch(1), epoch(2)], predictions=[prediction]))
+    assert page.one("html").attributes["lang"] == "en"
+    page.one("meta", name="viewport")
+    plots = page.all("svg", class_="plot")
+    assert [plot.attributes["role"] for plot in plots] == ["img"] * 3
+    assert "Validation at the last epoch: a 2.00" in plots[1].attributes["aria-label"]
+    assert all("scope" in head.attributes for head in page.all("th"))
+    identifiers = [e.attributes["id"] for e in everything(page) if "id" in e.attributes]
+    assert len(identifiers) == len(set(identifiers))
+    references = {
+        e.attributes["aria-labelledby"]
+        for e in everything(page)
+        if "aria-labelledby" in e.attributes
+    }
+    assert references and references <= set(identifiers)
+    tooltips = [title.text for title in plots[1].all("title")]
+    assert tooltips == ["Epoch 1 a: train 2.00, val 1.00", "Epoch 2 a: train 4.00, val 2.00"]
+
+
+@pytest.mark.parametrize("cut", [1, 40, -1])
+def test_torn_last_line_is_left_out(tmp_path: Path, cut: int) -> None:
+    run = make_run(tmp_path / "a", [epoch(1), epoch(2)])
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(epoch(3))[:cut])
+    assert results(page_of(run))[0][9] == "2 of 5"
+
+
+def test_last_line_that_lacks_only_its_newline_counts(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", [epoch(1)])
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(epoch(2)))
+    assert results(page_of(run))[0][9] == "2 of 5"
+
+
+BROKEN_LINES = {
+    "torn": '{"epoch": 2, "val',
+    "blank": "",
+    "list": "[2]",
+    "no epoch": '{"loss": 1.0}',
+    "no loss": json.dumps({k: v for k, v in epoch(2).items() if k != "val_loss"}),
+    "text": json.dumps(epoch(2, val_loss="1.0")),
+    "repeated": json.dumps(epoch(1)),
+    "huge epoch": json.dumps({**epoch(2), "epoch": 10**400}),
+    "deep": "[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("line", BROKEN_LINES.values(), ids=BROKEN_LINES)
+def test_malformed_line_is_named(tmp_path: Path, line: str) -> None:
+    run = make_run(tmp_path / "a", [])
+    lines = [json.dumps(epoch(1)), line, json.dumps(epoch(3))]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert_user_error([run], tmp_path / "report.html", "metrics.jsonl: line 2 ")
+
+
+def assert_user_error(runs: list[Path], out: Path, *parts: str) -> None:
+    with pytest.raises(UserError) as caught:
+        write_report(runs, out)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert [part for part in parts if part not in message] == []
+
+
+def test_not_a_run_directory(tmp_path: Path) -> None:
+    out = tmp_path / "report.html"
+    assert_user_error([], out, "no run directory")
+    assert_user_error([tmp_path / "gone"], out, str(tmp_path / "gone"), "no such directory")
+    assert_user_error([tmp_path], out, str(tmp_path), "not a run directory")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["environment.json", "metrics.jsonl"])
+def test_missing_file(tmp_path: Path, name: str) -> None:
+    run = make_run(tmp_path / "a", [epoch(1)])
+    (run / name).unlink()
+    assert_user_error([run], tmp_path / "report.html", str(run / name), "missing")
+
+
+@pytest.mark.parametrize("content", ["", '{"epoch": 1, "st'])
+def test_no_epoch_yet(tmp_path: Path, content: str) -> None:
+    run = make_run(tmp_path / "a", [])
+    (run / "metrics.jsonl").write_text(content)
+    assert_user_error([run], tmp_path / "report.html", "metrics.jsonl", "no epoch")
+
+
+BROKEN_FILES = [
+    ("config.toml", "epochs = "),
+    ("environment.json", "[]"),
+    ("environment.json", "{"),
+    ("summary.json", '{"parameters": "many"}'),
+    ("summary.json", '{"dataset": {"classes": true}}'),
+    ("summary.json", '{"dataset": []}'),
+    ("summary.json", "[" * 100_000),
+    ("environment.json", '{"a":' * 900 + "1" + "}" * 900),  # read, but too deep to be shown
+    ("config.toml", f"a = {'[' * 100_000}"),
+    ("config.toml", f"a = {'[' * 150}{']' * 150}"),
+    ("predictions.json", "{}"),
+    ("predictions.json", '[{"png": "AAAA", "label": "cat", "predicted": []}]'),
+    ("predictions.json", json.dumps([{"png": png(1, 1) + "'>", "label": "", "predicted": []}])),
+    ("predictions.json", '[{"label": "cat", "predicted": []}]'),
+    ("predictions.json", "[1]"),
+]
+
+
+@pytest.mark.parametrize(("name", "content"), BROKEN_FILES)
+def test_malformed_file(tmp_path: Path, name: str, content: str) -> None:
+    run = make_run(tmp_path / "a", [epoch(1)])
+    (run / name).write_text(content)
+    assert_user_error([run], tmp_path / "report.html", str(run / name), "correct the file")
+
+
+def test_unwritable_output(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", [epoch(1)])
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.html").mkdir()
+    for out in ("gone/report.html", "file/report.html", "folder.html"):
+        assert_user_error([run], tmp_path / out, out, "cannot be written")
+    assert_user_error([run], tmp_path / "file", "ends in .html")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "file", "folder.html"]
+
+
+def test_report_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "a", [epoch(1)])
+    out = tmp_path / "report.html"
+    out.write_text("earlier")
+
+    def full_disk(self: Path, data: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(data[:10])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full_disk)
+        assert_user_error([run], out, "No space left on device")
+    assert out.read_text() == "earlier"
+    with out.open() as reader:
+        write_report([run], out)
+        assert reader.read() == "earlier"
+    assert out.read_text().startswith("<!doctype html>")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "report.html"]
+
+
+def test_report_does_not_import_torch() -> None:
+    code = "import sys, fastlab.report.page; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,82 @@
+"""No record and no page tells where on a machine the project lies."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastlab.console import public_command, public_path, public_text
+from fastlab.machine import environment
+
+ROOT = Path(__file__).parent.parent
+OF_A_MACHINE = re.compile(r"""(^|[\s"'=(`:;>])/(work|root|home|Users|dev/shm|tmp)/""", re.MULTILINE)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_paths_below_the_current_directory_are_relative_and_others_are_names(here):
+    assert public_path(f"{here}/data/tiny") == "data/tiny"
+    assert public_path("/elsewhere/data/tiny/") == "tiny"
+    assert public_path("data/tiny") == "data/tiny"
+
+
+@pytest.mark.parametrize(
+    ("program", "shown"),
+    [
+        ("/x/.venv/bin/fastlab", "fastlab"),
+        ("/x/fastlab/train.py", "fastlab/train.py"),
+        ("fastlab/train.py", "fastlab/train.py"),
+        ("-c", "-c"),
+    ],
+)
+def test_the_program_is_told_as_from_a_checkout(program, shown):
+    assert public_command([program, "--resume"]) == f"{shown} --resume"
+
+
+def test_arguments_keep_all_but_where_things_lie(here):
+    argv = ["fastlab", "train", "--set", 'data.path="/elsewhere/tiny"', "--set", "optim.lr=1e-3"]
+    argv += ["--out", f"{here}/runs/a", f"--config={here}/configs/demo.toml", "/with a/space here"]
+    assert public_command(argv) == (
+        "fastlab train --set 'data.path=\"tiny\"' --set optim.lr=1e-3 --out runs/a "
+        "--config=configs/demo.toml 'space here'"
+    )
+
+
+def test_a_run_records_a_public_command(here, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/x/bin/fastlab", "train", "--out", f"{here}/run"])
+    assert environment(processes=1)["command"] == "fastlab train --out run"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "images/s, 3 /s, data/tiny/train, ../data/tiny, ~/data/tiny",
+        "https://pytorch.org/memory_viz/x",
+        "<p>a</p></li><img src='data:image/png;base64,iVBO/a/b+/c/d=='>",
+    ],
+)
+def test_what_is_no_absolute_path_stays(text):
+    assert public_text(text) == text
+
+
+def test_paths_in_text_and_markup():
+    assert public_text("/a/b/tiny: is damaged") == "tiny: is damaged"
+    assert public_text("<td>/a/b/tiny</td>") == "<td>tiny</td>"
+    assert public_text("path = &#34;/a/b/tiny&#34;") == "path = &#34;tiny&#34;"
+
+
+def test_no_file_of_the_project_names_a_path_of_a_machine():
+    """Tests may: such paths are what they try."""
+    command = ["git", "-C", str(ROOT), "ls-files", "-z", "--", ".", ":!tests"]
+    listed = subprocess.run(command, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not in a git checkout")
+    paths = [ROOT / name for name in listed.stdout.split("\0") if name]
+    texts = {path: path.read_text(encoding="utf-8", errors="replace") for path in paths}
+    assert not [str(path) for path, text in texts.items() if OF_A_MACHINE.search(text)]

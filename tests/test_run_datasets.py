@@ -1,0 +1,120 @@
+"""A run and its dataset: what may change of it, and what is refused."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fastlab.cli import main
+from fastlab.config import Config
+from fastlab.console import UserError
+from fastlab.dataset.convert import Options, convert
+from fastlab.dataset.manifest import fingerprint, read_manifest
+from fastlab.runs import RunDir
+from pipelines import FORMATS
+from tests.trainings import command
+
+
+@pytest.fixture
+def dataset(synth_source, tmp_path) -> Path:
+    """Of three of the four classes."""
+    convert(synth_source, tmp_path / "data", Options(classes="3"))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def run(dataset, tmp_path) -> RunDir:
+    found = RunDir(tmp_path / "run")
+    found.claim()
+    found.create(Config(), fingerprint(read_manifest(dataset)), processes=1)
+    return found
+
+
+def check(run: RunDir, dataset: Path, pipeline: str = "resident") -> None:
+    run.check_dataset(fingerprint(read_manifest(dataset)), FORMATS[pipeline], str(dataset))
+
+
+def test_the_same_dataset_elsewhere_and_with_another_format_is_the_same(
+    synth_source, dataset, run, tmp_path
+):
+    convert(synth_source, dataset, Options(classes="3", formats=("array", "tar")))
+    moved = dataset.rename(tmp_path / "moved")
+    check(run, moved)
+    check(run, moved, "torchvision")
+
+
+def test_another_copy_of_the_originals_is_the_same(synth_source, run, tmp_path):
+    """Its files are as new as the copy."""
+    shutil.copytree(synth_source, tmp_path / "copy", copy_function=shutil.copyfile)
+    for path in (tmp_path / "copy").rglob("*"):
+        os.utime(path, (1, 1))
+    manifest, _ = convert(tmp_path / "copy", tmp_path / "again", Options(classes="3"))
+    assert manifest.request != json.loads(run.dataset.read_text())["request"]
+    check(run, tmp_path / "again")
+
+
+OTHERS = {
+    "other classes, as many": (Options(classes="n90000001,n90000002,n90000003"), "classes"),
+    "more classes": (Options(), "classes, images"),
+    "fewer images": (Options(classes="3", limit_per_class=15), "images, mean"),
+    "larger images": (Options(classes="3", image_size=80), "image_size, mean"),
+    "held-out images": (Options(classes="3", holdout=5), "images, mean"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_dataset_in_its_place_is_refused(name, synth_source, dataset, run):
+    options, differs = OTHERS[name]
+    shutil.rmtree(dataset)
+    convert(synth_source, dataset, options)
+    with pytest.raises(UserError) as caught:
+        check(run, dataset)
+    text = str(caught.value)
+    assert f"{dataset}: is not the dataset" in text and f"(other {differs}" in text
+    assert "\n" not in text
+
+
+def test_other_validation_images_of_as_many_are_refused(synth_source, dataset, run, tmp_path):
+    """No count and no statistic of the training images tells."""
+    shutil.copytree(synth_source, tmp_path / "copy")
+    one, other = sorted((tmp_path / "copy" / "val" / "images").iterdir())[:2]
+    shutil.copyfile(one, other)
+    convert(tmp_path / "copy", tmp_path / "other", Options(classes="3"))
+    with pytest.raises(UserError, match=r"\(other files in array/\)"):
+        check(run, tmp_path / "other")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "null", '{"classes": 1}'])
+def test_a_damaged_fingerprint_is_one_line(text, dataset, run):
+    run.dataset.write_text(text)
+    with pytest.raises(UserError, match=r"dataset\.json: damaged") as caught:
+        check(run, dataset)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_that_lost_its_fingerprint_is_refused(synth_dataset, run):
+    run.dataset.unlink()
+    with pytest.raises(UserError, match=r"dataset\.json: damaged"):
+        check(run, synth_dataset)
+
+
+def test_resume_evaluate_and_predict_refuse_another_dataset(
+    synth_source, dataset, tmp_path, capsys
+):
+    run = tmp_path / "trained"
+    assert main(["train", *command(dataset, run, "train.epochs=1")]) == 0
+    convert(synth_source, dataset, Options(classes="n90000001,n90000002,n90000003", force=True))
+    image = next((synth_source / "val" / "images").iterdir())
+    before = (run / "metrics.jsonl").read_bytes()
+    capsys.readouterr()
+    for arguments in (
+        ["train", "--resume", str(run)],
+        ["evaluate", str(run)],
+        ["predict", str(run), str(image)],
+    ):
+        assert main(arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "is not the dataset that" in line and "classes" in line
+    assert (run / "metrics.jsonl").read_bytes() == before

@@ -1,0 +1,177 @@
+"""The run directory: what it refuses, what it keeps, what a reader sees."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastlab.config import Config, ModelConfig
+from fastlab.console import UserError
+from fastlab.runs import RunDir, write_atomically
+
+
+def strict(text: str):
+    """JSON as the standard has it: no NaN, no Infinity."""
+
+    def refuse(name: str):
+        raise AssertionError(f"{name} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def records(run: RunDir) -> list[dict]:
+    return [strict(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_new_run_gives_its_configuration_back(tmp_path):
+    config = Config(model=ModelConfig(name="cnn8", width=3))
+    run = RunDir(tmp_path / "deep" / "er" / "run")
+    run.claim()
+    run.create(config, {}, processes=3)
+    assert RunDir(run.path).load_config() == config
+
+
+def test_a_new_run_records_where_it_ran(tmp_path):
+    run = RunDir(tmp_path / "run")
+    run.claim()
+    run.create(Config(), {}, processes=3)
+    found = strict(run.environment.read_text(encoding="utf-8"))
+    assert found["processes"] == 3
+    assert torch.__version__.startswith(found["versions"]["torch"])
+    assert found["versions"]["python"] == sys.version.split()[0]
+    assert found["machine"]["cores"] >= 1
+    assert found["date"].endswith("+00:00")
+
+
+def test_a_directory_that_holds_something_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not empty") as caught:
+        RunDir(tmp_path).claim()
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("notes.txt", "mine")]
+
+
+@pytest.mark.parametrize("below", ["", "run"])
+def test_a_file_in_the_way_is_a_users_mistake(tmp_path, below):
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        RunDir(file / below).claim()
+
+
+def test_a_directory_without_configuration_is_no_run(tmp_path):
+    with pytest.raises(UserError, match="not a run directory"):
+        RunDir(tmp_path).load_config()
+
+
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_run_that_is_trained_is_not_trained_by_another(tmp_path):
+    """Until that one ends, however it ends."""
+    run = RunDir(tmp_path)
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(run.lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match="another process trains this run"), run.locked():
+            pass
+    finally:
+        other.kill()
+        other.communicate()
+    with run.locked():
+        pass
+
+
+def test_a_lock_alone_is_no_run(tmp_path):
+    """It is what a kill just before the first file leaves."""
+    run = RunDir(tmp_path)
+    with run.locked():
+        run.claim()
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2, 3])
+def test_metrics_after_the_checkpoint_are_dropped(tmp_path, kept):
+    run = RunDir(tmp_path)
+    for epoch in (1, 2, 3):
+        run.append_metrics({"epoch": epoch, "val_top1": epoch / 10})
+    with run.metrics.open("a") as file:
+        file.write('{"epoch": 4, "val_')  # cut off in the middle of a write
+    run.keep_metrics(kept)
+    run.append_metrics({"epoch": kept + 1, "val_top1": 0.9})
+    assert [record["epoch"] for record in records(run)] == list(range(1, kept + 2))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        b"",
+        b'{"epoch": 1}\n',
+        b'{"epoch": 1}\n{"ep',
+        b'{"epoch": 1}\n{"epoch": 3}\n',
+        b"\xff\xfe",
+        b"[]\n[]\n",
+        b"1\n2\n",
+        "a directory",
+    ],
+)
+def test_metrics_that_a_checkpoint_needs_are_missed(tmp_path, content):
+    run = RunDir(tmp_path)
+    if content == "a directory":
+        run.metrics.mkdir()
+    elif content is not None:
+        run.metrics.write_bytes(content)
+    with pytest.raises(UserError, match="the epochs 1 to 2 ") as caught:
+        run.keep_metrics(2)
+    assert str(caught.value).startswith(str(run.metrics)) and "\n" not in str(caught.value)
+    if isinstance(content, bytes):
+        assert run.metrics.read_bytes() == content
+
+
+def test_no_metrics_are_kept_where_none_were_written(tmp_path):
+    run = RunDir(tmp_path)
+    run.keep_metrics(0)
+    assert records(run) == []
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_becomes_null(tmp_path, value):
+    run = RunDir(tmp_path)
+    run.append_metrics({"val_loss": value, "val_top1": 0.25, "epoch": 1})
+    assert records(run) == [{"val_loss": None, "val_top1": 0.25, "epoch": 1}]
+    run.write_summary({"train_seconds": value, "name": "cnn8"})
+    assert strict(run.summary.read_text()) == {"train_seconds": None, "name": "cnn8"}
+    run.write_predictions([{"label": "cat", "predicted": [{"name": "dog", "probability": value}]}])
+    (prediction,) = strict(run.predictions.read_text())
+    assert prediction["predicted"] == [{"name": "dog", "probability": None}]
+
+
+def test_a_failed_write_leaves_the_old_file_whole(tmp_path):
+    path = tmp_path / "file"
+    write_atomically(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(path, "new" * 100_000 + "\udcff")
+    assert path.read_text() == "old"
+
+
+def test_a_reader_never_sees_half_a_write(tmp_path):
+    path = tmp_path / "file"
+    write_atomically(path, "old" * 100)
+    with path.open() as reader:
+        assert reader.read(3) == "old"
+        write_atomically(path, "new" * 50)
+        assert reader.read() == "old" * 99
+    assert path.read_text() == "new" * 50
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]

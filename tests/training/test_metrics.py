@@ -1,0 +1,104 @@
+"""Sums of loss and hits against sorting in plain Python and torch's own mean."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastlab.training.metrics import Sums, batch_sums
+
+ALONE = SimpleNamespace(reduce=lambda values, how: values)
+QUICK = settings(max_examples=80, deadline=None, database=None, derandomize=True)
+
+
+def hits(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, k: int) -> int:
+    """Labels among the first k classes, best first, of equal ones the lower index first."""
+    total = 0
+    for row, label, counts in zip(logits.tolist(), labels.tolist(), mask.tolist(), strict=True):
+        ranking = sorted(range(len(row)), key=lambda c: (-row[c], c))
+        total += counts and label in ranking[:k]
+    return total
+
+
+@st.composite
+def batches(draw):
+    """Few distinct values, so that many are equal; from two classes on."""
+    size, classes = draw(st.integers(1, 6)), draw(st.integers(2, 9))
+    row = st.lists(st.sampled_from([-2.0, 0.0, 0.5, 3.0]), min_size=classes, max_size=classes)
+    logits = draw(st.lists(row, min_size=size, max_size=size))
+    labels = draw(st.lists(st.integers(0, classes - 1), min_size=size, max_size=size))
+    mask = draw(st.lists(st.booleans(), min_size=size, max_size=size))
+    return torch.tensor(logits), torch.tensor(labels), torch.tensor(mask)
+
+
+@QUICK
+@given(batch=batches(), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_sums_equal_plain_python(batch, dtype):
+    logits, labels, mask = batch  # these values are exact in any of the types
+    loss, top1, top5, images = batch_sums(logits.to(dtype), labels, mask).tolist()
+    assert images == sum(mask.tolist())
+    assert top1 == hits(logits, labels, mask, 1)
+    assert top5 == hits(logits, labels, mask, 5)
+    expected = F.cross_entropy(logits[mask], labels[mask], reduction="sum").item()
+    assert loss == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+@QUICK
+@given(batch=batches(), cut=st.integers(0, 6))
+def test_sums_add_up_over_any_split_of_a_batch(batch, cut):
+    parts = zip(*(tensor.split([min(cut, len(tensor)), max(0, len(tensor) - cut)])
+                  for tensor in batch), strict=True)  # fmt: skip
+    added = sum(batch_sums(*part) for part in parts)
+    torch.testing.assert_close(added, batch_sums(*batch))
+
+
+def test_figures_of_masked_batches_equal_those_of_the_kept_images():
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(40, 12, generator=generator)
+    labels = torch.randint(12, (40,), generator=generator)
+    mask = torch.rand(40, generator=generator) < 0.7
+    sums = Sums(torch.device("cpu"))
+    for part in zip(logits.split(16), labels.split(16), mask.split(16), strict=True):
+        sums.add(*part)
+    figures = sums.reduce(ALONE)
+    assert figures.images == int(mask.sum())
+    assert figures.loss == pytest.approx(F.cross_entropy(logits[mask], labels[mask]).item())
+    assert figures.top1 == hits(logits, labels, mask, 1) / figures.images
+    assert figures.top5 == hits(logits, labels, mask, 5) / figures.images
+
+
+def test_bfloat16_logits_lose_nothing_beyond_their_own_rounding():
+    logits = torch.randn(256, 200, generator=torch.Generator().manual_seed(2)).bfloat16()
+    labels = torch.arange(256) % 200
+    loss = batch_sums(logits, labels, torch.ones(256, dtype=torch.bool))[0].item()
+    assert loss == pytest.approx(F.cross_entropy(logits.double(), labels).item() * 256, rel=1e-6)
+
+
+@pytest.mark.parametrize(("label", "top1", "top5"), [(0, 1, 1), (1, 0, 1), (4, 0, 1), (5, 0, 0)])
+def test_of_equal_scores_the_lower_class_comes_first(label, top1, top5):
+    sums = batch_sums(torch.zeros(1, 8), torch.tensor([label]), torch.tensor([True]))
+    assert sums[1:3].tolist() == [top1, top5]
+
+
+@pytest.mark.parametrize("classes", [3, 8])
+def test_nan_is_no_hit_and_shows_in_the_loss(classes):
+    logits = torch.full((1, classes), math.nan)
+    sums = batch_sums(logits, torch.tensor([0]), torch.tensor([True]))
+    assert sums[1:].tolist() == [0, 0, 1]
+    assert sums[0].isnan()
+
+
+def test_nan_on_padding_reaches_no_sum():
+    logits = torch.tensor([[math.nan, math.nan], [0.0, 0.0]])
+    sums = batch_sums(logits, torch.tensor([0, 0]), torch.tensor([False, True]))
+    assert sums.tolist() == pytest.approx([math.log(2), 1, 1, 1])
+
+
+@pytest.mark.parametrize("label", [0, 1, 2])
+def test_with_fewer_than_five_classes_every_label_is_in_the_top_five(label):
+    sums = batch_sums(torch.tensor([[0.3, 0.2, 0.1]]), torch.tensor([label]), torch.tensor([True]))
+    assert sums[1:3].tolist() == [label == 0, 1]

@@ -1,0 +1,265 @@
+"""The captured step, without a GPU: what it repeats must be the same each time, and enough."""
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastlab import config
+from fastlab import train as training
+from fastlab.cli import main
+from fastlab.runs import RunDir
+from fastlab.training import step
+from pipelines.resident import ResidentPipeline
+from tests.trainings import ROOT, TINY, assert_same_weights, command, metrics
+
+# The host would have to wait for the device, or to send it something.
+READS = ("_local_scalar_dense", "item", "nonzero", "equal", "masked_select", "lift_fresh")
+SETTINGS = {
+    "plateau, adam": ("schedule.name=plateau", "schedule.patience=0", "optim.lr=0.01"),
+    "cosine, sgd, clipped, smoothed": (
+        "schedule.name=cosine",
+        "optim.name=sgd",
+        "train.grad_clip=1.0",
+        "train.label_smoothing=0.1",
+    ),
+    "onecycle, adamw, no average, augmented": (
+        "schedule.name=onecycle",
+        "optim.name=adamw",
+        "train.ema=0",
+        "augment.flip=true",
+        "augment.translate=2",
+        "augment.cutout=4",
+    ),
+    "resnet11 without norms": ("model.name=resnet11", "model.batch_norm=false"),
+}
+
+
+class Recorder(TorchDispatchMode):
+    """Every operator with its constants and its tensors: one made since `calls` was emptied is
+    named by the call that made it, any other by its address."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start()
+
+    def start(self) -> None:
+        self.calls: list[tuple] = []
+        self._makers: dict[int, str] = {}
+        self._kept: list[torch.Tensor] = []  # so that no address is used twice
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None) -> Any:
+        call = (str(function), self._show(args), self._show(kwargs or {}))
+        out = function(*args, **(kwargs or {}))
+        known = {tensor.untyped_storage().data_ptr() for tensor in tensors((args, kwargs))}
+        for number, tensor in enumerate(tensors(out)):
+            self._kept.append(tensor)
+            address = tensor.untyped_storage().data_ptr()
+            if address not in known:
+                self._makers[address] = f"output {number} of call {len(self.calls)}"
+        if not call[0].startswith("profiler."):  # their handle is a new object each time
+            self.calls.append(call)
+        return out
+
+    def _show(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            address = value.untyped_storage().data_ptr()
+            place = self._makers.get(address, address)
+            return place, value.dtype, tuple(value.shape), value.stride(), value.storage_offset()
+        if isinstance(value, dict):
+            return {key: self._show(part) for key, part in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self._show(part) for part in value]
+        return repr(value)
+
+
+def tensors(value: Any) -> list[torch.Tensor]:
+    return [v for v in torch.utils._pytree.tree_leaves(value) if isinstance(v, torch.Tensor)]
+
+
+def reads(calls: list[tuple]) -> list[str]:
+    return [name for name, *_ in calls if name.split(".")[1] in READS]
+
+
+class StandIn:
+    """A graph for devices without any: the capture does nothing, each replay runs `body`."""
+
+    replays = 0
+
+    def __init__(self, body) -> None:
+        self._body = body
+
+    def replay(self) -> None:
+        StandIn.replays += 1
+        self._body()
+
+
+@pytest.fixture
+def capturing(monkeypatch):
+    monkeypatch.setattr(training, "refuses_capture", lambda accelerator: "")
+    monkeypatch.setattr(step, "CUDAGraph", StandIn)
+    monkeypatch.setattr(StandIn, "replays", 0)
+
+
+def place(self: ResidentPipeline, placement: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """All images "on the device", which is the CPU."""
+    return torch.from_numpy(self._images.copy()), torch.from_numpy(self._labels)
+
+
+@pytest.fixture(params=["made by the step", "given"])
+def batches(request, monkeypatch) -> str:
+    if request.param == "made by the step":
+        monkeypatch.setattr(ResidentPipeline, "_place", place)
+    return request.param
+
+
+def trainer_of(dataset: Path, out: Path, *overrides: str) -> training.Trainer:
+    sets = [f"data.path={dataset}", *TINY, *overrides]
+    cfg = config.load(ROOT / "configs" / "demo.toml", sets)
+    trainer = training.Trainer(cfg, RunDir(out), training.make_accelerator(cfg))
+    trainer.net.train()
+    return trainer
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_two_steps_in_a_row_issue_the_same_operators_on_the_same_memory(
+    name, synth_dataset, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(ResidentPipeline, "_place", place)
+    trainer = trainer_of(synth_dataset, tmp_path, *SETTINGS[name])
+    calls = []
+    for number, batch in zip(
+        range(4), trainer.step.batches(trainer.train_data, 0, 0, capture=True), strict=False
+    ):
+        assert batch is None
+        with Recorder() as recorder:
+            trainer.step._body(batch)
+        calls.append(recorder.calls)
+        assert int(trainer.step.done) == number + 1
+    assert calls[2] == calls[3]
+    assert len(calls[3]) > 100
+    assert not reads(calls[3])
+
+
+def test_the_recorder_notices_constants_that_change_and_values_that_are_read():
+    value, found = torch.ones(3), []
+    with Recorder() as recorder:
+        for factor in (2.0, 2.0, 3.0):
+            recorder.start()
+            value.mul_(factor)
+            found.append(recorder.calls)
+        assert found[0] == found[1] != found[2]
+        recorder.start()
+        value.sum().item()
+    assert reads(recorder.calls) == ["aten._local_scalar_dense.default"]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_captured_training_stopped_and_resumed_has_the_weights_of_the_loop(
+    name, batches, capturing, synth_dataset, tmp_path, monkeypatch
+):
+    runs = {kind: tmp_path / kind for kind in ("eager", "captured")}
+    sets = SETTINGS[name]
+    assert main(["train", *command(synth_dataset, runs["eager"], "train.step=eager", *sets)]) == 0
+    assert StandIn.replays == 0
+    train_step, taken = training.train_step, []
+
+    def stopping(trainer, batch):
+        taken.append(batch)
+        if len(taken) == 7:  # in the second epoch of five steps, after the capture
+            trainer.wanted_stop = signal.SIGTERM
+        return train_step(trainer, batch)
+
+    monkeypatch.setattr(training, "train_step", stopping)
+    stopped = main(["train", *command(synth_dataset, runs["captured"], *sets)])
+    assert stopped == 128 + signal.SIGTERM
+    assert main(["train", "--resume", str(runs["captured"])]) == 0
+    assert StandIn.replays == 15 - 2 * 3  # each process takes three steps before it captures
+    assert_same_weights(runs["eager"], runs["captured"])
+    assert metrics(runs["eager"]) == metrics(runs["captured"])
+
+
+def test_a_step_that_cannot_be_captured_goes_on_uncaptured_and_says_why(
+    capturing, synth_dataset, tmp_path, monkeypatch, capsys
+):
+    runs = [tmp_path / name for name in ("eager", "refused")]
+    assert main(["train", *command(synth_dataset, runs[0], "train.step=eager")]) == 0
+
+    def refuse(body):
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
+        except RuntimeError:
+            raise RuntimeError("capture was invalidated") from None
+
+    monkeypatch.setattr(step, "CUDAGraph", refuse)
+    capsys.readouterr()
+    assert main(["train", *command(synth_dataset, runs[1])]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "cannot be captured" in line]
+    assert len(lines) == 1 and "(operation not permitted when stream is capturing)" in lines[0]
+    assert_same_weights(*runs)
+
+
+def test_a_capture_that_runs_out_of_memory_names_a_batch_size(
+    capturing, synth_dataset, tmp_path, monkeypatch, capsys
+):
+    def fail(body):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(step, "CUDAGraph", fail)
+    assert main(["train", *command(synth_dataset, tmp_path / "run")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--set train.batch_size=" in line
+
+
+def test_steps_are_not_captured_while_a_trace_is_recorded(capturing, synth_dataset, tmp_path):
+    """Five steps an epoch: the trace ends with the first, the second captures."""
+    sets = ("profile.wait=1", "profile.warmup=2", "profile.active=2", "train.epochs=4")
+    assert main(["train", *command(synth_dataset, tmp_path / "run", *sets), "--profile"]) == 0
+    assert StandIn.replays == 15 - 3
+
+
+def test_a_step_that_was_asked_for_and_is_not_possible_says_so(synth_dataset, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(["train", *command(synth_dataset, run, "train.step=captured")]) == 0
+    assert (
+        'train.step = "captured" is not possible here: there is no GPU' in capsys.readouterr().out
+    )
+
+
+def test_training_draws_nothing_from_torchs_generator(synth_dataset, tmp_path):
+    """Whose state is in no checkpoint."""
+    trainer = trainer_of(synth_dataset, tmp_path, "model.name=resnet11")
+    before = torch.get_rng_state()
+    for batch in trainer.step.batches(trainer.train_data, 0, 0, capture=False):
+        trainer.step(batch)
+    trainer.try_weights()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", ["plateau, adam", "onecycle, adamw, no average, augmented"])
+def test_what_is_compiled_around_a_step_is_one_graph_and_changes_nothing(
+    name, synth_dataset, tmp_path, monkeypatch
+):
+    """By a simpler compiler than on a GPU, which would take long here."""
+    compile, found = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda f: compile(f, backend="aot_eager", fullgraph=True))
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        trainer = trainer_of(synth_dataset, tmp_path, *SETTINGS[name])
+        launched = step.Step(
+            lambda batch, trainer=trainer: training.train_step(trainer, batch),
+            trainer.optimizer,
+            trainer.dropout,
+            trainer.rate,
+            trainer.losses,
+            compile=compiled,
+        )
+        trainer.step.done = launched.done
+        for batch in launched.batches(trainer.train_data, 1, 0, capture=False):
+            launched(batch)
+        found.append([*trainer.model.state_dict().values(), trainer.losses])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    assert len(set(found[0][-1].tolist())) == 6  # five losses, and that of no step
