@@ -33,7 +33,8 @@ from benchmarks.measurements import (
 from fastlab import config as configs
 from fastlab.console import positive_int, positive_ints, run_command
 from fastlab.runs import RunDir
-from fastlab.train import Trainer, make_accelerator, torch_settings
+from fastlab.train import Trainer
+from fastlab.training.setup import make_accelerator, torch_settings
 from pipelines.base import Batch
 
 

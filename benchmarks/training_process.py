@@ -33,7 +33,8 @@ from fastlab.files import write_atomically
 from fastlab.processes import die_with_parent
 from fastlab.runs import RunDir
 from fastlab.tracing import Tracer
-from fastlab.train import Trainer, make_accelerator, torch_settings
+from fastlab.train import Trainer
+from fastlab.training.setup import make_accelerator, torch_settings
 from fastlab.training.step import Step
 from pipelines.base import Batch
 
@@ -201,7 +202,7 @@ class Measured:
             step(batch)
         wait(self._device)
         seconds = time.perf_counter() - started
-        if not bool(self.trainer.losses.isfinite().all()):
+        if int(step.diverged):
             raise UserError("diverged: a loss is not a finite number; take a lower optim.lr")
         return seconds / steps
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import fastlab
 from fastlab.console import UserError, run_command
+from fastlab.options import add_training_options
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -165,14 +166,7 @@ def _inspect(args: argparse.Namespace) -> None:
 
 def _add_train(commands) -> None:
     parser = commands.add_parser("train", help="train a model, or go on with a run")
-    # fastlab.train's own arguments, without its imports.
-    parser.add_argument("--config", type=Path, help="a configuration, such as configs/demo.toml")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides"
-    )
-    parser.add_argument("--out", type=Path, help="run directory (default: runs/<config name>)")
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with an unfinished run")
-    parser.add_argument("--profile", action="store_true", help="record a trace ([profile])")
+    add_training_options(parser)
     parser.set_defaults(call=_train)
 
 

@@ -269,7 +269,7 @@ def checked(name: str, kind: Any, value: Any) -> Any:
         type(value) is plain
         and not (plain is float and not math.isfinite(value))
         and not (plain is int and abs(value) >= 2**63)
-        and not (plain is str and not _is_text(value))
+        and not (isinstance(value, str) and not _is_text(value))
         and (not choices or value in choices)
         and all(bound.allows(value) for bound in bounds)
     )

@@ -20,6 +20,11 @@ from fastlab.cli import main
 from fastlab.dataset.convert import Options, convert
 from fastlab.dataset.manifest import read_manifest
 from fastlab.runs import RunDir
+from fastlab.training import checkpoint, setup, state
+from fastlab.training import metrics as figures
+from fastlab.training.evaluate import evaluate, sample_predictions
+from fastlab.training.guards import StopRequested
+from fastlab.training.setup import make_accelerator, torch_settings
 from tests.trainings import ROOT, TINY, assert_same_weights, command, launch, metrics, train
 
 
@@ -105,8 +110,6 @@ def test_a_finished_run_is_not_overwritten(whole_run, synth_dataset, capsys):
 
 def test_an_evaluation_batch_may_be_larger_than_any_split(synth_dataset, tmp_path, capsys):
     """Samples and figures are those of the split, and no memory is asked for more."""
-    from fastlab.cli import main
-
     sets = ("train.epochs=1", "train.eval_batch_size=1000000000000")
     assert main(["train", *command(synth_dataset, tmp_path / "run", *sets)]) == 0
     capsys.readouterr()
@@ -134,8 +137,6 @@ def test_evaluate_agrees_with_training(which, whole_run, capsys):
 
 
 def test_a_run_whose_metrics_are_lost_is_not_gone_on_with(whole_run, tmp_path, capsys):
-    from fastlab.cli import main
-
     run = tmp_path / "run"
     shutil.copytree(whole_run, run)
     (run / "metrics.jsonl").write_text("")
@@ -158,7 +159,7 @@ def test_evaluate_compiles_what_training_compiled(whole_run, tmp_path, capsys, m
 
     monkeypatch.setattr(torch, "compile", compile)
     evaluated(run, capsys)
-    assert compiled == [{"dynamic": False}]
+    assert compiled == [{"dynamic": False}] * 2  # the model, and what normalises images
 
 
 def test_images_per_second_leave_out_the_first_steps_of_each_process(
@@ -176,7 +177,7 @@ def test_images_per_second_leave_out_the_first_steps_of_each_process(
         steps.append(batch)
         return step(trainer, batch)
 
-    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(figures, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     monkeypatch.setattr(training, "train_step", train_step)
     run = tmp_path / "run"
     assert main(["train", *command(synth_dataset, run, "train.epochs=2")]) == 130
@@ -195,7 +196,7 @@ def test_activations_have_the_layout_of_the_run(channels_last, synth_dataset, tm
         f"train.channels_last={str(channels_last).lower()}",
     ]
     cfg = config.load(ROOT / "configs" / "demo.toml", sets)
-    trainer = training.Trainer(cfg, RunDir(tmp_path), training.make_accelerator(cfg))
+    trainer = training.Trainer(cfg, RunDir(tmp_path), make_accelerator(cfg))
     layout = torch.channels_last if channels_last else torch.contiguous_format
     found = []
     for module in trainer.model.modules():
@@ -204,7 +205,7 @@ def test_activations_have_the_layout_of_the_run(channels_last, synth_dataset, tm
                 lambda *rest: found.append(rest[2].is_contiguous(memory_format=layout))
             )
     training.train_step(trainer, next(iter(trainer.train_data.epoch(0))))
-    training.evaluate(trainer.net, trainer.val_data, trainer.accelerator)
+    evaluate(trainer.net, trainer.val_data, trainer.accelerator)
     assert found and all(found)
 
 
@@ -218,7 +219,7 @@ def tf32() -> tuple[bool, bool]:
 def test_tf32_is_taken_only_where_precision_is_mixed(precision, before, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", before)
     outside = tf32()
-    with training.torch_settings(config.load(None, [f"train.precision={precision}"])):
+    with torch_settings(config.load(None, [f"train.precision={precision}"])):
         assert tf32() == (precision in ("bf16", "fp16"),) * 2
     assert tf32() == outside
 
@@ -226,7 +227,7 @@ def test_tf32_is_taken_only_where_precision_is_mixed(precision, before, monkeypa
 def test_evaluate_and_predict_keep_the_precision_of_the_run(whole_run, synth_source, monkeypatch):
     """A run in fp32, from other settings than its own."""
     inside = []
-    for module, name in ((training, "evaluate"), (predict, "_top5")):
+    for module, name in ((predict, "evaluate"), (predict, "best_five")):
         work = getattr(module, name)
         seen = lambda *rest, work=work: inside.append(tf32()) or work(*rest)  # noqa: E731
         monkeypatch.setattr(module, name, seen)
@@ -274,13 +275,13 @@ def test_a_loss_that_is_no_number_is_seen_two_looks_later(
 
 def saves(monkeypatch) -> list[int]:
     """The steps of the checkpoints that are written from now on."""
-    steps, save = [], training.checkpoint.save
+    steps, save = [], checkpoint.save
 
     def counted(folder, step, *rest):
         steps.append(step)
         save(folder, step, *rest)
 
-    monkeypatch.setattr(training.checkpoint, "save", counted)
+    monkeypatch.setattr(checkpoint, "save", counted)
     return steps
 
 
@@ -304,7 +305,7 @@ def test_a_long_epoch_writes_checkpoints_by_the_clock(synth_dataset, tmp_path, m
         clock[0] += 10
         return step(trainer, batch)
 
-    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(state, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     monkeypatch.setattr(training, "train_step", slow_step)
     found = saves(monkeypatch)
     sets = ("train.checkpoint_seconds=25", "train.log_every=1", "train.epochs=1")
@@ -318,10 +319,10 @@ def test_wall_time_holds_training_time_and_goes_on_with_the_run(
 ):
     run, epoch = tmp_path / "run", training.epoch
 
-    def interrupted(trainer, board):
+    def interrupted(trainer):
         if trainer.progress.epoch == 1:
-            raise training.Stop(signal.SIGINT)
-        epoch(trainer, board)
+            raise StopRequested(signal.SIGINT)
+        epoch(trainer)
 
     monkeypatch.setattr(training, "epoch", interrupted)
     assert main(["train", *command(synth_dataset, run)]) == 130
@@ -342,10 +343,10 @@ def convolutions() -> tuple[bool, bool, bool]:
 def test_deterministic_takes_the_place_of_trials(monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     outside = convolutions()
-    with training.torch_settings(config.load(None, ["train.deterministic=true"])):
+    with torch_settings(config.load(None, ["train.deterministic=true"])):
         assert convolutions() == (False, True, True)
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-    with training.torch_settings(config.load(None, ["train.deterministic=false"])):
+    with torch_settings(config.load(None, ["train.deterministic=false"])):
         assert convolutions() == (True, False, False)
     assert convolutions() == outside
 
@@ -356,16 +357,25 @@ def test_a_rate_that_diverges_is_refused(synth_dataset, tmp_path, capsys):
     assert "not a finite number at step" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("every", "said"), [("0", "validation loss is not a finite number"), ("1", "at step 2 of")]
-)
-def test_weights_that_give_no_number_are_not_saved(every, said, synth_dataset, tmp_path, capsys):
-    """Of the last update of an epoch, and of one within it: their own loss is still finite."""
-    from fastlab.cli import main
+SGD = ("optim.name=sgd", "optim.lr=1e38")  # weights of some 1e37: finite, but not their products
+DECAY = ("optim.name=adamw", "optim.lr=1e38", "optim.weight_decay=100")  # weights of 1e40: infinite
 
+
+@pytest.mark.parametrize(
+    ("every", "optimizer", "said"),
+    [
+        ("0", SGD, "the validation loss is not a finite number at the end of epoch 1"),
+        ("0", DECAY, "the weights are not finite numbers after step 1 of epoch 1"),
+        ("1", DECAY, "the weights are not finite numbers after step 1 of epoch 1"),
+    ],
+)
+def test_weights_that_are_not_finite_are_not_saved(
+    every, optimizer, said, synth_dataset, tmp_path, capsys
+):
+    """After the only update of an epoch, and after one within it; the loss was still finite."""
     batch = "80" if every == "0" else "16"
     sets = (f"train.checkpoint_every={every}", f"train.batch_size={batch}", "train.epochs=1")
-    wild = ("train.ema=0", "optim.name=sgd", "optim.lr=1e38", "schedule.name=constant")
+    wild = ("train.ema=0", "schedule.name=constant", *optimizer)
     assert main(["train", *command(synth_dataset, tmp_path / "run", *sets, *wild)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line and "no checkpoint yet" in line
@@ -374,7 +384,6 @@ def test_weights_that_give_no_number_are_not_saved(every, said, synth_dataset, t
 
 
 def test_a_checkpoint_changes_nothing_of_what_comes_after_it(whole_run, synth_dataset, tmp_path):
-    """Before one is written, its weights are tried, with dropout and running statistics."""
     train(command(synth_dataset, tmp_path / "run", "train.checkpoint_every=0"))
     assert metrics(tmp_path / "run") == metrics(whole_run)
     assert_same_weights(tmp_path / "run", whole_run)
@@ -382,20 +391,17 @@ def test_a_checkpoint_changes_nothing_of_what_comes_after_it(whole_run, synth_da
 
 def test_bf16_is_slow_only_on_a_cpu_without_instructions_for_it(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    monkeypatch.setattr(training, "has_bf16", lambda: False)
-    assert training.slow_bf16(cpu, "bf16")
-    assert not training.slow_bf16(cpu, "fp32") and not training.slow_bf16(gpu, "bf16")
-    monkeypatch.setattr(training, "has_bf16", lambda: True)
-    assert not training.slow_bf16(cpu, "bf16")
+    monkeypatch.setattr(setup, "has_bf16", lambda: False)
+    assert setup.slow_bf16(cpu, "bf16")
+    assert not setup.slow_bf16(cpu, "fp32") and not setup.slow_bf16(gpu, "bf16")
+    monkeypatch.setattr(setup, "has_bf16", lambda: True)
+    assert not setup.slow_bf16(cpu, "bf16")
 
 
 @pytest.mark.parametrize("compiled", [True, False])
 def test_compiling_on_a_cpu_is_announced(compiled, synth_dataset, tmp_path, capsys, monkeypatch):
-    from fastlab import train as training
-    from fastlab.cli import main
-
-    def stopped(trainer, board):
-        raise training.Stop(signal.SIGINT)
+    def stopped(trainer):
+        raise StopRequested(signal.SIGINT)
 
     monkeypatch.setattr(training, "epoch", stopped)
     monkeypatch.setattr(torch, "compile", lambda forward, **kwargs: forward)
@@ -428,7 +434,7 @@ def test_sample_predictions_compile_nothing(synth_dataset):
     manifest = read_manifest(synth_dataset)
     model = models.build(cfg.model, len(manifest.classes))
     model.forward = torch.compile(model.forward, backend=backend, dynamic=False)
-    found = predict.sample_predictions(model, cfg, manifest, torch.device("cpu"))
+    found = sample_predictions(model, cfg, manifest, torch.device("cpu"))
     assert len(found) == 12 and not graphs
 
 

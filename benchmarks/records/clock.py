@@ -33,12 +33,9 @@ from fastlab import models
 from fastlab.config import Config
 from fastlab.console import UserError, positive_int, run_command
 from fastlab.runs import RunDir
-from fastlab.train import (
-    Trainer,
-    evaluate,
-    make_accelerator,
-    torch_settings,
-)
+from fastlab.train import Trainer
+from fastlab.training.evaluate import evaluate
+from fastlab.training.setup import make_accelerator, open_split, torch_settings
 
 _WARM = 5  # steps: a captured step is captured in the fourth
 
@@ -106,7 +103,9 @@ def restart(trainer: Trainer, seed: int) -> None:
     for state in trainer.optimizer.state.values():
         for tensor in state.values():
             tensor.zero_()
-    trainer.train_data = trainer.pipeline("train", train=True)
+    trainer.train_data = open_split(
+        trainer.cfg, trainer.manifest, trainer.accelerator, "train", train=True
+    )
     trainer.dropout.reseed(seed)
     trainer.rate.restart()
     if trainer.average:

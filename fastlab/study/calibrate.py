@@ -22,7 +22,9 @@ import torch
 from fastlab import config as configs
 from fastlab.config import Config
 from fastlab.runs import RunDir
-from fastlab.train import Trainer, make_accelerator, torch_settings, wait_for_device
+from fastlab.train import Trainer
+from fastlab.training.metrics import wait_for_device
+from fastlab.training.setup import make_accelerator, torch_settings
 from pipelines.base import Batch
 
 _WARMUP = 2  # steps

@@ -1,0 +1,1 @@
+"""The parts that the recipe in fastlab/train.py is made of."""

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -130,7 +130,7 @@ def load(path: Path, model: nn.Module, rank: int) -> tuple[dict[str, Any], Seque
     """
     load_weights(model, path / "model.safetensors")
     state = load_state(path)
-    files = [path / f"rank-{n}.pt" for n in range(state.get("processes", 0))]  # not known before
+    files = [path / f"rank-{n}.pt" for n in range(state["processes"])]
     if missing := [file.name for file in files if not file.exists()]:
         raise UserError(f"{path}: damaged checkpoint ({missing[0]} is missing)")
     file = path / f"rank-{rank}.pt"
@@ -147,7 +147,7 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _damage_told(path: Path) -> Iterator[None]:
+def _damage_told(path: Path) -> Generator[None]:
     try:
         yield
     except Exception as error:  # torch.load raises many kinds on damaged bytes
@@ -162,7 +162,7 @@ def _rank_state(model: nn.Module, own: Sequence[torch.Tensor]) -> dict[str, Any]
 def _restore_rank(model: nn.Module, state: dict[str, Any]) -> list[torch.Tensor]:
     for name, buffer in _statistics(model).items():
         buffer.copy_(state["buffers"][name])
-    return state.get("own", [])  # checkpoints before this had none
+    return state["own"]
 
 
 def _statistics(model: nn.Module) -> dict[str, torch.Tensor]:

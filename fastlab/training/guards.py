@@ -1,102 +1,144 @@
-"""When a device's memory is not enough: which setting to change, and to what."""
+"""What ends a training early: a signal, or numbers that are not finite."""
 
-import traceback
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Generator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from fastlab.console import UserError
+from fastlab.runs import RunDir
+from fastlab.training import checkpoint
+from fastlab.training.delayed import DelayedRead
+from fastlab.training.distributed import agreed, largest, largest_int
+from fastlab.training.journal import Journal
+from fastlab.training.metrics import Sums
+from fastlab.training.state import State
+from fastlab.training.step import Step
 
-if TYPE_CHECKING:
-    from fastlab.train import Trainer
+
+class StopRequested(Exception):
+    """A signal asked for a clean end; `number` is the signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+class Diverged(Exception):
+    """A loss or the weights are not finite. The message says which, and at which step."""
+
+
+class Look(NamedTuple):
+    """What one look found, all of it as of the look before."""
+
+    checkpoint_due: bool
+    sums: list[float]
+    """This rank's `Sums.values` of the epoch; empty at the first look of an epoch."""
+
+
+class Watch:
+    """Looks, every `train.log_every` steps, at what may end or save a training.
+
+    The answers come from the look before, so that no look waits for the device.
+    """
+
+    def __init__(self, accelerator: Accelerator, step: Step, sums: Sums) -> None:
+        self._accelerator, self._step, self._sums = accelerator, step, sums
+        self._delayed = DelayedRead(3 + len(sums.values), accelerator.device)
+        self.signal = 0
+        """The signal that reached this process; 0: none."""
+
+    @contextmanager
+    def signals(self) -> Generator[None]:
+        """The first SIGINT or SIGTERM asks for a clean end; a second one acts at once."""
+
+        def ask(number: int, frame: Any) -> None:
+            self.signal = number
+            for name, handler in before.items():
+                signal.signal(name, handler)
+
+        before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+        for name in before:
+            signal.signal(name, ask)
+        try:
+            yield
+        finally:
+            for name, handler in before.items():
+                signal.signal(name, handler)
+
+    def look(self, checkpoint_due: bool) -> Look:
+        """Collective: every rank calls this, with its own wish for a checkpoint. Raises `Diverged`
+        and `StopRequested` on all ranks."""
+        wishes = torch.tensor([self.signal, checkpoint_due], dtype=torch.float64)
+        wishes = wishes.to(self._accelerator.device, non_blocking=True)
+        values = torch.cat([self._steps_since_divergence().double(), wishes])
+        values = largest(self._accelerator, values)
+        before = self._delayed.exchange(torch.cat([values, self._sums.values]))
+        if not before:
+            return Look(False, [])
+        diverged, stop, due, *sums = before
+        self._refuse_loss(int(diverged))
+        if stop:
+            raise StopRequested(int(stop))
+        return Look(bool(due), sums)
+
+    def forget(self) -> None:
+        """Drop the last look's values: they are of another epoch, or asked for a checkpoint that
+        has been written."""
+        self._delayed.forget()
+
+    def agree_to_stop(self) -> None:
+        """Collective: raises `StopRequested` where a signal reached any rank."""
+        if number := largest_int(self._accelerator, self.signal):
+            raise StopRequested(number)
+
+    def refuse_divergence(self, model: nn.Module) -> None:
+        """Collective: raises `Diverged` where a loss of the epoch, or a weight or buffer of `model`
+        now, is not finite. Waits for the device."""
+        broken = ~all_finite(model)
+        values = torch.cat([self._steps_since_divergence(), broken.long()[None]])
+        diverged, weights = largest(self._accelerator, values).tolist()
+        self._refuse_loss(diverged)
+        if weights:
+            step = int(self._step.done - 1) % self._step.steps_per_epoch + 1
+            raise Diverged(f"the weights are not finite numbers after step {step}")
+
+    def _steps_since_divergence(self) -> torch.Tensor:
+        """int64 [1]: 0, or one more the earlier the loss was not finite, so that the maximum over
+        the ranks is the first of them."""
+        number = self._step.diverged
+        return torch.where(number > 0, self._step.steps_per_epoch + 1 - number, 0)
+
+    def _refuse_loss(self, steps_since_divergence: int) -> None:
+        if steps_since_divergence:
+            step = self._step.steps_per_epoch + 1 - steps_since_divergence
+            raise Diverged(f"the loss is not a finite number at step {step}")
+
+
+@torch.no_grad()
+def all_finite(model: nn.Module) -> torch.Tensor:
+    """bool scalar on the device: whether all parameters and floating-point buffers are finite."""
+    tensors = [t.detach() for t in model.state_dict().values() if t.is_floating_point()]
+    return torch.stack(torch._foreach_norm(tensors, ord=float("inf"))).isfinite().all()
 
 
 @contextmanager
-def explained(trainer: "Trainer") -> Iterator[None]:
-    """Running out of memory becomes a `UserError` that names a batch size that fits."""
+def divergence_explained(
+    run: RunDir, state: State, journal: Journal, accelerator: Accelerator
+) -> Generator[None]:
+    """Collective: `Diverged` becomes a `UserError` that names the last good checkpoint."""
     try:
         yield
-        return
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        # Their variables hold the memory of the failed step, and `contextlib` the traceback.
-        traceback.clear_frames(error.__traceback__)
-    raise UserError(_advice(trainer))
-
-
-@contextmanager
-def fitting(advice: str) -> Iterator[None]:
-    """What is too large whatever the batch becomes a `UserError` with this `advice`."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        # The second: more bytes than a number of 64 bits counts.
-        if not is_out_of_memory(error) and "size calculation overflowed" not in str(error):
-            raise
-        raise UserError(advice) from None
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Also of the host's allocator, which has no exception of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-def largest(fits: Callable[[int], bool], failed: int) -> int:
-    """The largest size below `failed` that `fits`, to within an eighth of it; 0: none does."""
-    low, high = failed // 2, failed
-    while low and not fits(low):
-        low, high = low // 2, low
-    while low and high - low > max(1, low // 8):
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
-def _advice(trainer: "Trainer") -> str:
-    trainer.step.release()
-    key = "batch_size" if trainer.model.training else "eval_batch_size"
-    size = getattr(trainer.cfg.train, key)
-    world = trainer.accelerator.num_processes
-    found = world * largest(lambda each: _fits(trainer, each), max(1, size // world))
-    start = f"out of memory on {trainer.device} with train.{key} = {size}"
-    if not found:
-        return f"{start}: not even one image fits; take a smaller model.width or another device"
-    return f"{start}: {found} was tried and fits; add --set train.{key}={found}"
-
-
-def _fits(trainer: "Trainer", images: int) -> bool:
-    """Whether a forward (and in training a backward) pass of so many images goes through."""
-    if trainer.device.type == "cuda":
-        torch.cuda.empty_cache()
-    try:
-        _passes(trainer, images)
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return False
-    return True
-
-
-def _passes(trainer: "Trainer", images: int) -> None:
-    model, side = trainer.model, trainer.manifest.image_size
-    dtype = next(model.parameters()).dtype
-    batch = torch.zeros((images, 3, side, side), device=trainer.device, dtype=dtype)
-    if trainer.cfg.train.channels_last:
-        batch = batch.to(memory_format=torch.channels_last)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    # What the optimizer has not allocated yet if the very first step failed.
-    states = 0 if trainer.optimizer.state_dict()["state"] else 2
-    extra = [torch.empty_like(p) for p in parameters for _ in range(states)]
-    # Eagerly: compiling anew for each size takes longer than it is worth.
-    with trainer.accelerator.autocast(), torch.set_grad_enabled(model.training):
-        logits = type(model).forward(model, batch).float()
-        if model.training:
-            labels = torch.zeros(images, dtype=torch.long, device=trainer.device)
-            loss = nn.functional.cross_entropy(logits, labels)
-            # Not `backward`: it would wait for the other processes.
-            torch.autograd.grad(loss, parameters, allow_unused=True)
-    del extra
+    except Diverged as error:
+        journal.summarise("diverged")
+        last = checkpoint.last(run.checkpoints)
+        kept = f"{last} is whole" if last else "there was no checkpoint yet"
+        with agreed(accelerator):
+            raise UserError(
+                f"{run.path}: {error} of epoch {state.progress.epoch + 1}; {kept}; "
+                f"try a lower optim.lr or train.grad_clip"
+            ) from None

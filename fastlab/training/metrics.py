@@ -1,15 +1,18 @@
-"""Sums of loss and hits: kept on the device, reduced once over all processes."""
+"""Figures of training and evaluation: kept on the device as sums, reduced once over all ranks."""
 
+import time
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
+_WARM_UP_STEPS = 5
+
 
 @dataclass(frozen=True)
 class Figures:
-    """Of a whole split, over all processes."""
+    """Figures of a whole split, over all processes."""
 
     loss: float
     """Mean cross-entropy, nats an image, without label smoothing."""
@@ -41,6 +44,40 @@ class Sums:
         """The figures over all processes, the same on each."""
         loss, top1, top5, images = accelerator.reduce(self.values.clone(), "sum").tolist()
         return Figures(loss / max(images, 1), int(top1), int(top5), int(images))
+
+
+class Throughput:
+    """Images per second of an epoch, without the first steps of the process, which compile, tune
+    and fill caches."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._launched = 0  # by this process, in all epochs
+
+    def start(self, steps: int) -> None:
+        """Begin an epoch of which so many steps are left. Where these are few, half of them warm
+        up."""
+        self._warm_up = min(max(0, _WARM_UP_STEPS - self._launched), steps // 2)
+        self._timed_from = self._launched + self._warm_up
+        self._steps = steps - self._warm_up
+        self._started = time.perf_counter()
+
+    def step(self) -> None:
+        """A step was launched."""
+        self._launched += 1
+        if self._warm_up and self._launched == self._timed_from:
+            wait_for_device(self._device)
+            self._started = time.perf_counter()
+
+    def images_per_second(self, batch_size: int) -> float:
+        """Call it after the device was waited for. `batch_size` is over all ranks."""
+        return self._steps * batch_size / (time.perf_counter() - self._started)
+
+
+def wait_for_device(device: torch.device) -> None:
+    """Block until a GPU has done all that was queued; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def loss_and_sums(

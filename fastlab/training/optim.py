@@ -1,7 +1,7 @@
 """Optimizers, learning-rate schedules and the moving average of weights."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
@@ -150,7 +150,7 @@ class WeightAverage:
         torch._foreach_add_(self.average, change)
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
+    def applied(self) -> Generator[None]:
         """The model holds the average inside, and its own weights again afterwards."""
         own = [t.detach().clone() for t in self._live]
         self.apply()

@@ -1,9 +1,9 @@
 """A training step whose every input lies on the device, so that one CUDA graph can repeat it whole.
 
-Python takes milliseconds to launch the hundreds of kernels of a step: at small batches longer than
-a GPU takes to run them. A captured step is launched at once. What differs from one step to the next
-(rows of the images, keys of dropout, learning rate, where the loss goes) is computed on the device,
-from a counter of the steps done.
+Python takes milliseconds to launch the hundreds of kernels of a step; at small batches a GPU runs
+them in less. A captured step is launched at once. What differs from one step to the next (rows of
+the images, keys of dropout, the learning rate) is computed on the device, from a counter of the
+steps done.
 """
 
 import itertools
@@ -13,12 +13,12 @@ import torch
 
 from fastlab.console import first_line
 from fastlab.models.dropout import DropoutKeys
-from fastlab.training import guards as memory
+from fastlab.training.failures import is_out_of_memory
 from fastlab.training.optim import Rate
 from pipelines.base import Batch, DeviceEpoch, Pipeline
 
-# Real steps of the process before the capture: they compile, let cuDNN choose its algorithms and
-# allocate what outlives a step.
+# Uncaptured steps before the capture: they compile, let cuDNN choose its algorithms and allocate
+# what outlives a step.
 _BEFORE_CAPTURE = 3
 
 
@@ -29,11 +29,11 @@ class CUDAGraph:
         """Raises RuntimeError where `body` does something that cannot be captured."""
         self._graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
-            # Threads of a pipeline may go on with what is forbidden meanwhile: pinning memory.
+            # Other threads, of a pipeline, may meanwhile pin memory, which a capture forbids.
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 body()
         finally:
-            torch.cuda.set_stream(stream)  # after an error torch leaves its own one current
+            torch.cuda.set_stream(stream)  # after an error torch leaves the capture's current
 
     def replay(self) -> None:
         self._graph.replay()
@@ -48,33 +48,35 @@ class Step:
         optimizer: torch.optim.Optimizer,
         dropout: DropoutKeys,
         rate: Rate,
-        losses: torch.Tensor,
+        steps_per_epoch: int,
+        device: torch.device,
         *,
         compile: bool,
     ) -> None:
-        """`train` trains on a batch and gives the loss (scalar), without reading the device.
-        `losses` holds one for each step of an epoch and the next weights' own."""
+        """`train` trains on a batch and returns the loss (scalar), without reading the device."""
         self._train, self._optimizer = train, optimizer
-        self._dropout, self._rate, self._losses = dropout, rate, losses
-        self._begin, self._end = (torch.compile(f) if compile else f for f in (_begin, _end))
-        self.done = torch.zeros(1, dtype=torch.int64, device=losses.device)
-        """Steps of the run so far."""
-        self.batch: Batch | None = None
-        """The last one. In a captured step the next replay overwrites it."""
+        self._dropout, self._rate, self.steps_per_epoch = dropout, rate, steps_per_epoch
+        self._begin = torch.compile(_begin) if compile else _begin
+        self._end = torch.compile(_end) if compile else _end
+        self.done = torch.zeros(1, dtype=torch.int64, device=device)
+        """int64 [1]: steps of the run so far."""
+        self.diverged = torch.zeros(1, dtype=torch.int64, device=device)
+        """int64 [1]: number, from 1, of the epoch's first step whose loss was not finite, or 0."""
         self._source: DeviceEpoch | None = None
         self._fixed: Batch | None = None
-        """Where a captured step finds a batch that it does not make itself."""
+        """Where a captured step reads a batch that comes from the host."""
         self._graph: CUDAGraph | None = None
         self._refused = False
         self._uncaptured: int | None = None
-        """Steps to go until the capture; None: no capture is wanted."""
+        """Steps left until the capture; None: no capture is wanted."""
 
     def batches(
         self, data: Pipeline, epoch: int, first: int, *, capture: bool
     ) -> Iterable[Batch | None]:
-        """What to call the step with, from step `first` of `epoch` on: None stands for a batch that
+        """What to call the step with, from step `first` of `epoch` on. None stands for a batch that
         the step makes itself, from what lies on the device."""
         self.done.fill_(epoch * data.steps() + first)
+        self.diverged.zero_()
         if self._refused or not capture:
             self.release()
             return data.epoch(epoch, first)
@@ -95,17 +97,17 @@ class Step:
             self._body(batch)
             self._uncaptured = self._uncaptured and self._uncaptured - 1
             return
-        if batch is not None:
+        if batch is not None and self._fixed is not None:
             for fixed, part in zip(self._fixed, batch, strict=True):
                 fixed.copy_(part)
         self._graph.replay()
 
     def release(self) -> None:
-        """Give up a capture, and the memory that belongs to it."""
-        self._graph = self._source = self._fixed = self.batch = self._uncaptured = None
+        """Give up the capture, and the memory that belongs to it."""
+        self._graph = self._source = self._fixed = self._uncaptured = None
 
     def _capture(self, batch: Batch | None) -> None:
-        """Where that fails, say why, and go on without."""
+        """Capture the step; where that fails, report why and continue without."""
         if batch is not None:
             parts = (part.clone(memory_format=torch.preserve_format) for part in batch)
             self._fixed = Batch(*parts)
@@ -113,7 +115,7 @@ class Step:
         try:
             self._graph = CUDAGraph(lambda: self._body(self._fixed))
         except RuntimeError as error:
-            if memory.is_out_of_memory(error):
+            if is_out_of_memory(error):
                 raise
             self._optimizer.zero_grad(set_to_none=True)
             self._refused, self._uncaptured = True, None
@@ -126,20 +128,18 @@ class Step:
             self._set_capturable(False)
 
     def _set_capturable(self, capturable: bool) -> None:
-        """Adam's own check. What a fused one reads is on the device in any case; uncaptured steps
-        would warn of it."""
+        """Adam refuses a capture without this flag, and warns of it in uncaptured steps. What a
+        fused Adam reads is on the device in any case."""
         for group in self._optimizer.param_groups:
             if "capturable" in group:
                 group["capturable"] = capturable
 
     def _body(self, batch: Batch | None) -> None:
         self._begin(self.done, self._dropout, self._rate)
-        self.batch = batch if batch is not None else self._source.batch(self._number())
-        self._end(self.done, self._number(), self._losses, self._train(self.batch))
-
-    def _number(self) -> torch.Tensor:
-        """Of the step in its epoch: int64 [1]."""
-        return self.done % (len(self._losses) - 1)
+        if batch is None:
+            assert self._source is not None, "`batches` gives None only with a source"
+            batch = self._source.batch(self.done % self.steps_per_epoch)
+        self._end(self.done, self.diverged, self._train(batch), self.steps_per_epoch)
 
 
 def _begin(done: torch.Tensor, dropout: DropoutKeys, rate: Rate) -> None:
@@ -147,15 +147,15 @@ def _begin(done: torch.Tensor, dropout: DropoutKeys, rate: Rate) -> None:
     rate.set(done)
 
 
-def _end(
-    done: torch.Tensor, number: torch.Tensor, losses: torch.Tensor, loss: torch.Tensor
-) -> None:
-    losses.index_copy_(0, number, loss[None].to(losses.dtype))
+def _end(done: torch.Tensor, diverged: torch.Tensor, loss: torch.Tensor, per_epoch: int) -> None:
+    first = (diverged == 0) & ~loss.isfinite()
+    diverged.copy_(torch.where(first, done % per_epoch + 1, diverged))
     done += 1
 
 
 def _first_cause(error: BaseException) -> BaseException:
-    """Leaving a capture that failed raises a second error, which says less."""
+    """The error that a failed capture began with: leaving the capture raises another, which says
+    less."""
     while error.__context__:
         error = error.__context__
     return error

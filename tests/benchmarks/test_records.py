@@ -10,7 +10,8 @@ from benchmarks.records import clock, reference, sixty_six
 from fastlab import config as configs
 from fastlab import models
 from fastlab.runs import RunDir
-from fastlab.train import Trainer, make_accelerator
+from fastlab.train import Trainer
+from fastlab.training.setup import make_accelerator
 
 ROOT = Path(__file__).parents[2]
 SMALL = (

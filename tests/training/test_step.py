@@ -12,7 +12,8 @@ from fastlab import config
 from fastlab import train as training
 from fastlab.cli import main
 from fastlab.runs import RunDir
-from fastlab.training import step
+from fastlab.training import setup, step
+from fastlab.training.setup import make_accelerator
 from pipelines.resident import ResidentPipeline
 from tests.trainings import ROOT, TINY, assert_same_weights, command, metrics
 
@@ -99,7 +100,7 @@ class StandIn:
 
 @pytest.fixture
 def capturing(monkeypatch):
-    monkeypatch.setattr(training, "refuses_capture", lambda accelerator: "")
+    monkeypatch.setattr(setup, "refuses_capture", lambda accelerator: "")
     monkeypatch.setattr(step, "CUDAGraph", StandIn)
     monkeypatch.setattr(StandIn, "replays", 0)
 
@@ -119,7 +120,7 @@ def batches(request, monkeypatch) -> str:
 def trainer_of(dataset: Path, out: Path, *overrides: str) -> training.Trainer:
     sets = [f"data.path={dataset}", *TINY, *overrides]
     cfg = config.load(ROOT / "configs" / "demo.toml", sets)
-    trainer = training.Trainer(cfg, RunDir(out), training.make_accelerator(cfg))
+    trainer = training.Trainer(cfg, RunDir(out), make_accelerator(cfg))
     trainer.net.train()
     return trainer
 
@@ -170,7 +171,7 @@ def test_a_captured_training_stopped_and_resumed_has_the_weights_of_the_loop(
     def stopping(trainer, batch):
         taken.append(batch)
         if len(taken) == 7:  # in the second epoch of five steps, after the capture
-            trainer.wanted_stop = signal.SIGTERM
+            trainer.watch.signal = signal.SIGTERM
         return train_step(trainer, batch)
 
     monkeypatch.setattr(training, "train_step", stopping)
@@ -211,7 +212,7 @@ def test_a_capture_that_runs_out_of_memory_names_a_batch_size(
     monkeypatch.setattr(step, "CUDAGraph", fail)
     assert main(["train", *command(synth_dataset, tmp_path / "run")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "--set train.batch_size=" in line
+    assert "--set train.batch_size=8" in line  # half of it
 
 
 def test_steps_are_not_captured_while_a_trace_is_recorded(capturing, synth_dataset, tmp_path):
@@ -235,7 +236,7 @@ def test_training_draws_nothing_from_torchs_generator(synth_dataset, tmp_path):
     before = torch.get_rng_state()
     for batch in trainer.step.batches(trainer.train_data, 0, 0, capture=False):
         trainer.step(batch)
-    trainer.try_weights()
+    trainer.watch.refuse_divergence(trainer.model)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -254,12 +255,26 @@ def test_what_is_compiled_around_a_step_is_one_graph_and_changes_nothing(
             trainer.optimizer,
             trainer.dropout,
             trainer.rate,
-            trainer.losses,
+            trainer.train_data.steps(),
+            trainer.device,
             compile=compiled,
         )
         trainer.step.done = launched.done
         for batch in launched.batches(trainer.train_data, 1, 0, capture=False):
             launched(batch)
-        found.append([*trainer.model.state_dict().values(), trainer.losses])
+        found.append([*trainer.model.state_dict().values(), trainer.sums.values, launched.done])
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
-    assert len(set(found[0][-1].tolist())) == 6  # five losses, and that of no step
+    assert found[0][-1] == 10 and found[0][-2][3] == 5 * 16  # images of the five steps
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_first_step_with_a_loss_that_is_not_finite_is_kept(compiled, monkeypatch):
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: compile(f, backend="aot_eager", fullgraph=True))
+    end = torch.compile(step._end) if compiled else step._end
+    done, diverged = torch.tensor([7]), torch.zeros(1, dtype=torch.int64)
+    seen = []
+    for loss in (1.0, 2.0, float("inf"), 3.0, float("nan")):  # steps 3 to 7 of epochs of ten
+        end(done, diverged, torch.tensor(loss), 5)
+        seen.append(int(diverged))
+    assert seen == [0, 0, 5, 5, 5] and int(done) == 12

@@ -1,0 +1,82 @@
+"""Exhausted memory, a full disk and dead workers, as one line for the user."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fastlab.config import Config
+from fastlab.console import UserError, first_line
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Includes the allocator of the host, which has no exception type for it."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+@contextmanager
+def data_fits(cfg: Config) -> Generator[None]:
+    """Images that do not fit into memory become a `UserError`."""
+    advice = f'data.placement = "{cfg.data.placement}": the images do not fit into memory'
+    with _memory_suffices(f'{advice}; set it to "stream"'):
+        yield
+
+
+@contextmanager
+def model_fits(cfg: Config) -> Generator[None]:
+    """A model that does not fit into memory becomes a `UserError`."""
+    advice = f"model.width = {cfg.model.width}: the model does not fit into memory"
+    with _memory_suffices(f"{advice}; take a smaller one"):
+        yield
+
+
+@contextmanager
+def _memory_suffices(advice: str) -> Generator[None]:
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        # "Overflowed": a size of more bytes than 64 bits count.
+        if not is_out_of_memory(error) and "size calculation overflowed" not in str(error):
+            raise
+        raise UserError(advice) from None
+
+
+@contextmanager
+def batch_fits(cfg: Config, model: nn.Module, device: torch.device) -> Generator[None]:
+    """A batch of training or evaluation that does not fit into memory becomes a `UserError`."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        key = "batch_size" if model.training else "eval_batch_size"
+        size = getattr(cfg.train, key)
+        problem = f"out of memory on {device} with train.{key} = {size}"
+        if size == 1:
+            raise UserError(f"{problem}: take a smaller model.width, or another device") from None
+        raise UserError(f"{problem}: try half of it, --set train.{key}={size // 2}") from None
+
+
+@contextmanager
+def failures_explained(run: Path) -> Generator[None]:
+    """A full disk or a dead decoding worker becomes a `UserError` that says how to resume.
+
+    PyTorch's signal handler reports a dead worker by raising at whatever line runs then.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(
+            f"{run}: cannot be written ({error.strerror or error}); fix that, then resume with: "
+            f"--resume {run}"
+        ) from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"a decoding worker failed ({first_line(error)}); resume with: --resume {run}"
+        ) from None
