@@ -37,7 +37,7 @@ from fastlab.training.evaluate import evaluate
 from fastlab.training.failures import batch_fits, data_fits, failures_explained, model_fits
 from fastlab.training.guards import Diverged, StopRequested, Watch, divergence_explained
 from fastlab.training.journal import Journal
-from fastlab.training.metrics import Figures, Sums, Throughput, loss_and_sums
+from fastlab.training.metrics import Figures, Sums, Throughput, make_loss
 from fastlab.training.optim import Rate, WeightAverage
 from fastlab.training.state import State
 from fastlab.training.step import Step
@@ -69,9 +69,7 @@ class Trainer:
         self.rate.attach(self.optimizer)
         self.dropout = DropoutKeys(self.model, cfg.train.seed, rank, self.device)
         self.sums = Sums(self.device)
-        self.loss_and_sums = loss_and_sums
-        if cfg.train.compile:
-            self.loss_and_sums = torch.compile(loss_and_sums, dynamic=False)
+        self.loss_and_sums = make_loss(compile=cfg.train.compile)
         self.captures = setup.captures(cfg, accelerator)
         self.step = self.make_step()
 
@@ -81,9 +79,8 @@ class Trainer:
         self.progress = self.state.progress
         self.watch = Watch(accelerator, self.step, self.sums)
         self.tracer = Tracer(cfg.profile, run.traces, rank, self.device)
-        parameters = models.count_parameters(self.model)
         main = accelerator.is_main_process
-        self.journal = Journal(run, cfg, self.manifest, parameters, self.state, main)
+        self.journal = Journal(run, cfg, self.manifest, self.model, self.state, main)
         self.throughput = Throughput(self.device)
 
     def make_step(self) -> Step:
@@ -132,7 +129,7 @@ def train(trainer: Trainer) -> int:
             journal.stopped(stop.number)
             return 128 + stop.number
     journal.summarise("finished")
-    journal.finished(trainer.model, trainer.device)
+    journal.finished(trainer.device)
     return 0
 
 

@@ -1,16 +1,15 @@
-"""Checkpoints: whole or absent, and enough of them to go on bit for bit.
+"""Checkpoints on disk: whole or absent, with all that a training needs to resume bit for bit.
 
 ``checkpoints/step-00001234/`` holds `model.safetensors`, `state.pt` (optimizer, schedule, sums,
-position, number of processes) and a `rank-N.pt` for each process (running statistics). A directory
-is written under another name and renamed; the newest whole one is the last. ``best.safetensors``
-holds the weights with the best validation top-1. Every file carries checksums that are compared
-when it is read: no changed byte goes unnoticed into a training. No state of a random generator is
-among it: nothing in a training draws from one.
+position, number of processes) and a `rank-N.pt` for each process (running statistics). It is
+written under another name and renamed when it is complete. ``best.safetensors`` holds the weights
+with the best validation top-1. Every file carries checksums, which are compared when it is read:
+no damaged byte gets into a training. Checkpoints hold no state of a random generator, since no part
+of a training draws from one.
 """
 
 import io
 import json
-import os
 import shutil
 import zipfile
 from collections.abc import Generator, Sequence
@@ -25,8 +24,9 @@ from torch import nn
 from xxhash import xxh3_128
 
 from fastlab.console import UserError
+from fastlab.files import write_atomically
 
-_HASH = "xxh128"  # of the metadata of a safetensors file
+_HASH = "xxh128"  # a key of the metadata in a safetensors file
 
 
 def save(
@@ -35,19 +35,19 @@ def save(
     model: nn.Module,
     state: dict[str, Any],
     accelerator: Any,
-    own: Sequence[torch.Tensor] = (),
+    rank_tensors: Sequence[torch.Tensor] = (),
 ) -> None:
-    """Write the checkpoint of `step` and drop older ones. Every process calls this: `state` is
-    the main one's, `own` are further tensors of each.
+    """Collective: write the checkpoint of `step` and remove older ones. The main process's `state`
+    is written, and each rank's `rank_tensors`.
 
-    Raises OSError where it cannot be written; the one before is then as it was.
+    Raises OSError where it cannot be written; the checkpoint before it stays.
     """
     partial, target = folder / "partial", folder / f"step-{step:08d}"
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    _write(_rank_state(model, own), partial / f"rank-{accelerator.process_index}.pt")
+    _write(_rank_state(model, rank_tensors), partial / f"rank-{accelerator.process_index}.pt")
     if accelerator.is_main_process:
         save_weights(model.state_dict(), partial / "model.safetensors")
         _write({**state, "processes": accelerator.num_processes}, partial / "state.pt")
@@ -58,19 +58,19 @@ def save(
         partial.rename(target)
         for other in folder.glob("step-*"):
             if other != target:
-                other.rename(partial)  # so that what a kill leaves half deleted is no checkpoint
+                other.rename(partial)  # a kill must not leave a half-deleted directory of this name
                 shutil.rmtree(partial)
 
 
 def _write(state: dict[str, Any], path: Path) -> None:
-    """By way of memory: torch's own writer turns a full disk into an error without its reason."""
+    """Write through memory: torch's own writer reports a full disk without saying so."""
     stream = io.BytesIO()
     torch.save(state, stream)
     path.write_bytes(stream.getbuffer())
 
 
 def _read(path: Path) -> dict[str, Any]:
-    # torch.load does not look at the checksums of the zip file that it reads.
+    # torch.load does not check the checksums of the zip file that it reads.
     with zipfile.ZipFile(path) as archive:
         if damaged := archive.testzip():
             raise ValueError(f"{damaged} does not match its checksum")
@@ -78,16 +78,14 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def save_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
-    """safetensors, in place of `path` at once. Raises OSError."""
+    """Write a safetensors file with a checksum, atomically. Raises OSError."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in weights.items()}
-    data = safetensors_bytes(tensors, {_HASH: _digest(tensors)})
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)
+    write_atomically(path, safetensors_bytes(tensors, {_HASH: _digest(tensors)}))
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Raises `UserError` where the file is missing, damaged or of another model."""
+    """Load a file of `save_weights`. Raises `UserError` where it is missing, damaged or of another
+    model."""
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -121,12 +119,11 @@ def last(folder: Path) -> Path | None:
 
 
 def load(path: Path, model: nn.Module, rank: int) -> tuple[dict[str, Any], Sequence[torch.Tensor]]:
-    """Restore weights and running statistics; return the rest: the main process's state, and this
-    one's own tensors (none, if it has no state of its own).
+    """Restore weights and running statistics. Returns the main process's state, and this rank's
+    `rank_tensors`, all on the CPU: `load_state_dict` puts them where they belong.
 
-    Tensors of the rest are on the CPU: `load_state_dict` puts them where they belong. On another
-    number of processes than wrote it, a process without a state of its own keeps the main one's
-    statistics. Raises `UserError` for a damaged checkpoint.
+    Where more ranks resume than wrote the checkpoint, those without a file keep the main process's
+    statistics and get no `rank_tensors`. Raises `UserError` for a damaged checkpoint.
     """
     load_weights(model, path / "model.safetensors")
     state = load_state(path)
@@ -136,18 +133,18 @@ def load(path: Path, model: nn.Module, rank: int) -> tuple[dict[str, Any], Seque
     file = path / f"rank-{rank}.pt"
     if not file.exists():
         return state, ()
-    with _damage_told(path):
+    with _damage_reported(path):
         return state, _restore_rank(model, _read(file))
 
 
 def load_state(path: Path) -> dict[str, Any]:
     """The main process's state, tensors on the CPU. Raises `UserError` where it is damaged."""
-    with _damage_told(path):
+    with _damage_reported(path):
         return _read(path / "state.pt")
 
 
 @contextmanager
-def _damage_told(path: Path) -> Generator[None]:
+def _damage_reported(path: Path) -> Generator[None]:
     try:
         yield
     except Exception as error:  # torch.load raises many kinds on damaged bytes
@@ -155,8 +152,8 @@ def _damage_told(path: Path) -> Generator[None]:
         raise UserError(f"{path}: damaged checkpoint ({reason})") from None
 
 
-def _rank_state(model: nn.Module, own: Sequence[torch.Tensor]) -> dict[str, Any]:
-    return {"buffers": _statistics(model), "own": list(own)}
+def _rank_state(model: nn.Module, tensors: Sequence[torch.Tensor]) -> dict[str, Any]:
+    return {"buffers": _statistics(model), "own": list(tensors)}
 
 
 def _restore_rank(model: nn.Module, state: dict[str, Any]) -> list[torch.Tensor]:

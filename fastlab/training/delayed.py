@@ -1,14 +1,14 @@
-"""Values on a device that the host reads without waiting for it."""
+"""Reading values from a device without waiting for it."""
 
 import torch
 
 
 class DelayedRead:
-    """Gives at each call the values of the call before, whose copy to the host is long done.
+    """Returns at each call the values of the call before, which have been copied by then.
 
-    A plain read (`.item()`, `.tolist()`) waits until the device has done all that was queued, and
+    A plain read (`.item()`, `.tolist()`) waits until the device has done all that is queued, and
     leaves it idle until the host has queued more. A CPU reads with the same delay, so that a
-    program takes the same path on every device.
+    training takes the same path on every device.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
@@ -18,8 +18,8 @@ class DelayedRead:
         self._pending = False
 
     def exchange(self, values: torch.Tensor) -> list[float]:
-        """The values of the call before, or [] if there was none; `values` (float64 [size], on the
-        device) are kept for the next call."""
+        """Keep `values` (float64 [size], on the device) for the next call; return those of the call
+        before, or [] if there was none."""
         before = self._read() if self._pending else []
         self._host.copy_(values, non_blocking=True)
         if self._copied:
@@ -28,7 +28,7 @@ class DelayedRead:
         return before
 
     def forget(self) -> None:
-        """The next call gives [], as the first one did."""
+        """Have the next call return [], as the first call does."""
         self._pending = False
 
     def _read(self) -> list[float]:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from fastlab import models
 from fastlab.config import Config
 from fastlab.dataset.manifest import Manifest
 from fastlab.runs import RunDir
@@ -28,11 +29,11 @@ class Journal:
         run: RunDir,
         cfg: Config,
         manifest: Manifest,
-        parameters: int,
+        model: nn.Module,
         state: State,
         main: bool,
     ) -> None:
-        self._run, self._cfg, self._manifest, self._parameters = run, cfg, manifest, parameters
+        self._run, self._cfg, self._manifest, self._model = run, cfg, manifest, model
         self._state, self._main = state, main
         self._board: SummaryWriter | None = None
         self._bar: tqdm | None = None
@@ -105,7 +106,7 @@ class Journal:
         self._run.write_summary(
             {
                 "name": self._cfg.model.name,
-                "parameters": self._parameters,
+                "parameters": models.count_parameters(self._model),
                 "dataset": {
                     "path": self._cfg.data.path,
                     "classes": len(self._manifest.classes),
@@ -128,13 +129,13 @@ class Journal:
                 f"resume with: --resume {path}"
             )
 
-    def finished(self, model: nn.Module, device: torch.device) -> None:
+    def finished(self, device: torch.device) -> None:
         """Write sample predictions of the best weights, and print the last lines."""
         if not self._main:
             return
         if self._run.best.exists():
-            checkpoint.load_weights(model, self._run.best)
-        samples = sample_predictions(model, self._cfg, self._manifest, device)
+            checkpoint.load_weights(self._model, self._run.best)
+        samples = sample_predictions(self._model, self._cfg, self._manifest, device)
         self._run.write_predictions(samples)
         progress, path = self._state.progress, self._run.path
         print(

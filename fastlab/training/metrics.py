@@ -1,6 +1,7 @@
 """Figures of training and evaluation: kept on the device as sums, reduced once over all ranks."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,14 +31,14 @@ class Figures:
 
 
 class Sums:
-    """Running [loss, top-1 hits, top-5 hits, images], float64, on the device."""
+    """Running sums on the device: `values` is float64 [4], as `batch_sums` gives them."""
 
     def __init__(self, device: torch.device) -> None:
         self.values = torch.zeros(4, dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def add(self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> None:
-        """`logits` [b, classes], `labels` [b], `mask` [b]: False is not counted. No host sync."""
+        """Add a batch, as `batch_sums` takes it. Does not wait for the device."""
         self.values += batch_sums(logits, labels, mask)
 
     def reduce(self, accelerator: Accelerator) -> Figures:
@@ -80,29 +81,35 @@ def wait_for_device(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
+def make_loss(compile: bool) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """`loss_and_sums`, compiled if asked: then it is one kernel a pass, where PyTorch launches some
+    thirty."""
+    return torch.compile(loss_and_sums, dynamic=False) if compile else loss_and_sums
+
+
 def loss_and_sums(
     logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, smoothing: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss to train by (scalar, at least fp32: mean cross-entropy with label `smoothing`) and
-    `batch_sums` of the same logits, in one function: compiled, it is one kernel a pass where
-    PyTorch launches some thirty."""
+    """The training loss (scalar, at least fp32: mean cross-entropy with label `smoothing`) and
+    `batch_sums` of the same logits."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
     return loss, batch_sums(logits.detach(), labels, mask)
 
 
 def batch_sums(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """[4] float64: cross-entropy, top-1 hits, top-5 hits and images of one batch.
+    """float64 [4]: sums of cross-entropy, top-1 hits, top-5 hits and images over one batch.
+    `logits` is [b, classes], `labels` int64 [b], `mask` bool [b]: False on padding.
 
-    A label is hit at k where fewer than k other classes score higher, or as high with a lower
-    index; so ties cannot count twice.
+    A label is a top-k hit where fewer than k classes score higher, or as high with a lower index:
+    of tied classes, one alone is the first.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     loss = F.cross_entropy(logits, labels, reduction="none")
-    own = logits.gather(1, labels[:, None])
+    score = logits.gather(1, labels[:, None])  # of the true class
     index = torch.arange(logits.shape[1], device=logits.device)
-    ahead = (logits > own) | ((logits == own) & (index < labels[:, None]))
-    # A logit that is not a number is no hit.
-    rank = torch.where(own[:, 0].isnan(), 5, ahead.sum(dim=1))
+    ahead = (logits > score) | ((logits == score) & (index < labels[:, None]))
+    # NaN is never a hit.
+    rank = torch.where(score[:, 0].isnan(), 5, ahead.sum(dim=1))
     columns = torch.stack([loss, rank < 1, rank < 5, torch.ones_like(loss)]).double()
     return torch.where(mask, columns, 0).sum(dim=1)

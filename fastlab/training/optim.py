@@ -15,7 +15,7 @@ _WARMUP_START = 1 / 25
 
 
 def make_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """A fused optimizer over all parameters; biases and norm parameters are not decayed."""
+    """A fused optimizer over all parameters, with no weight decay on biases and norm parameters."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [
@@ -66,30 +66,31 @@ class Rate:
         self._tensor = torch.tensor(self.at(0), dtype=torch.float32, device=device)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Also after each `load_state_dict` of the optimizer, which brings numbers of its own."""
+        """Make the optimizer read this rate. Call it again after its `load_state_dict`, which puts
+        numbers in place of the tensor."""
         for group in optimizer.param_groups:
             group["lr"] = self._tensor
 
     def at(self, step: int) -> float:
-        """The rate at `step`, after the last step that of the last; a plateau's as it is now."""
+        """The rate at `step`; after the last step, the last rate. A plateau: the current rate."""
         if self._plateau:
             return self._plateau.optimizer.param_groups[0]["lr"]
         return self._rates[min(step, len(self._rates) - 1)]
 
     def set(self, done: torch.Tensor) -> None:
-        """Before the step with the number `done`, int64 [1] on the device."""
+        """Set the rate for the step with the number `done`: int64 [1] on the device."""
         if self._table is not None:
-            last = len(self._table) - 1  # benchmarks go on after it
+            last = len(self._table) - 1  # benchmarks take more steps than that
             self._tensor.copy_(self._table.index_select(0, done.clamp(max=last))[0])
 
     def end_epoch(self, top1: float) -> None:
-        """A plateau looks at the epoch's validation top-1."""
+        """Report the epoch's validation top-1 to a plateau schedule."""
         if self._plateau:
             self._plateau.step(top1)
             self._tensor.fill_(self.at(0))
 
     def restart(self) -> None:
-        """As before the first step, in place."""
+        """Return to the state before the first step, in the same memory."""
         if self._plateau:
             self._plateau = _plateau(self._config, self._lr)
         self._tensor.fill_(self.at(0))
@@ -98,7 +99,7 @@ class Rate:
         return self._plateau.state_dict() if self._plateau else {}
 
     def load_state_dict(self, state: dict, lr: float) -> None:
-        """`lr`: the rate at that time."""
+        """`lr` is the rate when the state was saved."""
         if self._plateau:
             self._plateau.load_state_dict(state)
             self._plateau.optimizer.param_groups[0]["lr"] = lr
@@ -106,8 +107,8 @@ class Rate:
 
 
 def _plateau(config: ScheduleConfig, lr: float) -> ReduceLROnPlateau:
-    """Its optimizer is a stand-in that holds the rate as a number: read back from the device it
-    would be rounded."""
+    """A scheduler whose stand-in optimizer holds the rate as a number: read back from the device,
+    it would be rounded to fp32."""
     return ReduceLROnPlateau(
         torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr),
         mode="max",
@@ -134,15 +135,15 @@ class WeightAverage:
             for average, live in zip(self.average, self._live, strict=True)
             if not isinstance(live, nn.Parameter)
         ]
-        """Of the running statistics, which differ between processes; the rest does not."""
+        """The averages of running statistics: they differ between ranks, the others do not."""
 
     def restart(self) -> None:
-        """From the weights that the model holds now, in place."""
+        """Begin anew from the weights that the model holds now, in the same memory."""
         torch._foreach_copy_(self.average, [t.detach() for t in self._live])
 
     @torch.no_grad()
     def update(self, step: torch.Tensor) -> None:
-        """After the step with the number `step`: int64 [1] on the device."""
+        """Take in the weights after the step with the number `step`: int64 [1] on the device."""
         decay = ((1 + step).double() / (10 + step)).clamp(max=self._decay)
         weight = (1 - decay[0]).to(self.average[0].dtype)
         change = torch._foreach_sub([t.detach() for t in self._live], self.average)
@@ -151,16 +152,16 @@ class WeightAverage:
 
     @contextmanager
     def applied(self) -> Generator[None]:
-        """The model holds the average inside, and its own weights again afterwards."""
-        own = [t.detach().clone() for t in self._live]
+        """The model holds the average within the block, and its trained weights again after it."""
+        trained = [t.detach().clone() for t in self._live]
         self.apply()
         try:
             yield
         finally:
-            self._copy(own)
+            self._copy(trained)
 
     def apply(self) -> None:
-        """The model holds the average from now on."""
+        """Overwrite the model's weights with the average."""
         self._copy(self.average)
 
     @torch.no_grad()
