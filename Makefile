@@ -47,6 +47,8 @@ demo: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/ty check
 
 # The tests, and what they ran of each module.
 test: setup lint
