@@ -244,7 +244,7 @@ def _precision(task: Task) -> str:
 def _calibrate(directory: Path, tasks: list[Task]) -> Iterator[tuple[str, dict[str, Any]]]:
     for task in tasks:
         (directory / task.name).write_text(configs.dump(task.config), encoding="utf-8")
-    command = [sys.executable, "-m", "fastlab.study.calibrate"]
+    command = [sys.executable, "-m", "fastlab.study.estimate"]
     command += [str(directory / task.name) for task in tasks]
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, **places(1)[0]}

@@ -1,6 +1,6 @@
 """How long an epoch of a configuration takes here, from some seconds of real steps.
 
-    python -m fastlab.study.calibrate CONFIG.toml ...
+    python -m fastlab.study.estimate CONFIG.toml ...
 
 Writes a JSON line for each configuration, which are to share their precision: {"config", "epoch"}
 (seconds, validation included) or {"config", "error"}. Never compiled, since compiling takes longer
