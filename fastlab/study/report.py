@@ -1,11 +1,9 @@
 """The report of studies: `report.html`, and the same tables without curves as `report.md`."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from fastlab import config as configs
-from fastlab.console import public_text
 from fastlab.report.page import (
     MISSING,
     augmented_text,
@@ -37,7 +35,8 @@ METHOD = (
     "Mean over the finished seeds ± half of the 95 % interval of the mean (Student t), each run at "
     "its best epoch by validation top-1. Loss is the mean cross-entropy on validation; “as "
     "printed” is the same in the reference's own column, the sum of its 79 batch means over 10,000 "
-    "images: mean cross-entropy × 79 / 10,000. The reference has one run for each row, of unknown seed."
+    "images: mean cross-entropy × 79 / 10,000. The reference has one run for each row, of unknown "
+    "seed."
 )
 RULE = (
     "Decided by the 95 % intervals of validation top-1: a claim holds, or does not, where they lie "
@@ -83,7 +82,7 @@ def write_report(folder: StudyDir, studies: list[Study], command: str) -> None:
     them."""
     page = _page(folder, analyse(folder, studies), command)
     write_whole(folder.html, render("study.html.j2", **page))
-    write_whole(folder.markdown, public_text(_markdown(page)))
+    write_whole(folder.markdown, render("study.md.j2", **page))
 
 
 def _page(folder: StudyDir, results: list[StudyResult], command: str) -> dict[str, Any]:
@@ -134,11 +133,13 @@ def scale_note(runs: list[RunResult]) -> str:
 
 def _study(result: StudyResult) -> dict[str, Any]:
     curves = [row for row in result.rows if row.finished]
+    rows = [_row(row) for row in result.rows]
     return {
         "name": result.study.name,
         "title": result.study.title,
         "about": result.study.about,
-        "rows": [_row(row) for row in result.rows],
+        "rows": rows,
+        "notes": [f"{row['label']}: {note}" for row in rows for note in row["notes"]],
         "curves": [row.label for row in curves],
         "plots": make_plots([_mean_run(row) for row in curves]) if curves else [],
     }
@@ -161,7 +162,7 @@ def _row(row: RowResult) -> dict[str, Any]:
     """The lines of a row in its study's table, each cell as text, with notes and links."""
     here = {
         "who": "here",
-        **_cells(lambda metric: _interval_text(row, metric)),
+        **_cells(row),
         "rate": number_text(row.rate),
         "time": duration_text(row.seconds),
         "seeds": f"{len(row.finished)} of {len(row.runs)}",
@@ -181,36 +182,29 @@ def _note(run: RunResult) -> str:
 
 def _reference_lines(row: RowResult, reference: Reference) -> list[dict[str, str]]:
     """The reference's figures, and the difference of the row's from them."""
-
-    def difference(metric: _Metric) -> str:
+    differences = {}
+    for metric in _METRICS:
         here: Interval | None = getattr(row, metric.attribute)
-        if here is None:
-            return MISSING
-        distance = metric.scale * (here.mean - getattr(reference, metric.attribute))
-        return f"{distance:+.{metric.decimals}f}"
-
+        there: float = getattr(reference, metric.attribute)
+        distance = here and metric.scale * (here.mean - there)
+        differences[metric.key] = (
+            MISSING if distance is None else f"{distance:+.{metric.decimals}f}"
+        )
     untimed = {"rate": MISSING, "time": MISSING, "seeds": "1"}
     return [
-        {"who": "reference", **_number_cells(reference), **untimed},
-        {"who": "difference", **_cells(difference), **dict.fromkeys(untimed, "")},
+        {"who": "reference", **_cells(reference), **untimed},
+        {"who": "difference", **differences, **dict.fromkeys(untimed, "")},
     ]
 
 
-def _cells(text: Callable[[_Metric], str]) -> dict[str, str]:
-    return {metric.key: text(metric) for metric in _METRICS}
+def _cells(figures: RowResult | Reference | Best) -> dict[str, str]:
+    return {m.key: _cell(getattr(figures, m.attribute), m) for m in _METRICS}
 
 
-def _interval_text(row: RowResult, metric: _Metric) -> str:
-    value: Interval | None = getattr(row, metric.attribute)
-    return value.text(metric.scale, metric.decimals) if value else MISSING
-
-
-def _number_cells(figures: Reference | Best) -> dict[str, str]:
-    def text(metric: _Metric) -> str:
-        value: float | None = getattr(figures, metric.attribute)
-        return number_text(None if value is None else metric.scale * value, metric.decimals)
-
-    return _cells(text)
+def _cell(value: Interval | float | None, metric: _Metric) -> str:
+    if isinstance(value, Interval):
+        return value.text(metric.scale, metric.decimals)
+    return number_text(None if value is None else metric.scale * value, metric.decimals)
 
 
 def _verdicts(results: list[StudyResult]) -> list[tuple[str, list[dict[str, str]]]]:
@@ -228,14 +222,10 @@ def _verdict(study: Study, verdict: Verdict) -> dict[str, str]:
     return {
         "study": study.name,
         "title": study.title,
-        "claim": _capitalised(verdict.finding.claim),
+        "claim": verdict.finding.claim,
         "decision": verdict.decision,
         "sentence": verdict.sentence,
     }
-
-
-def _capitalised(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def _run(result: RunResult) -> dict[str, Any]:
@@ -256,12 +246,12 @@ def _best(folder: StudyDir, results: list[StudyResult]) -> dict[str, Any]:
     best = best_run(results)
     if best is None:
         return {}
-    rows = [{"split": "validation", **_number_cells(best)}]
+    rows = [{"split": "validation", **_cells(best)}]
     tested = folder.read_test()
     if tested.get("run") == best.task.name and "top1" in tested:
         figures = Reference(tested["loss"], tested["top1"], tested["top5"])
-        rows.append({"split": "test", **_number_cells(figures)})
-        rows.append({"split": "reference, test", **_number_cells(reference_test())})
+        rows.append({"split": "test", **_cells(figures)})
+        rows.append({"split": "reference, test", **_cells(reference_test())})
     of_best = [row for study in results for row in study.rows if best.task in row.row.tasks]
     lacking = list(dict.fromkeys(seed for row in of_best for seed in row.lacking))
     notes = [f"Its row lacks {listed(lacking)}."] if lacking else []
@@ -279,58 +269,3 @@ def _environment(environments: list[dict[str, Any]]) -> list[tuple[str, str]]:
     dates = sorted(str(environment.get("date", "")) for environment in environments)
     span = [("runs begun", " to ".join(dict.fromkeys([dates[0], dates[-1]])))] if dates else []
     return span + [(key, " | ".join(different)) for key, different in texts.items()]
-
-
-# Markdown
-
-
-def _markdown(page: dict[str, Any]) -> str:
-    parts = ["# Ablation studies", f"{page['finished']} of {len(page['runs'])} runs finished."]
-    if page["scale"]:
-        parts.append(f"**Not at the reference's scale**: {page['scale']}. {page['advice']}")
-    for title, verdicts in page["verdicts"]:
-        parts += [f"## {title}", "\n".join(map(_markdown_verdict, verdicts))]
-    parts.append(page["rule"] if page["verdicts"] else "")
-    for study in page["studies"]:
-        parts += [f"## {study['title']}", study["about"], _markdown_rows(study["rows"])]
-    parts.append(f"{METHOD} {page['shared']}".strip())
-    if page["best"]:
-        parts += ["## The best model", _markdown_best(page["best"])]
-    parts += ["## Environment", "\n".join(f"- {k}: {_cell(v)}" for k, v in page["environment"])]
-    parts.append(f"Made by `{page['command']}`. Curves and configurations: report.html.")
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _markdown_verdict(verdict: dict[str, str]) -> str:
-    return (
-        f"- {verdict['claim']} ({verdict['title']}): **{verdict['decision']}**. "
-        f"{_capitalised(verdict['sentence'])}"
-    )
-
-
-def _markdown_rows(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        ["" if number else row["label"], line["who"], *(line[key] for key, _ in _COLUMNS)]
-        for row in rows
-        for number, line in enumerate(row["lines"])
-    ]
-    table = _markdown_table(["row", "", *(title for _, title in _COLUMNS)], lines, left=2)
-    notes = [f"{row['label']}: {note}" for row in rows for note in row["notes"]]
-    return table + ("\n\nNot in the figures: " + "; ".join(map(_cell, notes)) if notes else "")
-
-
-def _markdown_best(best: dict[str, Any]) -> str:
-    lines = [[row["split"], *(row[metric.key] for metric in _METRICS)] for row in best["rows"]]
-    heads = ["split", *(metric.title for metric in _METRICS)]
-    sentence = f"{best['name']}, chosen by validation top-1 alone. {best['note']}".strip()
-    return f"{sentence}\n\n{_markdown_table(heads, lines, left=1)}"
-
-
-def _markdown_table(heads: list[str], lines: list[list[str]], left: int) -> str:
-    """A table whose first `left` columns are aligned left, the others right."""
-    rule = ["---"] * left + ["---:"] * (len(heads) - left)
-    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in [heads, rule, *lines])
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())

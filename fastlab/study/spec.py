@@ -35,21 +35,12 @@ from fastlab.config import Config
 from fastlab.console import UserError
 
 _STUDY_TYPES: dict[str, type] = {
-    "title": str,
-    "about": str,
-    "base": str,
-    "factor": str,
-    "values": list,
-    "labels": list,
-    "rows": list,
-    "seeds": list,
-    "findings": list,
+    **dict.fromkeys(("title", "about", "base", "factor"), str),
+    **dict.fromkeys(("values", "labels", "rows", "seeds", "findings"), list),
 }
 _FINDING_TYPES: dict[str, type] = {
-    "claim": str,
-    "better": str,
-    "worse": list,
-    "chance": list,
+    **dict.fromkeys(("claim", "better"), str),
+    **dict.fromkeys(("worse", "chance"), list),
     "reported": bool,
 }
 
