@@ -250,13 +250,19 @@ def _trace(args: argparse.Namespace) -> None:
 
 def _add_study(commands) -> None:
     parser = commands.add_parser("study", help="train every row of ablation studies, and report")
-    parser.add_argument("studies", nargs="+", type=Path, metavar="STUDY.toml")
+    parser.add_argument("studies", nargs="+", type=Path, metavar="STUDY.toml", help="study files")
     parser.add_argument("--out", type=Path, required=True, help="directory of runs and report")
-    parser.add_argument("--epochs", type=positive_int, default=0, help="epochs of every run")
+    parser.add_argument("--epochs", type=positive_int, default=0, metavar="N", help="of every run")
     parser.add_argument(
-        "--seeds", type=positive_int, default=0, metavar="N", help="default: the study's seeds"
+        "--seeds",
+        type=positive_int,
+        default=0,
+        metavar="N",
+        help="number of seeds (default: those of the study)",
     )
-    parser.add_argument("--jobs", type=positive_int, default=1, help="trainings side by side")
+    parser.add_argument(
+        "--jobs", type=positive_int, default=1, metavar="N", help="trainings side by side"
+    )
     parser.add_argument(
         "--set",
         action="append",

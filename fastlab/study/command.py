@@ -19,12 +19,12 @@ from fastlab.console import UserError, public_command
 from fastlab.dataset.manifest import check_sizes, read_manifest
 from fastlab.study.child import StopSignals, call, last_line
 from fastlab.study.cluster import Cluster, cluster_settings
-from fastlab.study.estimate import counted, estimate, estimate_text
+from fastlab.study.estimate import estimate, estimate_text
 from fastlab.study.folder import State, StudyDir, look
 from fastlab.study.pool import Pool
 from fastlab.study.report import write_report
 from fastlab.study.results import analyse, best_run
-from fastlab.study.screen import Screen
+from fastlab.study.screen import Screen, counted
 from fastlab.study.spec import Study, Task, read_study, tasks_of
 
 _MARKS = {"finished": " ✓", "failed": " ✗", "interrupted": " ■"}

@@ -27,7 +27,7 @@ from fastlab.runs import RunDir, train_seconds
 from fastlab.study.child import call, last_line
 from fastlab.study.folder import State, StudyDir
 from fastlab.study.results import read_result
-from fastlab.study.screen import clock
+from fastlab.study.screen import clock, counted
 from fastlab.study.spec import Task
 
 START_SECONDS = 5.0
@@ -67,11 +67,11 @@ def estimate(
     costs = {_cost(task) for task in todo}
     counts = [
         (len(costs & finished.keys()), "from finished runs"),
-        (len(measured), "measured now, some steps without torch.compile"),
-        (len(costs - epochs.keys()), f"not known{problem and f' ({problem})'}"),
+        (len(measured), "measured now over some steps without torch.compile"),
+        (len(costs - epochs.keys()), f"unknown{problem and f' ({problem})'}"),
     ]
     sources = ", ".join(f"{count} {source}" for count, source in counts if count)
-    return Estimate(seconds, f"epochs of {counted(len(costs), 'kind')} of run: {sources}")
+    return Estimate(seconds, f"time per epoch for {counted(len(costs), 'kind')} of run: {sources}")
 
 
 def estimate_text(estimated: Estimate, todo: list[Task], jobs: int) -> str:
@@ -85,10 +85,6 @@ def estimate_text(estimated: Estimate, todo: list[Task], jobs: int) -> str:
     jobs = min(jobs, len(todo))
     side = f", at best {clock(total / jobs)} with --jobs {jobs}" if jobs > 1 else ""
     return f"about {clock(total)} of training{known}{side}; {source}"
-
-
-def counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _cost(task: Task) -> tuple[Any, ...]:

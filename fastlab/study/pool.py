@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from fastlab.console import UserError
 from fastlab.study.child import Child, StopSignals, conclude, places, start
 from fastlab.study.folder import StudyDir, look
-from fastlab.study.screen import Screen
+from fastlab.study.screen import Screen, counted
 from fastlab.study.spec import Task
 
 
@@ -49,7 +49,8 @@ class Pool:
         screen.began(task, child.gpu)
 
     def _stop(self, at_once: bool, screen: Screen) -> None:
-        screen.say(f"stopping {len(self.running)} trainings; they save a checkpoint first")
+        trainings = counted(len(self.running), "training")
+        screen.say(f"stopping {trainings}{'' if at_once else '; checkpoints are saved first'}")
         for child in self.running.values():
             child.process.kill() if at_once else child.process.terminate()
 

@@ -96,7 +96,7 @@ def _page(folder: StudyDir, results: list[StudyResult], command: str) -> dict[st
         "method": METHOD,
         "rule": RULE,
         "advice": SCALE_ADVICE,
-        "scale": scale_note(list(runs.values())),
+        "scale": _scale_note(list(runs.values())),
         "finished": sum(run.run is not None for run in runs.values()),
         "columns": _COLUMNS,
         "studies": [_study(study) for study in results],
@@ -109,7 +109,7 @@ def _page(folder: StudyDir, results: list[StudyResult], command: str) -> dict[st
     }
 
 
-def scale_note(runs: list[RunResult]) -> str:
+def _scale_note(runs: list[RunResult]) -> str:
     """How the runs' scale differs from the reference's; empty where it does not."""
     values: dict[str, set[float | None]] = {name: set() for name in SCALE}
     for run in runs:
@@ -207,25 +207,14 @@ def _cell(value: Interval | float | None, metric: _Metric) -> str:
     return number_text(None if value is None else metric.scale * value, metric.decimals)
 
 
-def _verdicts(results: list[StudyResult]) -> list[tuple[str, list[dict[str, str]]]]:
-    """Heading and verdicts of each group that has any."""
+def _verdicts(results: list[StudyResult]) -> dict[str, list[tuple[Study, Verdict]]]:
+    """The verdicts under their headings; none of these without verdicts."""
     verdicts = [(study.study, verdict) for study in results for verdict in study.verdicts]
-    groups = {"What the reference found, here": True, "Other questions": False}
-    texts = {
-        title: [_verdict(*pair) for pair in verdicts if pair[1].finding.reported == reported]
-        for title, reported in groups.items()
+    groups = {
+        "What the reference found, here": [v for v in verdicts if v[1].finding.reported],
+        "Other questions": [v for v in verdicts if not v[1].finding.reported],
     }
-    return [(title, group) for title, group in texts.items() if group]
-
-
-def _verdict(study: Study, verdict: Verdict) -> dict[str, str]:
-    return {
-        "study": study.name,
-        "title": study.title,
-        "claim": verdict.finding.claim,
-        "decision": verdict.decision,
-        "sentence": verdict.sentence,
-    }
+    return {title: group for title, group in groups.items() if group}
 
 
 def _run(result: RunResult) -> dict[str, Any]:

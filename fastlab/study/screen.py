@@ -83,6 +83,10 @@ def _line(task: Task, state: State) -> str:
     return f"  {task.name:<32} epoch {state.epochs:>3}/{task.config.train.epochs:<4}{top1}{rate}"
 
 
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def clock(seconds: float) -> str:
     """A rough duration: 42 s, 3 min, 2 h 05 min."""
     if seconds < 90:

@@ -23,7 +23,6 @@ A finding with `chance = ["label"]` claims instead that these rows learn nothing
 import dataclasses
 import hashlib
 import json
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,7 +119,7 @@ def read_study(path: Path, overrides: list[str], epochs: int = 0, seeds: int = 0
 
     Raises `UserError` where the file is not a valid study.
     """
-    table = _read_toml(path)
+    table = configs.read_toml(path, "name a study file")
     _check_types(table, _STUDY_TYPES, str(path))
     for key in ("title", "base"):
         if key not in table:
@@ -149,15 +148,6 @@ def tasks_of(studies: list[Study]) -> list[Task]:
         if index < len(row.tasks)
     }
     return list(tasks.values())
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); name a study file") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from None
 
 
 def _check_types(table: dict[str, Any], types: dict[str, type], where: str) -> None:
