@@ -31,24 +31,6 @@ from fastlab.study.results import (
 from fastlab.study.spec import Study
 from fastlab.study.statistics import Interval, interval
 
-METHOD = (
-    "Mean over the finished seeds ± half of the 95 % interval of the mean (Student t), each run at "
-    "its best epoch by validation top-1. Loss is the mean cross-entropy on validation; “as "
-    "printed” is the same in the reference's own column, the sum of its 79 batch means over 10,000 "
-    "images: mean cross-entropy × 79 / 10,000. The reference has one run for each row, of unknown "
-    "seed."
-)
-RULE = (
-    "Decided by the 95 % intervals of validation top-1: a claim holds, or does not, where they lie "
-    "apart. It is undecided where they overlap, where a row has a single seed and thus no "
-    "interval, or where a seed is missing. “Nothing is learned” means: not above chance by more "
-    "than three standard errors of guessing."
-)
-SCALE_ADVICE = (
-    "Compare rows with each other; the difference from the reference's row is mostly one of scale."
-)
-SHARED_RATE = "images/s and time were measured with up to {} trainings side by side."
-
 # These differ between any two runs: memory too, since a virtual machine's reported memory changes.
 _OF_ONE_RUN = ("command", "date", "machine.memory_gib")
 
@@ -90,12 +72,8 @@ def _page(folder: StudyDir, results: list[StudyResult], command: str) -> dict[st
     runs = {run.task.name: run for study in results for row in study.rows for run in row.runs}
     environments = [run.run.environment for run in runs.values() if run.run]
     records = [folder.read_record(run.task) for run in runs.values()]
-    side_by_side = max((record.get("side_by_side", 1) for record in records), default=1)
     return {
         "command": command,
-        "method": METHOD,
-        "rule": RULE,
-        "advice": SCALE_ADVICE,
         "scale": _scale_note(list(runs.values())),
         "finished": sum(run.run is not None for run in runs.values()),
         "columns": _COLUMNS,
@@ -104,24 +82,24 @@ def _page(folder: StudyDir, results: list[StudyResult], command: str) -> dict[st
         "verdicts": _verdicts(results),
         "best": _best(folder, results),
         "environment": _environment(environments),
-        "shared": SHARED_RATE.format(side_by_side) if side_by_side > 1 else "",
+        "side_by_side": max((record.get("side_by_side", 1) for record in records), default=1),
         "augmented": augmented_text([dataclasses.asdict(run.task.config) for run in runs.values()]),
     }
 
 
 def _scale_note(runs: list[RunResult]) -> str:
     """How the runs' scale differs from the reference's; empty where it does not."""
-    values: dict[str, set[float | None]] = {name: set() for name in SCALE}
-    for run in runs:
-        values["base width"].add(run.task.config.model.width)
-        values["epochs"].add(run.task.config.train.epochs)
-        values["images a batch"].add(run.task.config.train.batch_size)
-        if run.run and run.run.summary:
-            summary = run.run.summary
-            values["classes"].add(summary["classes"])
-            values["pixels a side"].add(summary["image_size"])
-            values["training images"].add(summary["counts"].get("train"))
-            values["validation images"].add(summary["counts"].get("val"))
+    configurations = [run.task.config for run in runs]
+    summaries = [run.run.summary for run in runs if run.run and run.run.summary]
+    values: dict[str, set[float | None]] = {
+        "classes": {summary["classes"] for summary in summaries},
+        "pixels a side": {summary["image_size"] for summary in summaries},
+        "training images": {summary["counts"].get("train") for summary in summaries},
+        "validation images": {summary["counts"].get("val") for summary in summaries},
+        "base width": {config.model.width for config in configurations},
+        "epochs": {config.train.epochs for config in configurations},
+        "images a batch": {config.train.batch_size for config in configurations},
+    }
     parts = []
     for name, reference in SCALE.items():
         known = sorted(value for value in values[name] if value is not None)
