@@ -119,21 +119,15 @@ def read_study(path: Path, overrides: list[str], epochs: int = 0, seeds: int = 0
 
     Raises `UserError` where the file is not a valid study.
     """
-    table = configs.read_toml(path, "name a study file")
-    _check_types(table, _STUDY_TYPES, str(path))
-    for key in ("title", "base"):
-        if key not in table:
-            raise UserError(f"{path}: {key} is missing; README.md shows a study")
     for override in overrides:
         _refuse_seed(override.partition("=")[0], f"--set {override}")
     if epochs:
         overrides = [*overrides, f"train.epochs={epochs}"]
-    numbers = _seeds(path, table, seeds)
-    variants = _variants(path, table)
-    rows = tuple(_row(path, table["base"], variant, overrides, numbers) for variant in variants)
-    labels = [row.label for row in rows]
-    findings = tuple(_finding(path, raw, labels) for raw in table.get("findings", []))
-    return Study(path.stem, table["title"], table.get("about", ""), rows, findings)
+    table = configs.read_toml(path, "name a study file")
+    try:
+        return _study(path, table, overrides, seeds)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def tasks_of(studies: list[Study]) -> list[Task]:
@@ -150,67 +144,77 @@ def tasks_of(studies: list[Study]) -> list[Task]:
     return list(tasks.values())
 
 
+def _study(path: Path, table: dict[str, Any], overrides: list[str], seeds: int) -> Study:
+    _check_types(table, _STUDY_TYPES, "")
+    for key in ("title", "base"):
+        if key not in table:
+            raise UserError(f"{key} is missing; README.md shows a study")
+    base, numbers = path.parent / table["base"], _seeds(table, seeds)
+    rows = tuple(_row(base, variant, overrides, numbers) for variant in _variants(table))
+    labels = [row.label for row in rows]
+    findings = tuple(_finding(raw, labels) for raw in table.get("findings", []))
+    return Study(path.stem, table["title"], table.get("about", ""), rows, findings)
+
+
 def _check_types(table: dict[str, Any], types: dict[str, type], where: str) -> None:
     for key, value in table.items():
         if key not in types:
-            raise UserError(f"{where}: {key!r}: unknown key; valid: {', '.join(types)}")
+            raise UserError(f"{where}{key!r}: unknown key; valid: {', '.join(types)}")
         if type(value) is not types[key]:
-            raise UserError(f"{where}: {key}: expected a {types[key].__name__}, got {value!r}")
+            raise UserError(f"{where}{key}: expected a {types[key].__name__}, got {value!r}")
 
 
-def _seeds(path: Path, table: dict[str, Any], count: int) -> list[int]:
+def _seeds(table: dict[str, Any], count: int) -> list[int]:
     """The listed seeds, cut or continued with the smallest unused numbers to `count`; 0: all."""
     listed = table.get("seeds", [0, 1, 2])
     if not listed or any(type(seed) is not int for seed in listed) or len({*listed}) < len(listed):
-        raise UserError(f"{path}: seeds: expected different whole numbers, got {listed!r}")
+        raise UserError(f"seeds: expected different whole numbers, got {listed!r}")
     unused = [seed for seed in range(count + len(listed)) if seed not in listed]
     return [*listed, *unused][: count or len(listed)]
 
 
-def _variants(path: Path, table: dict[str, Any]) -> list[_Variant]:
+def _variants(table: dict[str, Any]) -> list[_Variant]:
     if "rows" in table and {"factor", "values", "labels"} & table.keys():
-        raise UserError(f"{path}: give factor and values, or rows, not both")
+        raise UserError("give factor and values, or rows, not both")
     if "rows" in table:
-        variants = [_row_variant(path, raw) for raw in table["rows"]]
+        variants = [_row_variant(raw) for raw in table["rows"]]
     else:
-        variants = _factor_variants(path, table)
+        variants = _factor_variants(table)
     if not variants:
-        raise UserError(f"{path}: has no rows")
+        raise UserError("has no rows")
     labels = [variant.label for variant in variants]
     for label, settings in variants:
         if labels.count(label) > 1:
-            raise UserError(f"{path}: two rows are labelled {label!r}; give each a label")
+            raise UserError(f"two rows are labelled {label!r}; give each a label")
         for key in settings:
-            _refuse_seed(key, f"{path}: row {label!r}")
+            _refuse_seed(key, f"row {label!r}")
     return variants
 
 
-def _factor_variants(path: Path, table: dict[str, Any]) -> list[_Variant]:
+def _factor_variants(table: dict[str, Any]) -> list[_Variant]:
     if not {"factor", "values"} <= table.keys():
-        raise UserError(f"{path}: factor and values are missing, or rows")
+        raise UserError("factor and values are missing, or rows")
     values = table["values"]
     labels = table.get("labels", [_text(value) for value in values])
     if len(labels) != len(values) or any(type(label) is not str for label in labels):
-        raise UserError(f"{path}: labels: expected one text for each of the values")
-    return [
-        _Variant(label, {table["factor"]: value})
-        for label, value in zip(labels, values, strict=True)
-    ]
+        raise UserError("labels: expected one text for each of the values")
+    pairs = zip(labels, values, strict=True)
+    return [_Variant(label, {table["factor"]: value}) for label, value in pairs]
 
 
-def _row_variant(path: Path, raw: Any) -> _Variant:
+def _row_variant(raw: Any) -> _Variant:
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: rows: expected tables, [[rows]], got {raw!r}")
+        raise UserError(f"rows: expected tables, [[rows]], got {raw!r}")
     settings = {}
     for name, section in raw.items():
         if name == "label":
             continue
         if not isinstance(section, dict):
-            raise UserError(f"{path}: rows: {name}: expected section.key = value")
+            raise UserError(f"rows: {name}: expected section.key = value")
         settings |= {f"{name}.{key}": value for key, value in section.items()}
     label = raw.get("label", ", ".join(map(_text, settings.values())))
     if not isinstance(label, str) or not label:
-        raise UserError(f"{path}: rows: label: expected a text, got {label!r}")
+        raise UserError(f"rows: label: expected a text, got {label!r}")
     return _Variant(label, settings)
 
 
@@ -232,33 +236,29 @@ def _toml(value: Any) -> str:
     return tomli_w.dumps({"value": value}).removeprefix("value = ").rstrip("\n")
 
 
-def _row(path: Path, base: str, variant: _Variant, overrides: list[str], seeds: list[int]) -> Row:
+def _row(base: Path, variant: _Variant, overrides: list[str], seeds: list[int]) -> Row:
     settings = [f"{key}={_toml(value)}" for key, value in variant.settings.items()]
     try:
         loaded = [
-            configs.load(path.parent / base, [*overrides, *settings, f"train.seed={seed}"])
-            for seed in seeds
+            configs.load(base, [*overrides, *settings, f"train.seed={seed}"]) for seed in seeds
         ]
     except UserError as error:
-        raise UserError(f"{path}: row {variant.label!r}: {error}") from None
+        raise UserError(f"row {variant.label!r}: {error}") from None
     return Row(variant.label, tuple(make_task(config) for config in loaded))
 
 
-def _finding(path: Path, raw: Any, labels: list[str]) -> Finding:
+def _finding(raw: Any, labels: list[str]) -> Finding:
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: findings: expected tables, [[findings]], got {raw!r}")
-    _check_types(raw, _FINDING_TYPES, f"{path}: findings")
+        raise UserError(f"findings: expected tables, [[findings]], got {raw!r}")
+    _check_types(raw, _FINDING_TYPES, "findings: ")
     compares = bool(raw.get("better")) and bool(raw.get("worse"))
     if not raw.get("claim") or compares == bool(raw.get("chance")):
-        raise UserError(f"{path}: findings: each needs a claim, and better and worse or chance")
+        raise UserError("findings: each needs a claim, and better and worse or chance")
+    lists = {key: tuple(raw.get(key, ())) for key in ("worse", "chance")}
     finding = Finding(
-        raw["claim"],
-        raw.get("better", ""),
-        tuple(raw.get("worse", ())),
-        tuple(raw.get("chance", ())),
-        raw.get("reported", False),
+        raw["claim"], raw.get("better", ""), reported=raw.get("reported", False), **lists
     )
     for label in [*finding.worse, *finding.chance, finding.better or labels[0]]:
         if label not in labels:
-            raise UserError(f"{path}: findings: no row {label!r}; rows: {'; '.join(labels)}")
+            raise UserError(f"findings: no row {label!r}; rows: {'; '.join(labels)}")
     return finding
