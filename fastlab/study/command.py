@@ -12,6 +12,7 @@ study files.
 import argparse
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from fastlab.study.results import analyse, best_run
 from fastlab.study.screen import Screen, counted
 from fastlab.study.spec import Study, Task, read_study, tasks_of
 
+_STATUSES = ("finished", "interrupted", "failed", "waiting")
 _MARKS = {"finished": " ✓", "failed": " ✗", "interrupted": " ■"}
 
 
@@ -97,10 +99,8 @@ def plan(studies: list[Study], tasks: list[Task], states: dict[str, State]) -> s
             lines.append(f"  {row.label:<28} {name:<22} seeds {', '.join(seeds)}")
     asked = sum(len(row.tasks) for study in studies for row in study.rows)
     shared = f" ({asked} asked for, {asked - len(tasks)} shared)" if asked > len(tasks) else ""
-    counts = dict.fromkeys(("finished", "interrupted", "failed", "waiting"), 0)
-    for task in tasks:
-        counts[states[task.name].status] += 1
-    by_status = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+    counts = Counter(states[task.name].status for task in tasks)
+    by_status = ", ".join(f"{counts[status]} {status}" for status in _STATUSES if counts[status])
     lines.append(f"{counted(len(tasks), 'run')}{shared}: {by_status}")
     if counts["failed"]:
         lines.append("failed runs are not repeated; --retry tries them again")

@@ -14,17 +14,6 @@ MEAN_OF_PRINTED = 10_000 / 79
 """Mean cross-entropy divided by the loss that the reference prints. Its 10,000 validation images
 make 79 batches of 128; reference.toml has the reason."""
 
-SCALE = {
-    "classes": 200,
-    "pixels a side": 64,
-    "training images": 100_000,
-    "validation images": 10_000,
-    "base width": 64,
-    "epochs": 100,
-    "images a batch": 128,
-}
-"""The scale of the reference's experiments."""
-
 # The settings that are the scale of an experiment, not its subject. A run of another scale still
 # stands beside the reference's row, and the page says that its scale differs.
 _SCALE_SETTINGS = {
@@ -39,7 +28,7 @@ class Reference:
     """The figures of a row of the reference report, from a single run."""
 
     loss: float
-    """Mean cross-entropy on validation."""
+    """Mean cross-entropy."""
     top1: float
     top5: float
 

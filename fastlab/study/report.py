@@ -17,7 +17,7 @@ from fastlab.report.page import (
 )
 from fastlab.runs import EPOCH_KEYS, Epoch, Run, best_epoch
 from fastlab.study.folder import StudyDir
-from fastlab.study.reference import MEAN_OF_PRINTED, SCALE, Reference, reference_test
+from fastlab.study.reference import MEAN_OF_PRINTED, Reference, reference_table, reference_test
 from fastlab.study.results import (
     Best,
     RowResult,
@@ -101,7 +101,7 @@ def _scale_note(runs: list[RunResult]) -> str:
         "images a batch": {config.train.batch_size for config in configurations},
     }
     parts = []
-    for name, reference in SCALE.items():
+    for name, reference in reference_table()["scale"].items():
         known = sorted(value for value in values[name] if value is not None)
         if known and known != [reference]:
             text = " or ".join(f"{value:,}" for value in known)

@@ -22,11 +22,6 @@ class RunResult:
     run: Run | None
     """None unless it is finished and readable."""
 
-    @property
-    def lacking(self) -> str:
-        """The seed of a run without figures, and why it has none."""
-        return f"seed {self.task.seed} ({self.state.status})"
-
 
 @dataclass(frozen=True)
 class RowResult:
@@ -56,7 +51,8 @@ class RowResult:
 
     @property
     def lacking(self) -> list[str]:
-        return [result.lacking for result in self.runs if not result.run]
+        """The seeds without figures, and why they have none."""
+        return [f"seed {r.task.seed} ({r.state.status})" for r in self.runs if not r.run]
 
 
 @dataclass(frozen=True)
