@@ -1,9 +1,9 @@
-"""The reference report's own study: every configuration of configs/ablations/{cnn,resnet}-*.toml.
+"""The reference report's own studies: configs/ablations/{cnn,resnet}-*.toml.
 
     python -m benchmarks.ablations --out studies/report --dry-run
     python -m benchmarks.ablations --out studies/report --jobs 4
 
-Options are those of `fastlab study`.
+The options are those of `fastlab study`.
 """
 
 import sys
@@ -15,7 +15,7 @@ _FOLDER = Path("configs/ablations")
 
 
 def report_studies() -> list[str]:
-    """The studies that the report consists of: one file for each of its tables."""
+    """The study files of the tables that the report has or names as its aims."""
     return [str(path) for kind in ("cnn", "resnet") for path in sorted(_FOLDER.glob(f"{kind}-*"))]
 
 

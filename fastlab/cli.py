@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import fastlab
-from fastlab.console import UserError, run_command
-from fastlab.options import add_training_options
+from fastlab.console import UserError, positive_int, run_command
+from fastlab.options import add_set_option, add_training_options
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,6 +24,7 @@ def main(argv: list[str] | None = None) -> int:
         _add_predict,
         _add_report,
         _add_trace,
+        _add_study,
         _add_doctor,
     ):
         add(commands)
@@ -239,6 +240,58 @@ def _trace(args: argparse.Namespace) -> None:
     from fastlab.traces.page import run
 
     run(args)
+
+
+def _add_study(commands) -> None:
+    parser = commands.add_parser("study", help="train every row of ablation studies, and report")
+    parser.add_argument("studies", nargs="+", type=Path, metavar="STUDY.toml", help="study files")
+    parser.add_argument("--out", type=Path, required=True, help="directory of runs and report")
+    parser.add_argument("--epochs", type=positive_int, default=0, metavar="N", help="of every run")
+    parser.add_argument(
+        "--seeds",
+        type=positive_int,
+        default=0,
+        metavar="N",
+        help="number of seeds (default: those of the study)",
+    )
+    parser.add_argument(
+        "--jobs", type=positive_int, default=1, metavar="N", help="trainings side by side"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        dest="overrides",
+        help="change the base configurations; a study's own rows come after",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, train nothing")
+    parser.add_argument(
+        "--no-calibration", action="store_true", help="estimate from finished runs alone"
+    )
+    parser.add_argument("--retry", action="store_true", help="try failed runs again")
+    parser.add_argument(
+        "--report-only", action="store_true", help="report the finished runs, train nothing"
+    )
+    parser.add_argument(
+        "--cluster",
+        choices=("slurm", "local"),
+        help="hand the runs to SLURM through submitit; local: start all at once, to try it",
+    )
+    parser.add_argument(
+        "--cluster-set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting of submitit, such as timeout_min=600 or slurm_partition=gpu",
+    )
+    parser.set_defaults(call=_study)
+
+
+def _study(args: argparse.Namespace) -> int:
+    from fastlab.study.command import run
+
+    return run(args)
 
 
 def _add_doctor(commands) -> None:

@@ -213,7 +213,7 @@ def load(path: Path | None, overrides: Iterable[str] = ()) -> Config:
 
     Raises `UserError` for anything that is not a valid configuration.
     """
-    tables = _read(path) if path else {}
+    tables = read_toml(path) if path else {}
     values = _check_tables(tables, str(path))
     for override in overrides:
         section, key, value = _parse_override(override)
@@ -226,11 +226,12 @@ def dump(config: Config) -> str:
     return tomli_w.dumps(dataclasses.asdict(config))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_toml(path: Path, advice: str = "check --config") -> dict[str, Any]:
+    """Raises `UserError`, with `advice` where the file cannot be read."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check --config") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {advice}") from None
     except (ValueError, RecursionError) as error:  # also bad UTF-8, and too long or too deep values
         raise UserError(f"{path}: not valid TOML: {error}") from None
 

@@ -104,7 +104,7 @@ def public_text(text: str) -> str:
 
 def public_command(argv: list[str]) -> str:
     """`argv` as a shell takes it, its program as one would call it from a checkout."""
-    program = Path(argv[0])
+    program = Path(argv[0].removesuffix("/__main__.py"))  # of python -m fastlab
     kept = 2 if program.suffix == ".py" else 1  # fastlab/train.py, but fastlab of .venv/bin
     arguments = [public_text(public_path(argument)) for argument in argv[1:]]
     return shlex.join(["/".join(program.parts[-kept:]), *arguments])

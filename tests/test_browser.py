@@ -25,8 +25,6 @@ def run(synth_dataset, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def pages(run, synth_dataset, tmp_path_factory) -> dict[str, Path]:
-    from fastlab.study.command import main as ablations
-
     folder = tmp_path_factory.mktemp("pages")
     assert main(["report", str(run), "--out", str(folder / "report.html")]) == 0
     assert main(["trace", str(run), "--out", str(folder / "trace.html")]) == 0
@@ -38,7 +36,7 @@ def pages(run, synth_dataset, tmp_path_factory) -> dict[str, Path]:
     )
     out = folder / "study"
     more = ["--epochs", "1", "--set", "profile.enabled=false"]
-    assert ablations([str(study), "--out", str(out), *more]) == 0
+    assert main(["study", str(study), "--out", str(out), *more]) == 0
     return {
         "report": folder / "report.html",
         "trace": folder / "trace.html",

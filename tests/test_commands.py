@@ -18,7 +18,7 @@ from benchmarks.records import clock, reference
 from fastlab import cli
 from fastlab.console import UserError, run_command
 from fastlab.dataset.archives import COMPRESSED_TAR
-from fastlab.study import calibrate
+from fastlab.study import estimate
 from tests import screenshots
 from tests.faults import __main__ as faults
 
@@ -64,7 +64,7 @@ def test_a_record_without_its_dataset(monkeypatch, capsys):
         (training.main, [*DEMO, "--batches", "0"]),
         (convert.main, ["nope", "--rounds", "0"]),
         (screenshots.main, []),
-        (calibrate.main, []),
+        (estimate.main, []),
     ],
 )
 def test_arguments_that_cannot_be_read_end_with_status_2(main, arguments, capsys):
@@ -73,7 +73,7 @@ def test_arguments_that_cannot_be_read_end_with_status_2(main, arguments, capsys
     assert end.value.code == 2
 
 
-@pytest.mark.parametrize("main", [calibrate.main, faults.main])
+@pytest.mark.parametrize("main", [estimate.main, faults.main])
 def test_help_is_no_name_of_a_file(main, capsys):
     with pytest.raises(SystemExit) as end:
         main(["--help"])

@@ -7,26 +7,25 @@
     values = [0.005, 0.015, 0.05]
 
     [[rows]]                             # ... or rows, each of which sets any number of keys
-    label = "none"                       # may be left out: the values are the label then
+    label = "none"                       # optional: by default, the row's values
     model.dropout_conv = 0.0
     model.dropout_fc = 0.0
 
-    [[findings]]                         # what the report decides by the intervals of top-1:
+    [[findings]]                         # claims that the report decides by intervals of top-1:
     claim = "without dropout it overfits"
     better = "0.2, 0.2"                  # that this row lies above
-    worse = ["none"]                     # each of these
-    reported = true                      # by the reference report; default: a question of ours
+    worse = ["none"]                     # each of these rows
+    reported = true                      # the reference report claims it; default: false
 
-A finding with `chance = ["label"]` says instead that these rows learn nothing.
+A finding with `chance = ["label"]` claims instead that these rows learn nothing.
 """
 
 import dataclasses
 import hashlib
 import json
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tomli_w
 
@@ -34,23 +33,20 @@ from fastlab import config as configs
 from fastlab.config import Config
 from fastlab.console import UserError
 
-_KINDS = {
-    "title": str,
-    "about": str,
-    "base": str,
-    "factor": str,
-    "values": list,
-    "labels": list,
-    "rows": list,
-    "seeds": list,
-    "findings": list,
+_STUDY_TYPES: dict[str, type] = {
+    **dict.fromkeys(("title", "about", "base", "factor"), str),
+    **dict.fromkeys(("values", "labels", "rows", "seeds", "findings"), list),
 }
-_FINDING_KINDS = {"claim": str, "better": str, "worse": list, "chance": list, "reported": bool}
+_FINDING_TYPES: dict[str, type] = {
+    **dict.fromkeys(("claim", "better"), str),
+    **dict.fromkeys(("worse", "chance"), list),
+    "reported": bool,
+}
 
 
 @dataclass(frozen=True)
 class Task:
-    """One training. Equal configurations are one task, whichever studies ask for it."""
+    """One training. Studies that ask for equal configurations share one task."""
 
     name: str
     config: Config
@@ -62,25 +58,28 @@ class Task:
 
 @dataclass(frozen=True)
 class Row:
-    """One value of a factor, trained once a seed."""
+    """One value of a factor: a training for each seed."""
 
     label: str
     tasks: tuple[Task, ...]
 
     @property
     def config(self) -> Config:
-        """Of the first seed."""
+        """The configuration with the first seed."""
         return self.tasks[0].config
 
 
 @dataclass(frozen=True)
 class Finding:
+    """A claim about rows, named by their labels: that `better` lies above each of `worse`, or that
+    the rows of `chance` learn nothing."""
+
     claim: str
     better: str = ""
     worse: tuple[str, ...] = ()
     chance: tuple[str, ...] = ()
     reported: bool = False
-    """Whether the reference report says so."""
+    """Whether the reference report makes this claim."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +91,17 @@ class Study:
     findings: tuple[Finding, ...]
 
 
+class _Variant(NamedTuple):
+    """A row before it is applied to the base configuration."""
+
+    label: str
+    settings: dict[str, Any]
+    """Values by `section.key`."""
+
+
 def make_task(config: Config) -> Task:
-    """Named by model, what differs from the defaults, and seed, so that a setting which fastlab
-    gains later renames no run that was made without it."""
+    """The task of `config`, named by model, a hash of the settings that differ from the defaults,
+    and seed. A setting that a later fastlab adds therefore renames no existing run."""
     values, defaults = dataclasses.asdict(config), dataclasses.asdict(Config())
     changed = {
         f"{section}.{key}": value
@@ -107,114 +114,114 @@ def make_task(config: Config) -> Task:
 
 
 def read_study(path: Path, overrides: list[str], epochs: int = 0, seeds: int = 0) -> Study:
-    """The study in a file. `overrides` (``section.key=value``) and `epochs` change every row but
-    for what the row itself sets; `seeds` is how many, 0: as the file says.
+    """Read a study file. `overrides` (``section.key=value``) and `epochs` change every row, except
+    for the keys that the row itself sets. `seeds` is the number of seeds; 0: those of the file.
 
-    Raises `UserError` for anything that is not a valid study.
+    Raises `UserError` where the file is not a valid study.
     """
-    table = _read(path)
-    _check(table, _KINDS, str(path))
-    for key in ("title", "base"):
-        if key not in table:
-            raise UserError(f"{path}: {key} is missing; README.md shows a study")
     for override in overrides:
         _refuse_seed(override.partition("=")[0], f"--set {override}")
     if epochs:
         overrides = [*overrides, f"train.epochs={epochs}"]
-    numbers = _seeds(path, table, seeds)
-    rows = tuple(
-        _row(path, table["base"], label, overrides, sets, numbers)
-        for label, sets in _settings(path, table)
-    )
-    labels = [row.label for row in rows]
-    double = {label for label in labels if labels.count(label) > 1}
-    if double:
-        raise UserError(f"{path}: two rows are labelled {double.pop()!r}; give each a label")
-    findings = tuple(_finding(path, raw, labels) for raw in table.get("findings", []))
-    return Study(path.stem, table["title"], table.get("about", ""), rows, findings)
+    table = configs.read_toml(path, "name a study file")
+    try:
+        return _study(path, table, overrides, seeds)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def tasks_of(studies: list[Study]) -> list[Task]:
-    """Each training once, all rows with their first seed before any with its second: a study that
-    is stopped early has something to say about every row."""
-    depth = max((len(row.tasks) for study in studies for row in study.rows), default=0)
-    found = {
-        row.tasks[turn].name: row.tasks[turn]
-        for turn in range(depth)
+    """Each training once. All rows come with their first seed before any comes with its second, so
+    that a study which is stopped early has a figure for every row."""
+    most_seeds = max((len(row.tasks) for study in studies for row in study.rows), default=0)
+    tasks = {
+        row.tasks[index].name: row.tasks[index]
+        for index in range(most_seeds)
         for study in studies
         for row in study.rows
-        if turn < len(row.tasks)
+        if index < len(row.tasks)
     }
-    return list(found.values())
+    return list(tasks.values())
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); name a study file") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from None
+def _study(path: Path, table: dict[str, Any], overrides: list[str], seeds: int) -> Study:
+    _check_types(table, _STUDY_TYPES, "")
+    for key in ("title", "base"):
+        if key not in table:
+            raise UserError(f"{key} is missing; README.md shows a study")
+    base, numbers = path.parent / table["base"], _seeds(table, seeds)
+    rows = tuple(_row(base, variant, overrides, numbers) for variant in _variants(table))
+    labels = [row.label for row in rows]
+    findings = tuple(_finding(raw, labels) for raw in table.get("findings", []))
+    return Study(path.stem, table["title"], table.get("about", ""), rows, findings)
 
 
-def _check(table: dict[str, Any], kinds: dict[str, type], where: str) -> None:
+def _check_types(table: dict[str, Any], types: dict[str, type], where: str) -> None:
     for key, value in table.items():
-        if key not in kinds:
-            raise UserError(f"{where}: {key!r}: unknown key; valid: {', '.join(kinds)}")
-        if type(value) is not kinds[key]:
-            raise UserError(f"{where}: {key}: expected a {kinds[key].__name__}, got {value!r}")
+        if key not in types:
+            raise UserError(f"{where}{key!r}: unknown key; valid: {', '.join(types)}")
+        if type(value) is not types[key]:
+            raise UserError(f"{where}{key}: expected a {types[key].__name__}, got {value!r}")
 
 
-def _seeds(path: Path, table: dict[str, Any], count: int) -> list[int]:
+def _seeds(table: dict[str, Any], count: int) -> list[int]:
+    """The listed seeds, cut or continued with the smallest unused numbers to `count`; 0: all."""
     listed = table.get("seeds", [0, 1, 2])
     if not listed or any(type(seed) is not int for seed in listed) or len({*listed}) < len(listed):
-        raise UserError(f"{path}: seeds: expected different whole numbers, got {listed!r}")
-    more = (seed for seed in range(count + len(listed)) if seed not in listed)
-    while len(listed) < count:
-        listed = [*listed, next(more)]
-    return listed[: count or None]
+        raise UserError(f"seeds: expected different whole numbers, got {listed!r}")
+    unused = [seed for seed in range(count + len(listed)) if seed not in listed]
+    return [*listed, *unused][: count or len(listed)]
 
 
-def _settings(path: Path, table: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Label and ``{section.key: value}`` of each row."""
+def _variants(table: dict[str, Any]) -> list[_Variant]:
+    if "rows" in table and {"factor", "values", "labels"} & table.keys():
+        raise UserError("give factor and values, or rows, not both")
     if "rows" in table:
-        if {"factor", "values", "labels"} & table.keys():
-            raise UserError(f"{path}: give factor and values, or rows, not both")
-        found = [_row_settings(path, raw) for raw in table["rows"]]
+        variants = [_row_variant(raw) for raw in table["rows"]]
     else:
-        if not {"factor", "values"} <= table.keys():
-            raise UserError(f"{path}: factor and values are missing, or rows")
-        labels = table.get("labels", [_text(value) for value in table["values"]])
-        if len(labels) != len(table["values"]) or any(type(v) is not str for v in labels):
-            raise UserError(f"{path}: labels: expected one text for each of the values")
-        pairs = zip(labels, table["values"], strict=True)
-        found = [(label, {table["factor"]: value}) for label, value in pairs]
-    if not found:
-        raise UserError(f"{path}: has no rows")
-    for label, sets in found:
-        for key in sets:
-            _refuse_seed(key, f"{path}: row {label!r}")
-    return found
+        variants = _factor_variants(table)
+    if not variants:
+        raise UserError("has no rows")
+    labels = [variant.label for variant in variants]
+    for label, settings in variants:
+        if labels.count(label) > 1:
+            raise UserError(f"two rows are labelled {label!r}; give each a label")
+        for key in settings:
+            _refuse_seed(key, f"row {label!r}")
+    return variants
+
+
+def _factor_variants(table: dict[str, Any]) -> list[_Variant]:
+    if not {"factor", "values"} <= table.keys():
+        raise UserError("factor and values are missing, or rows")
+    values = table["values"]
+    labels = table.get("labels", [_text(value) for value in values])
+    if len(labels) != len(values) or any(type(label) is not str for label in labels):
+        raise UserError("labels: expected one text for each of the values")
+    pairs = zip(labels, values, strict=True)
+    return [_Variant(label, {table["factor"]: value}) for label, value in pairs]
+
+
+def _row_variant(raw: Any) -> _Variant:
+    if not isinstance(raw, dict):
+        raise UserError(f"rows: expected tables, [[rows]], got {raw!r}")
+    settings = {}
+    for name, section in raw.items():
+        if name == "label":
+            continue
+        if not isinstance(section, dict):
+            raise UserError(f"rows: {name}: expected section.key = value")
+        settings |= {f"{name}.{key}": value for key, value in section.items()}
+    label = raw.get("label", ", ".join(map(_text, settings.values())))
+    if not isinstance(label, str) or not label:
+        raise UserError(f"rows: label: expected a text, got {label!r}")
+    return _Variant(label, settings)
 
 
 def _refuse_seed(key: str, where: str) -> None:
-    """Every row is trained once a seed of the study, whatever it says itself."""
+    """Each row is trained with every seed of the study, so a row cannot set its seed."""
     if key == "train.seed":
         raise UserError(f"{where}: train.seed is not set here; list the study's seeds = [0, 1, 2]")
-
-
-def _row_settings(path: Path, raw: Any) -> tuple[str, dict[str, Any]]:
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: rows: expected tables, [[rows]], got {raw!r}")
-    sections = {key: value for key, value in raw.items() if key != "label"}
-    for name, section in sections.items():
-        if not isinstance(section, dict):
-            raise UserError(f"{path}: rows: {name}: expected section.key = value")
-    sets = {f"{name}.{key}": v for name, section in sections.items() for key, v in section.items()}
-    label = raw.get("label", ", ".join(map(_text, sets.values())))
-    if not isinstance(label, str) or not label:
-        raise UserError(f"{path}: rows: label: expected a text, got {label!r}")
-    return label, sets
 
 
 def _text(value: Any) -> str:
@@ -222,38 +229,36 @@ def _text(value: Any) -> str:
 
 
 def _toml(value: Any) -> str:
-    """On one line, as `configs.load` takes it. Of the strings of JSON not every one is TOML's."""
+    """`value` as TOML on one line, as `configs.load` takes it. JSON would not do: some of its
+    strings are no TOML strings."""
     if isinstance(value, list | dict):
-        return json.dumps(value, default=str)  # for the message: no key takes it
+        return json.dumps(value, default=str)  # no key takes one: this is for the error message
     return tomli_w.dumps({"value": value}).removeprefix("value = ").rstrip("\n")
 
 
-def _row(
-    path: Path, base: str, label: str, overrides: list[str], sets: dict[str, Any], seeds: list[int]
-) -> Row:
-    own = [f"{key}={_toml(value)}" for key, value in sets.items()]
+def _row(base: Path, variant: _Variant, overrides: list[str], seeds: list[int]) -> Row:
+    settings = [f"{key}={_toml(value)}" for key, value in variant.settings.items()]
     try:
-        found = [
-            configs.load(path.parent / base, [*overrides, *own, f"train.seed={seed}"])
-            for seed in seeds
+        loaded = [
+            configs.load(base, [*overrides, *settings, f"train.seed={seed}"]) for seed in seeds
         ]
     except UserError as error:
-        raise UserError(f"{path}: row {label!r}: {error}") from None
-    return Row(label, tuple(make_task(config) for config in found))
+        raise UserError(f"row {variant.label!r}: {error}") from None
+    return Row(variant.label, tuple(make_task(config) for config in loaded))
 
 
-def _finding(path: Path, raw: Any, labels: list[str]) -> Finding:
+def _finding(raw: Any, labels: list[str]) -> Finding:
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: findings: expected tables, [[findings]], got {raw!r}")
-    _check(raw, _FINDING_KINDS, f"{path}: findings")
+        raise UserError(f"findings: expected tables, [[findings]], got {raw!r}")
+    _check_types(raw, _FINDING_TYPES, "findings: ")
     compares = bool(raw.get("better")) and bool(raw.get("worse"))
     if not raw.get("claim") or compares == bool(raw.get("chance")):
-        raise UserError(f"{path}: findings: each needs a claim, and better and worse or chance")
-    named = [*raw.get("worse", []), *raw.get("chance", []), raw.get("better") or labels[0]]
-    for label in named:
-        if label not in labels:
-            raise UserError(f"{path}: findings: no row {label!r}; rows: {'; '.join(labels)}")
+        raise UserError("findings: each needs a claim, and better and worse or chance")
     lists = {key: tuple(raw.get(key, ())) for key in ("worse", "chance")}
-    return Finding(
+    finding = Finding(
         raw["claim"], raw.get("better", ""), reported=raw.get("reported", False), **lists
     )
+    for label in [*finding.worse, *finding.chance, finding.better or labels[0]]:
+        if label not in labels:
+            raise UserError(f"findings: no row {label!r}; rows: {'; '.join(labels)}")
+    return finding

@@ -1,0 +1,147 @@
+"""Trainings in processes of their own: how each is started, stopped, and how it ended."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fastlab.console import UserError
+from fastlab.machine import cores
+from fastlab.processes import die_with_parent
+from fastlab.runs import RunDir
+from fastlab.study.folder import State, Status, StudyDir, look
+from fastlab.study.spec import Task
+
+_TRAIN = Path(__file__).parents[1] / "train.py"
+
+
+@dataclass
+class Child:
+    """A training in a process of its own."""
+
+    task: Task
+    process: subprocess.Popen[bytes]
+    log_start: int
+    """Bytes that earlier attempts left in the log."""
+    gpu: str | None = None
+    """As CUDA_VISIBLE_DEVICES names it."""
+    side_by_side: int = 1
+    """The most trainings that ran at the same time as this one, itself included."""
+
+
+def start(study: StudyDir, task: Task, lock: int, **environment: str) -> Child:
+    """Begin a run, or resume it, with `environment` added to its environment. The training
+    inherits the descriptor `lock`, and with it the lock.
+
+    Raises `UserError` where the run's directory holds a run of another configuration.
+    """
+    command = [sys.executable, str(_TRAIN), *_arguments(study, task)]
+    study.record(task).unlink(missing_ok=True)
+    with study.log(task).open("ab") as log:
+        log_start = log.tell()
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            # The terminal's Ctrl-C goes to the parent alone, which passes it on once: a training
+            # that receives a second signal stops at once, without a checkpoint.
+            start_new_session=True,
+            # When the parent dies, even by SIGKILL, the training gets SIGTERM: it saves a
+            # checkpoint and ends.
+            preexec_fn=partial(die_with_parent, signal.SIGTERM),
+            pass_fds=(lock,),
+        )
+        return Child(task, process, log_start, environment.get("CUDA_VISIBLE_DEVICES"))
+
+
+def _arguments(study: StudyDir, task: Task) -> list[str]:
+    run = study.run(task)
+    if not RunDir(run).exists():
+        # Training wants an empty directory; one without a configuration was killed too early.
+        shutil.rmtree(run, ignore_errors=True)
+        return ["--config", str(study.config(task.name)), "--out", str(run)]
+    if RunDir(run).load_config() != task.config:
+        raise UserError(
+            f"{run}: holds a run of another configuration; choose another --out, or remove it"
+        )
+    return ["--resume", str(run)]
+
+
+def conclude(study: StudyDir, child: Child) -> State:
+    """Record how a child ended, and return where its run stands."""
+    code = child.process.returncode
+    number = -code if code < 0 else code - 128 if code in (130, 143) else 0
+    status: Status = "failed"
+    if code == 0:
+        status, reason = "finished", ""
+    elif number:
+        status, reason = "interrupted", f"ended by {signal.Signals(number).name}"
+    else:
+        reason = last_line(study.log(child.task).read_bytes()[child.log_start :])
+    study.write_record(
+        child.task, status, reason, side_by_side=child.side_by_side, exit_status=code
+    )
+    return look(study, child.task)
+
+
+def last_line(output: bytes) -> str:
+    """The last line that a process printed: its message, or the end of a traceback."""
+    lines = output.decode(errors="replace").strip().splitlines()
+    return lines[-1].strip().removeprefix("fastlab: ")[:500] if lines else "ended without a message"
+
+
+def call(arguments: list[str]) -> subprocess.CompletedProcess[bytes]:
+    """Run ``python arguments`` to its end, in the place of a training, and keep its output."""
+    environment = {**os.environ, **places(1)[0]}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, env=environment)
+
+
+def places(jobs: int) -> list[dict[str, str]]:
+    """What to add to the environment of each of `jobs` trainings that run side by side: a GPU each
+    in turn, or a share of the cores."""
+    gpus = _gpus()
+    if gpus:
+        return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} for i in range(jobs)]
+    if jobs == 1 or "OMP_NUM_THREADS" in os.environ:
+        return [{} for _ in range(jobs)]
+    return [{"OMP_NUM_THREADS": str(max(1, cores() // jobs))} for _ in range(jobs)]
+
+
+def _gpus() -> list[str]:
+    """The names that CUDA_VISIBLE_DEVICES takes."""
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        return []
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name.strip()]
+    command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return listed.stdout.split()
+
+
+class StopSignals:
+    """Counts SIGINT and SIGTERM while it is entered, in place of what they do otherwise."""
+
+    def __init__(self) -> None:
+        self.count, self.number = 0, 0
+        """How many came, and the number of the last."""
+
+    def __enter__(self) -> "StopSignals":
+        self._before = {n: signal.signal(n, self._receive) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _: Any) -> None:
+        self.count, self.number = self.count + 1, number

@@ -1,0 +1,193 @@
+"""How long the trainings of a study will take: from finished runs, else from measured steps.
+
+    python -m fastlab.study.estimate CONFIG.toml ...
+
+measures an epoch of each configuration here, in some seconds of real steps, and writes a JSON line
+for each: {"config", "epoch"} (seconds, validation included) or {"config", "error"}. They must share
+their precision, which a process sets once. Nothing is compiled, since compiling takes longer than
+the measurement: on a GPU the training itself is faster.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from fastlab import config as configs
+from fastlab.config import Config
+from fastlab.runs import RunDir, train_seconds
+from fastlab.study.child import call, last_line
+from fastlab.study.folder import State, StudyDir
+from fastlab.study.results import read_result
+from fastlab.study.screen import clock, counted
+from fastlab.study.spec import Task
+
+START_SECONDS = 5.0
+"""Python, torch and the dataset, before the first step; measured on two cores of an AMD EPYC."""
+_WARMUP = 2  # steps
+_BUDGET = 1.0  # seconds of steps
+
+T = TypeVar("T")
+
+
+class Estimate(NamedTuple):
+    """Training time that is left."""
+
+    seconds: dict[str, float]
+    """By the task's name, for each task whose epochs' time is known."""
+    source: str
+    """Where the figures come from, as text."""
+
+
+def estimate(
+    folder: StudyDir, tasks: list[Task], todo: list[Task], states: dict[str, State], measure: bool
+) -> Estimate:
+    """Estimate what is left of each run in `todo` by the epochs of finished runs that cost the
+    same; where there is none and `measure` is set, by measured steps."""
+    finished = _finished_epochs(folder, [t for t in tasks if states[t.name].status == "finished"])
+    unknown = {_cost(task): task for task in todo if _cost(task) not in finished}
+    measured, problem = _measured_epochs(list(unknown.values())) if measure else ({}, "")
+    epochs = finished | {
+        cost: measured[task.name] for cost, task in unknown.items() if task.name in measured
+    }
+    seconds = {
+        task.name: START_SECONDS
+        + epochs[_cost(task)] * (task.config.train.epochs - states[task.name].epochs)
+        for task in todo
+        if _cost(task) in epochs
+    }
+    costs = {_cost(task) for task in todo}
+    counts = [
+        (len(costs & finished.keys()), "from finished runs"),
+        (len(measured), "measured now over some steps without torch.compile"),
+        (len(costs - epochs.keys()), f"unknown{problem and f' ({problem})'}"),
+    ]
+    sources = ", ".join(f"{count} {source}" for count, source in counts if count)
+    return Estimate(seconds, f"time per epoch for {counted(len(costs), 'kind')} of run: {sources}")
+
+
+def estimate_text(estimated: Estimate, todo: list[Task], jobs: int) -> str:
+    seconds, source = estimated
+    if not todo:
+        return "nothing left to train"
+    if not seconds:
+        return f"no estimate of time: {source}"
+    total = sum(seconds.values())
+    known = "" if len(seconds) == len(todo) else f" for {len(seconds)} of the {len(todo)} runs"
+    jobs = min(jobs, len(todo))
+    side = f", at best {clock(total / jobs)} with --jobs {jobs}" if jobs > 1 else ""
+    return f"about {clock(total)} of training{known}{side}; {source}"
+
+
+def _cost(task: Task) -> tuple[Any, ...]:
+    """Equal for runs whose epochs take about the same time."""
+    data, model, train = task.config.data, task.config.model, task.config.train
+    return (
+        *(data.path, data.pipeline, data.placement),
+        *(model.name, model.width, model.batch_norm, model.shortcuts),
+        *(train.batch_size, train.precision, train.channels_last, train.compile),
+    )
+
+
+def _finished_epochs(folder: StudyDir, tasks: list[Task]) -> dict[tuple[Any, ...], float]:
+    """Mean seconds of an epoch, by cost."""
+    seconds: dict[tuple[Any, ...], list[float]] = {}
+    for task in tasks:
+        run = read_result(folder, task).run
+        if run and (total := train_seconds(run)):
+            seconds.setdefault(_cost(task), []).append(total / len(run.epochs))
+    return {cost: statistics.fmean(each) for cost, each in seconds.items()}
+
+
+def _measured_epochs(tasks: list[Task]) -> tuple[dict[str, float], str]:
+    """Seconds of an epoch by task name, and why those that are missing could not be measured."""
+    if not tasks:
+        return {}, ""
+    print(f"measuring an epoch's time, {counted(len(tasks), 'kind')} of run", flush=True)
+    seconds, problem = {}, ""
+    with tempfile.TemporaryDirectory() as directory:
+        for _, group in itertools.groupby(sorted(tasks, key=_precision), key=_precision):
+            for line in _measure_in_child(Path(directory), list(group)):
+                if "epoch" in line:
+                    seconds[Path(line["config"]).name] = line["epoch"]
+                problem = line.get("error", problem)
+    return seconds, problem
+
+
+def _precision(task: Task) -> str:
+    return task.config.train.precision
+
+
+def _measure_in_child(directory: Path, tasks: list[Task]) -> Iterator[dict[str, Any]]:
+    """The lines that this module as a program writes about `tasks`."""
+    for task in tasks:
+        (directory / task.name).write_text(configs.dump(task.config), encoding="utf-8")
+    done = call(["-m", "fastlab.study.estimate", *(str(directory / task.name) for task in tasks)])
+    yield from (json.loads(line) for line in done.stdout.splitlines() if line.startswith(b"{"))
+    if done.returncode:
+        yield {"error": last_line(done.stderr)}
+
+
+# The measurement, in the child
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastlab.study.estimate",
+        description="Measure how long an epoch of each configuration takes here.",
+    )
+    parser.add_argument("configs", nargs="+", metavar="CONFIG.toml")
+    for path in parser.parse_args(argv).configs:
+        try:
+            line = {"epoch": epoch_seconds(configs.load(Path(path)))}
+        except Exception as error:  # any error: the training itself will meet it and report it
+            line = {"error": f"{type(error).__name__}: {error}".partition("\n")[0]}
+        print(json.dumps({"config": path, **line}), flush=True)
+
+
+def epoch_seconds(cfg: Config) -> float:
+    """Seconds of an epoch's training and validation, from the median step of each."""
+    import torch  # a study's own process, which imports this module, does without it
+
+    from fastlab.train import Trainer
+    from fastlab.training.metrics import wait_for_device
+    from fastlab.training.setup import make_accelerator, torch_settings
+
+    cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, compile=False))
+    with torch_settings(cfg):
+        trainer = Trainer(cfg, RunDir(Path(os.devnull)), make_accelerator(cfg))
+        wait = partial(wait_for_device, trainer.device)
+        trainer.model.train()
+        training = step_seconds(trainer.batches(0), trainer.step, wait)
+        trainer.model.eval()
+        with torch.no_grad():
+            batches = trainer.val_data.epoch(0)
+            validation = step_seconds(batches, lambda batch: trainer.net(batch.images), wait)
+    return training * trainer.train_data.steps() + validation * trainer.val_data.steps()
+
+
+def step_seconds(
+    batches: Iterable[T], step: Callable[[T], object], wait: Callable[[], None]
+) -> float:
+    """Median seconds of a step, over steps of `_BUDGET` seconds in all after `_WARMUP` steps; over
+    all steps where there are no more than those. `wait` waits for the device."""
+    seconds, started = [], time.perf_counter()
+    for batch in batches:
+        step(batch)
+        wait()
+        seconds.append(time.perf_counter() - started - sum(seconds))
+        if len(seconds) > _WARMUP and sum(seconds[_WARMUP:]) > _BUDGET:
+            break
+    return statistics.median(seconds[_WARMUP:] or seconds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""The figures of a study's rows over their seeds, and what they decide about its findings."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from fastlab.console import UserError
+from fastlab.report.page import percent_text
+from fastlab.runs import EPOCH_KEYS, Run, best_epoch, images_per_second, read_run, train_seconds
+from fastlab.study.folder import State, StudyDir, look
+from fastlab.study.reference import Reference, find_reference
+from fastlab.study.spec import Finding, Row, Study, Task, tasks_of
+from fastlab.study.statistics import Interval, interval
+
+
+@dataclass(frozen=True)
+class RunResult:
+    task: Task
+    state: State
+    run: Run | None
+    """None unless it is finished and readable."""
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """One value of a factor. Figures are those of each finished seed's best epoch by validation
+    top-1; None where there is no finished seed, or one of them diverged."""
+
+    row: Row
+    runs: tuple[RunResult, ...]
+    loss: Interval | None
+    """Mean cross-entropy on validation."""
+    top1: Interval | None
+    """0 to 1, on validation; so is top5."""
+    top5: Interval | None
+    rate: float | None
+    """images/s in training, median over seeds."""
+    seconds: float | None
+    """Training and validation, median over seeds."""
+    reference: Reference | None
+
+    @property
+    def label(self) -> str:
+        return self.row.label
+
+    @property
+    def finished(self) -> list[Run]:
+        return [result.run for result in self.runs if result.run]
+
+    @property
+    def lacking(self) -> list[str]:
+        """The seeds without figures, and why they have none."""
+        return [f"seed {r.task.seed} ({r.state.status})" for r in self.runs if not r.run]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    finding: Finding
+    decision: Literal["holds", "does not hold", "undecided"]
+    sentence: str
+    """Why."""
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    study: Study
+    rows: list[RowResult]
+    verdicts: list[Verdict]
+
+
+class Best(NamedTuple):
+    """A run with the figures of its best epoch on validation."""
+
+    task: Task
+    top1: float
+    top5: float | None
+    loss: float | None
+
+
+def analyse(folder: StudyDir, studies: list[Study]) -> list[StudyResult]:
+    runs = {task.name: read_result(folder, task) for task in tasks_of(studies)}
+    results = []
+    for study in studies:
+        rows = [_row(row, tuple(runs[task.name] for task in row.tasks)) for row in study.rows]
+        verdicts = [decide(finding, rows) for finding in study.findings]
+        results.append(StudyResult(study, rows, verdicts))
+    return results
+
+
+def read_result(folder: StudyDir, task: Task) -> RunResult:
+    state = look(folder, task)
+    if state.status != "finished":
+        return RunResult(task, state, None)
+    try:
+        return RunResult(task, state, read_run(folder.run(task), task.name))
+    except UserError as error:
+        return RunResult(task, State("unreadable", str(error)), None)
+
+
+def _row(row: Row, results: tuple[RunResult, ...]) -> RowResult:
+    runs = [result.run for result in results if result.run]
+    best = [best_epoch(run) or dict.fromkeys(EPOCH_KEYS) for run in runs]
+    rates = [rate for run in runs if (rate := images_per_second(run)) is not None]
+    seconds = [time for run in runs if (time := train_seconds(run)) is not None]
+    return RowResult(
+        row,
+        results,
+        loss=interval([epoch["val_loss"] for epoch in best]),
+        top1=interval([epoch["val_top1"] for epoch in best]),
+        top5=interval([epoch["val_top5"] for epoch in best]),
+        rate=statistics.median(rates) if rates else None,
+        seconds=statistics.median(seconds) if seconds else None,
+        reference=find_reference(row.config),
+    )
+
+
+def best_run(results: list[StudyResult]) -> Best | None:
+    """The finished run with the highest validation top-1."""
+    candidates = [
+        Best(result.task, top1, epoch["val_top5"], epoch["val_loss"])
+        for study in results
+        for row in study.rows
+        for result in row.runs
+        if result.run and (epoch := best_epoch(result.run))
+        if (top1 := epoch["val_top1"]) is not None
+    ]
+    return max(candidates, key=lambda best: best.top1, default=None)
+
+
+# Findings
+
+
+def decide(finding: Finding, rows: list[RowResult]) -> Verdict:
+    """Decide a finding by the 95 % intervals of validation top-1."""
+    named = {row.label: row for row in rows}
+    labels = [finding.better] * bool(finding.better) + [*finding.worse, *finding.chance]
+    tops = {label: top1 for label in labels if (top1 := named[label].top1)}
+    missing = [label for label in labels if label not in tops]
+    if missing:
+        return Verdict(finding, "undecided", f"no finished run of {listed(missing)}.")
+    figures = _figures(labels, tops)
+    # A seed that diverged speaks against its row, and the interval of the other seeds hides that.
+    partial = [
+        f"{listed(named[label].lacking)} of {label}" for label in labels if named[label].lacking
+    ]
+    if partial:
+        return Verdict(finding, "undecided", f"{figures}, without {'; '.join(partial)}.")
+    single = [label for label in labels if tops[label].half is None]
+    if single:
+        sentence = f"{figures}; a single seed of {listed(single)} has no interval."
+        return Verdict(finding, "undecided", sentence)
+    if finding.chance:
+        return _decide_chance(finding, named, tops)
+    return _decide_order(finding, tops)
+
+
+def _decide_order(finding: Finding, tops: dict[str, Interval]) -> Verdict:
+    better = tops[finding.better]
+    above = [label for label in finding.worse if tops[label].low > better.high]
+    overlapping = [label for label in finding.worse if tops[label].high >= better.low]
+    figure = _figures([finding.better], tops)
+    if above:
+        return Verdict(finding, "does not hold", f"{figure} lies below {_figures(above, tops)}.")
+    if overlapping:
+        sentence = f"the interval of {figure} overlaps {_figures(overlapping, tops)}."
+        return Verdict(finding, "undecided", sentence)
+    return Verdict(finding, "holds", f"{figure} lies above {_figures(finding.worse, tops)}.")
+
+
+def _decide_chance(
+    finding: Finding, named: dict[str, RowResult], tops: dict[str, Interval]
+) -> Verdict:
+    """A row is at chance unless it lies above it by more than three standard errors of guessing."""
+    bounds = {label: _chance(named[label]) for label in finding.chance}
+    limit = f"{percent_text(max(bound for _, bound in bounds.values()))} %"
+    chance, _ = bounds[finding.chance[0]]
+    sentence = f"{_figures(finding.chance, tops)}, where chance is {percent_text(chance)} %"
+    if any(tops[label].low > bound for label, (_, bound) in bounds.items()):
+        return Verdict(
+            finding, "does not hold", f"{sentence}: above the {limit} that guessing gives."
+        )
+    if all(tops[label].high <= bound for label, (_, bound) in bounds.items()):
+        return Verdict(finding, "holds", f"{sentence} and guessing gives up to {limit}.")
+    return Verdict(finding, "undecided", f"{sentence}: the interval spans the {limit} of guessing.")
+
+
+def _chance(row: RowResult) -> tuple[float, float]:
+    """Top-1 of guessing, and that plus three standard errors over the validation images."""
+    summary = row.finished[0].summary
+    chance = 1 / summary["classes"]
+    return chance, chance + 3 * math.sqrt(chance * (1 - chance) / summary["counts"]["val"])
+
+
+def _figures(labels: Sequence[str], tops: dict[str, Interval]) -> str:
+    return listed([f"“{label}” ({tops[label].text(100)} %)" for label in labels])
+
+
+def listed(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
