@@ -5,6 +5,7 @@ again from the first byte (pooch 1.9, `stream_download`); urllib can ask for the
 checksum tells whether two halves belong together: without one, each request starts from zero.
 """
 
+import contextlib
 import hashlib
 import os
 import re
@@ -12,6 +13,7 @@ import ssl
 import sys
 import time
 import zipfile
+from collections.abc import Generator
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -72,20 +74,27 @@ def download(
     """
     archive = _archive(url, sha256)
     target = _target(out, url)
-    part, lock = (target.with_name(target.name + suffix) for suffix in (".part", ".part.lock"))
+    part = target.with_name(target.name + ".part")
     try:
-        if _is_present(target, archive.checksum, force):
-            return target
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with inherited_lock(lock, f"{target}: another download is writing it"):
-            try:
+        if not _is_present(target, archive.checksum, force):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(target):
                 _transfer(archive, part, timeout, attempts, delay)
                 _install(archive, part, target)
-            finally:
-                lock.unlink()
     except OSError as error:
         raise UserError(f"{error.filename or part}: {error.strerror or error}") from error
     return target
+
+
+@contextlib.contextmanager
+def _locked(target: Path) -> Generator[None]:
+    """Keep a second download from writing the same `.part`. The lock's file does not stay."""
+    lock = target.with_name(target.name + ".part.lock")
+    with inherited_lock(lock, f"{target}: another download is writing it"):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def _archive(url: str, checksum: str | None) -> Archive:
