@@ -74,11 +74,20 @@ def save(found: Session, path: Path) -> None:
     """Raises `UserError` where `path` cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(asdict(found), indent=1) + "\n")
+        write_atomically(path, json.dumps(_public(asdict(found)), indent=1) + "\n")
     except OSError as error:
         raise UserError(
             f"--out {path}: cannot be written ({error.strerror}); choose another"
         ) from None
+
+
+def _public(value: Any) -> Any:
+    """`value`, of JSON's types, with the machine's absolute paths taken out of every text."""
+    if isinstance(value, dict):
+        return {_public(key): _public(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_public(item) for item in value]
+    return public_text(value) if isinstance(value, str) else value
 
 
 def load(path: Path) -> Session:
