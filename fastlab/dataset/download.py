@@ -46,7 +46,7 @@ TINY_IMAGENET = Archive(
 
 _CHUNK = 1 << 18  # bytes
 _LONGEST_DELAY = 30.0  # seconds
-# Unlike the disk's, these may pass: another request is worth it.
+# These may pass, unlike errors of the disk, so the request is repeated.
 _NETWORK_ERRORS = (URLError, TimeoutError, ConnectionError, ssl.SSLError, HTTPException)
 
 
@@ -68,9 +68,9 @@ def download(
     `out` is a file; or a directory (an existing one, or a string that ends in "/") for the URL's
     file name. `sha256` is 64 hex digits, "sha256:HEX" or "md5:HEX"; None means the published
     checksum for the default URL, and none for any other. `force` replaces a target that differs.
-    A connection is dead after `timeout` seconds without a byte. The transfer is given up after
-    `attempts` failures in a row that got no further; `delay` seconds, doubled each time, are
-    between them. Raises `UserError`: one line for whatever goes wrong.
+    A connection counts as dead after `timeout` seconds without a byte. The transfer is given up
+    after `attempts` failures in a row that got no further, with `delay` seconds between them that
+    double each time. Raises `UserError` for every failure.
     """
     archive = _archive(url, sha256)
     target = _target(out, url)
@@ -88,7 +88,7 @@ def download(
 
 @contextlib.contextmanager
 def _locked(target: Path) -> Generator[None]:
-    """Keep a second download from writing the same `.part`. The lock's file does not stay."""
+    """Keep a second download from writing the same `.part`. The lock file is removed afterwards."""
     lock = target.with_name(target.name + ".part.lock")
     with inherited_lock(lock, f"{target}: another download is writing it"):
         try:
@@ -161,8 +161,8 @@ def _transfer(archive: Archive, part: Path, timeout: float, attempts: int, delay
                 return _request(archive, part, timeout, bar)
             except _NETWORK_ERRORS as error:
                 problem = f"{archive.url}: {_reason(error)}"
-                # Against the furthest point: a server that ignores Range and always cuts would
-                # otherwise make progress from zero for ever.
+                # Progress counts from the furthest point: otherwise a server that ignores Range and
+                # always cuts would make progress from zero for ever.
                 failures = 1 if _size(part) > furthest else failures + 1
                 furthest = max(furthest, _size(part))
                 if failures >= attempts:
@@ -182,7 +182,7 @@ def _reason(error: Exception) -> str:
 
 
 def _request(archive: Archive, part: Path, timeout: float, bar: tqdm) -> None:
-    """Append to `part` what it lacks. Raises one of the network's errors where it stays short."""
+    """Append to `part` what it lacks. Raises one of `_NETWORK_ERRORS` if it stays incomplete."""
     offset = _size(part) if archive.checksum else 0
     headers = {"User-Agent": f"fastlab/{__version__}"}
     if offset:
@@ -205,8 +205,8 @@ def _request(archive: Archive, part: Path, timeout: float, bar: tqdm) -> None:
 
 
 def _open(request: Request, timeout: float) -> HTTPResponse | HTTPError:
-    """The response, also where it says that the range is empty. Raises `UserError` for a status
-    that will not pass, and `HTTPError` for one that may."""
+    """Return the response, also a 416 (nothing lies in the range). Raises `UserError` for a status
+    that is final, and `HTTPError` for one that may pass."""
     try:
         return urlopen(request, timeout=timeout)
     except HTTPError as error:
