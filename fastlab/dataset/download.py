@@ -45,20 +45,15 @@ TINY_IMAGENET = Archive(
 )
 
 _CHUNK = 1 << 18  # bytes
-_LONGEST_DELAY = 30.0  # seconds
+_TIMEOUT = 30.0  # seconds without a byte, after which a connection counts as dead
+_ATTEMPTS = 5  # failures in a row that got no further, after which a transfer is given up
+_DELAYS = 1.0, 30.0  # seconds between two attempts: the first, doubled each time, and the longest
 # These may pass, unlike errors of the disk, so the request is repeated.
 _NETWORK_ERRORS = (URLError, TimeoutError, ConnectionError, ssl.SSLError, HTTPException)
 
 
 def download(
-    out: Path | str,
-    url: str = TINY_IMAGENET.url,
-    sha256: str | None = None,
-    *,
-    force: bool = False,
-    timeout: float = 30.0,
-    attempts: int = 5,
-    delay: float = 1.0,
+    out: Path | str, url: str = TINY_IMAGENET.url, sha256: str | None = None, *, force: bool = False
 ) -> Path:
     """Fetch `url` to `out`, verify it, print one line about it, and return the file's path.
 
@@ -68,18 +63,16 @@ def download(
     `out` is a file; or a directory (an existing one, or a string that ends in "/") for the URL's
     file name. `sha256` is 64 hex digits, "sha256:HEX" or "md5:HEX"; None means the published
     checksum for the default URL, and none for any other. `force` replaces a target that differs.
-    A connection counts as dead after `timeout` seconds without a byte. The transfer is given up
-    after `attempts` failures in a row that got no further, with `delay` seconds between them that
-    double each time. Raises `UserError` for every failure.
+    Raises `UserError` for every failure.
     """
     archive = _archive(url, sha256)
     target = _target(out, url)
     part = target.with_name(target.name + ".part")
     try:
-        if not _is_present(target, archive.checksum, force):
+        if not _is_present(archive, target, force):
             target.parent.mkdir(parents=True, exist_ok=True)
             with _locked(target):
-                _transfer(archive, part, timeout, attempts, delay)
+                _transfer(archive, part)
                 _install(archive, part, target)
     except OSError as error:
         raise UserError(f"{error.filename or part}: {error.strerror or error}") from error
@@ -128,47 +121,50 @@ def _target(out: Path | str, url: str) -> Path:
     return Path(text) / name
 
 
-def _is_present(target: Path, checksum: str | None, force: bool) -> bool:
+def _is_present(archive: Archive, target: Path, force: bool) -> bool:
     """Whether the target is right already. Raises `UserError` for another, unless `force`."""
     if not target.exists():
         return False
     if not target.is_file():
         raise UserError(f"{target}: exists and is not a file; choose another OUT")
-    actual = checksum and _checksum_of(target, checksum)
-    if checksum and actual == checksum:
+    problem = _problem(archive, target) if archive.checksum else "there is no --sha256 to compare"
+    if problem and not force:
+        raise UserError(f"{target}: exists, and {problem}; replace it with --force")
+    if not problem:
         print(f"{target}: already there, checksum verified; nothing downloaded")
-        return True
-    if not force:
-        problem = f"is {actual}, expected {checksum}" if checksum else "no --sha256 to compare with"
-        raise UserError(f"{target}: exists ({problem}); replace it with --force")
-    return False
+    return not problem
 
 
-def _checksum_of(path: Path, like: str) -> str:
-    """The checksum of a file, by the algorithm of the checksum `like`."""
-    algorithm = like.partition(":")[0]
+def _problem(archive: Archive, path: Path) -> str:
+    """What is wrong with the file at `path`; empty if it is right as far as that can be checked."""
+    if not archive.checksum:
+        is_broken = ".zip" in path.suffixes and not zipfile.is_zipfile(path)
+        return "it is not a whole zip file" if is_broken else ""
+    algorithm = archive.checksum.partition(":")[0]
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False))
-    return f"{algorithm}:{digest.hexdigest()}"
+    actual = f"{algorithm}:{digest.hexdigest()}"
+    is_right = actual == archive.checksum
+    return "" if is_right else f"its checksum is {actual}, expected {archive.checksum}"
 
 
-def _transfer(archive: Archive, part: Path, timeout: float, attempts: int, delay: float) -> None:
+def _transfer(archive: Archive, part: Path) -> None:
     """Bring the whole file into `part`, over as many requests as it takes."""
     furthest = failures = 0
     with tqdm(desc=part.stem, unit="B", unit_scale=True, disable=None) as bar:
         while True:
             try:
-                return _request(archive, part, timeout, bar)
+                return _request(archive, part, bar)
             except _NETWORK_ERRORS as error:
                 problem = f"{archive.url}: {_reason(error)}"
                 # Progress counts from the furthest point: otherwise a server that ignores Range and
                 # always cuts would make progress from zero for ever.
                 failures = 1 if _size(part) > furthest else failures + 1
                 furthest = max(furthest, _size(part))
-                if failures >= attempts:
+                if failures >= _ATTEMPTS:
                     hint = f"gave up after {failures} attempts; the same command tries again"
                     raise UserError(f"{problem}; {hint}") from error
-                wait = min(delay * 2 ** (failures - 1), _LONGEST_DELAY)
+                wait = min(_DELAYS[0] * 2 ** (failures - 1), _DELAYS[1])
                 tqdm.write(f"{problem}; next attempt in {wait:g} s", file=sys.stderr)
                 time.sleep(wait)
 
@@ -181,13 +177,13 @@ def _reason(error: Exception) -> str:
     return getattr(reason, "strerror", None) or str(reason)
 
 
-def _request(archive: Archive, part: Path, timeout: float, bar: tqdm) -> None:
+def _request(archive: Archive, part: Path, bar: tqdm) -> None:
     """Append to `part` what it lacks. Raises one of `_NETWORK_ERRORS` if it stays incomplete."""
     offset = _size(part) if archive.checksum else 0
     headers = {"User-Agent": f"fastlab/{__version__}"}
     if offset:
         headers["Range"] = f"bytes={offset}-"
-    with _open(Request(archive.url, headers=headers), timeout) as response:
+    with _open(Request(archive.url, headers=headers)) as response:
         content_range = response.headers.get("Content-Range", "")
         if response.status == 416 and content_range == f"bytes */{offset}":
             return  # there is nothing left to get
@@ -204,11 +200,11 @@ def _request(archive: Archive, part: Path, timeout: float, bar: tqdm) -> None:
         _receive(response, part, offset, size, bar)
 
 
-def _open(request: Request, timeout: float) -> HTTPResponse | HTTPError:
+def _open(request: Request) -> HTTPResponse | HTTPError:
     """Return the response, also a 416 (nothing lies in the range). Raises `UserError` for a status
     that is final, and `HTTPError` for one that may pass."""
     try:
-        return urlopen(request, timeout=timeout)
+        return urlopen(request, timeout=_TIMEOUT)
     except HTTPError as error:
         if error.code == 416:
             return error
@@ -234,17 +230,12 @@ def _receive(
 
 def _install(archive: Archive, part: Path, target: Path) -> None:
     """Give `part` its name if it is right, and remove it if not: no resumption could correct it."""
-    problem, verdict = "", "no checksum verified"
-    if archive.checksum:
-        actual, verdict = _checksum_of(part, archive.checksum), "checksum verified"
-        if actual != archive.checksum:
-            problem = f"checksum is {actual}, expected {archive.checksum}"
-    elif target.suffix.lower() == ".zip" and not zipfile.is_zipfile(part):
-        problem = "not a whole zip file"
+    problem = _problem(archive, part)
     if problem:
         part.unlink()
         raise UserError(f"{archive.url}: {problem}; removed; check the address, and try again")
     os.replace(part, target)
+    verdict = "checksum verified" if archive.checksum else "no checksum verified"
     print(f"{target}: {_size(target)} bytes, {verdict}")
 
 

@@ -146,9 +146,22 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         thread.join()
 
 
-def fetch(out: Path | str, server: Server, **options: object) -> Path:
-    settings = {"url": server.url, "sha256": SHA256, "delay": 0.0}
-    return download(out, **(settings | options))
+def fetch(
+    out: Path | str,
+    server: Server,
+    *,
+    url: str | None = None,
+    sha256: str | None = SHA256,
+    force: bool = False,
+    timeout: float = 30.0,
+    attempts: int = 5,
+    delay: float = 0.0,
+) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_TIMEOUT", timeout)
+        patch.setattr(module, "_ATTEMPTS", attempts)
+        patch.setattr(module, "_DELAYS", (delay, module._DELAYS[1]))
+        return download(out, url or server.url, sha256, force=force)
 
 
 def part_of(target: Path) -> Path:
@@ -438,7 +451,7 @@ def test_another_file_in_the_target_is_replaced_only_by_force(
 ) -> None:
     target = tmp_path / "x.zip"
     target.write_bytes(b"mine")
-    with pytest.raises(UserError, match=r"x\.zip: exists .*; replace it with --force") as error:
+    with pytest.raises(UserError, match=r"x\.zip: exists, .*; replace it with --force") as error:
         fetch(target, server, sha256=sha256)
     assert_one_line(error)
     assert_only(target, b"mine")
@@ -528,18 +541,20 @@ def test_an_unknown_host_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(module, "_DELAYS", (0.0, 0.0))
     with pytest.raises(UserError, match=r"http://nowhere\.invalid/x: no such name; gave") as error:
-        download(tmp_path / "x", "http://nowhere.invalid/x", attempts=2, delay=0.0)
+        download(tmp_path / "x", "http://nowhere.invalid/x")
     assert_one_line(error)
 
 
 def test_a_refused_connection_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(module, "_DELAYS", (0.0, 0.0))
     with socket.socket() as closed:  # bound, not listening
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/x"
-        with pytest.raises(UserError, match="refused; gave up after 3 attempts"):
-            download(tmp_path / "x", url, attempts=3, delay=0.0)
+        with pytest.raises(UserError, match="refused; gave up after 5 attempts"):
+            download(tmp_path / "x", url)
 
 
 def test_a_directory_that_cannot_be_made_is_reported(server: Server, tmp_path: Path) -> None:
