@@ -127,7 +127,7 @@ def _is_present(archive: Archive, target: Path, force: bool) -> bool:
         return False
     if not target.is_file():
         raise UserError(f"{target}: exists and is not a file; choose another OUT")
-    problem = _problem(archive, target) if archive.checksum else "there is no --sha256 to compare"
+    problem = _problem(archive, target) if archive.checksum else "no --sha256 tells if it is right"
     if problem and not force:
         raise UserError(f"{target}: exists, and {problem}; replace it with --force")
     if not problem:
