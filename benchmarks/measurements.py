@@ -13,7 +13,7 @@ from typing import Any
 
 from fastlab import config as configs
 from fastlab.config import Config
-from fastlab.console import UserError, public_path, public_text
+from fastlab.console import UserError, public_path, public_text, public_value
 from fastlab.dataset.manifest import check_sizes, read_manifest
 from fastlab.files import write_atomically
 from fastlab.machine import environment
@@ -74,7 +74,7 @@ def save(found: Session, path: Path) -> None:
     """Raises `UserError` where `path` cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(asdict(found), indent=1) + "\n")
+        write_atomically(path, json.dumps(public_value(asdict(found)), indent=1) + "\n")
     except OSError as error:
         raise UserError(
             f"--out {path}: cannot be written ({error.strerror}); choose another"

@@ -11,7 +11,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 # Two components or more: "12 /s" is no path. The character before it is none that a path may hold,
 # as in "data/tiny/train", "https://pytorch.org/docs" and base64, and not "<", as in "</p>".
@@ -100,6 +100,15 @@ def public_text(text: str) -> str:
     """`text`, which may be HTML, with its absolute paths replaced by `public_path` of each: pages
     and records are passed on to others."""
     return _ABSOLUTE.sub(lambda match: public_path(match[0]), text)
+
+
+def public_value(value: Any) -> Any:
+    """`value`, of JSON's types, with `public_text` of every text in it, keys included."""
+    if isinstance(value, dict):
+        return {public_value(key): public_value(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [public_value(item) for item in value]
+    return public_text(value) if isinstance(value, str) else value
 
 
 def public_command(argv: list[str]) -> str:

@@ -82,6 +82,24 @@ def test_a_session_carries_what_made_it_and_survives_saving(tmp_path, monkeypatc
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["records.json"]
 
 
+def test_a_saved_record_names_no_place_outside(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    details = {
+        "config": f'path = "{tmp_path}/data/tiny"\n# after a line: \n/some/where/else',
+        "files": [{"/some/where/trace.json": "at /some/where/train.py:7"}],
+        "rate": 2.5,
+    }
+    made = session("loaders", [Record("read /some/where/data", "images/s", [1.0], details)])
+    save(made, tmp_path / "records.json")
+    (record,) = load(tmp_path / "records.json").records
+    assert record.case == "read data" and record.rounds == [1.0]
+    assert record.details == {
+        "config": 'path = "data/tiny"\n# after a line: \nelse',
+        "files": [{"trace.json": "at train.py:7"}],
+        "rate": 2.5,
+    }
+
+
 def test_rounds_are_interleaved_and_the_first_is_dropped(capsys):
     calls = []
 
