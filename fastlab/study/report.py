@@ -14,23 +14,18 @@ from fastlab import config as configs
 from fastlab.config import Config
 from fastlab.console import UserError, public_text
 from fastlab.files import write_json
-from fastlab.report.page import (
-    EPOCH_KEYS,
+from fastlab.report import (
     MISSING,
-    Run,
     augmented_text,
-    best_epoch,
     duration_text,
     flat_rows,
-    images_per_second,
     make_plots,
     number_text,
     percent_text,
-    read_run,
     render,
-    train_seconds,
     write_whole,
 )
+from fastlab.runs import EPOCH_KEYS, Run, best_epoch, images_per_second, read_run, train_seconds
 from fastlab.study.pool import State, StudyDir, look
 from fastlab.study.spec import Finding, Row, Study, Task, tasks_of
 
