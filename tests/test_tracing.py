@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from fastlab import tracing
 from fastlab.cli import main
 from fastlab.config import ProfileConfig
-from fastlab.traces.events import read_trace, times
-from fastlab.traces.page import look
+from fastlab.traces.events import read_trace
+from fastlab.traces.intervals import covered_by
+from fastlab.traces.review import review_run
 
 ROOT = Path(__file__).parents[1]
 NAME = re.compile(r"rank(\d+)\.\d{19}\.pt\.trace\.json")
@@ -99,7 +100,7 @@ def test_its_review_adds_up(run, capsys):
     assert main(["trace", str(run)]) == 0
     said = capsys.readouterr().out
     assert "compute on the CPU" in said and "images/s" in said and "ui.perfetto.dev" in said
-    one = look(run).main
+    one = review_run(run).main
     assert sum(host for _, host, _ in one.parts) == pytest.approx(one.step_ms, rel=0.05)
     assert sum(one.shares.values()) == pytest.approx(1)
     assert (run / "traces" / "review.html").exists()
@@ -123,7 +124,7 @@ def test_a_checkpoint_is_recorded_and_no_part_of_its_step(synth_dataset, tmp_pat
     saves = [event for event in trace.ranges if event.name == "checkpoint"]
     recorded = [event for event in trace.ranges if event.name == "ProfilerStep#1"]
     assert saves and recorded[0].end >= saves[-1].end  # it is written within the loop
-    assert len(trace.steps) == 1 and not times(trace.steps).common(times(saves))
+    assert len(trace.steps) == 1 and not covered_by(trace.steps).common(covered_by(saves))
 
 
 # Planted problems in real trainings
@@ -154,19 +155,19 @@ train.train_step = step_with_item
 def test_a_slow_pipeline_is_named_a_data_stall(synth_dataset, tmp_path):
     out = tmp_path / "run"
     train([*command(synth_dataset, out), "--profile"], SLOW_PIPELINE)
-    one = look(out).main
+    one = review_run(out).main
     assert one.findings[0][0] == "data stall"
     assert {name: host for name, host, _ in one.parts}["data_wait"] > 190
 
 
 def test_item_in_the_loop_is_named_with_its_line(run, synth_dataset, tmp_path):
-    assert not look(run).main.syncs  # the optimizer's own counters are none
+    assert not review_run(run).main.syncs  # the optimizer's own counters are none
     out = tmp_path / "run"
     arguments = [*command(synth_dataset, out, "profile.stacks=true"), "--profile"]
     planted = tmp_path / "planted_problem.py"
     planted.write_text(f"from fastlab import train\n{ITEM}")
     train(arguments, f"sys.path.append({str(tmp_path)!r})\nimport planted_problem")
-    one = look(out).main
+    one = review_run(out).main
     line = 1 + planted.read_text().splitlines().index("    batch.images.sum().item()")
     assert [(sync.call, sync.calls) for sync in one.syncs] == [("aten::item", 1)]
     # torch 2.11 records which function is called, not the line of each call.
@@ -262,8 +263,8 @@ def test_off_means_off(tmp_path, monkeypatch):
 def test_allocations_are_recorded_on_request(synth_dataset, run, tmp_path):
     out = tmp_path / "run"
     train([*command(synth_dataset, out, "profile.memory=true"), "--profile"])
-    assert look(out).main.peak_bytes > 100_000
-    assert look(run).main.peak_bytes is None
+    assert review_run(out).main.peak_bytes > 100_000
+    assert review_run(run).main.peak_bytes is None
 
 
 @pytest.mark.gpu
@@ -277,7 +278,7 @@ def test_on_a_gpu_kernels_and_a_memory_snapshot_are_recorded(tmp_path):
         for _ in tracer.steps(iter(range(9)), 0):
             with tracing.span("forward"):
                 (weights @ weights).sum().item()
-    one = look(tmp_path).main
+    one = review_run(tmp_path).main
     assert one.gpu and one.kernels and one.syncs and one.peak_bytes
     assert len(list((tmp_path / "traces").glob("*.memory.pickle"))) == 1
 
@@ -300,7 +301,7 @@ def test_a_resumed_run_keeps_older_traces(synth_dataset, tmp_path):
     before = old.read_bytes()
     train(["--resume", str(out)])
     assert len(traces(out)) == 2 and old.read_bytes() == before
-    assert look(out).main.numbers[0] > look(old).main.numbers[0]
+    assert review_run(out).main.numbers[0] > review_run(old).main.numbers[0]
 
 
 @pytest.mark.multiprocess
@@ -308,7 +309,7 @@ def test_a_resumed_run_keeps_older_traces(synth_dataset, tmp_path):
 def test_every_process_leaves_a_trace(synth_dataset, tmp_path):
     train([*command(synth_dataset, tmp_path / "run"), "--profile"], processes=2)
     assert [NAME.fullmatch(path.name)[1] for path in traces(tmp_path / "run")] == ["0", "1"]
-    found = look(tmp_path / "run").ranks
+    found = review_run(tmp_path / "run").ranks
     assert [one.rank for one in found] == [0, 1]
     assert all(one.comm_ms > 0 and 0 <= one.hidden <= 1 for one in found)
 

@@ -168,6 +168,7 @@ def render(template: str, **values: Any) -> str:
         "markers": MARKERS,
         "area": {"left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM},
         "size": PLOT_SIZE,
+        "number": number_text,
         "percent": percent_text,
         "now": datetime.now(UTC),
         "version": __version__,

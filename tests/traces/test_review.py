@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastlab.cli import main
-from fastlab.traces.events import Event, Times, enclosing, read_trace, self_times
-from fastlab.traces.page import _tables, look
+from fastlab.traces.events import read_trace
+from fastlab.traces.intervals import Event, Intervals, enclosing, self_times
+from fastlab.traces.page import tables
+from fastlab.traces.review import review_run
 
 GEMM = "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1"
 CONV = "void cudnn::cnn::implicit_convolve_sgemm<float, 1024, 5, 5>(int, int, float const*)"
@@ -134,7 +136,7 @@ def record(folder: Path, wait: float, work, each: int = 20, name="rank0.1", **kw
 
 
 def verdict(path: Path) -> str:
-    return look(path).main.findings[0][0]
+    return review_run(path).main.findings[0][0]
 
 
 def compute(gpu: Recording) -> None:
@@ -171,14 +173,14 @@ def with_item(gpu: Recording) -> None:
 )
 def test_a_planted_problem_is_named(wait, work, said, tmp_path):
     path = record(tmp_path, wait, work)
-    found = look(path).main
+    found = review_run(path).main
     assert found.findings[0][0] == said
     assert sum(found.shares.values()) == pytest.approx(1, abs=1e-3)
     assert all(share >= -1e-9 for share in found.shares.values())
 
 
 def test_figures_are_those_that_were_planted(tmp_path):
-    found = look(record(tmp_path, 20_000, compute)).main
+    found = review_run(record(tmp_path, 20_000, compute)).main
     # The host waits 20 ms and launches for 0.61 ms; the GPU computes for 6 ms, mostly meanwhile.
     assert found.step_ms == pytest.approx(20.61, abs=0.01)
     assert found.busy == pytest.approx(6 / 20.61, abs=0.001)
@@ -196,7 +198,7 @@ def test_figures_are_those_that_were_planted(tmp_path):
 @pytest.mark.parametrize("stacks", [True, False])
 def test_a_synchronisation_is_placed(stacks, tmp_path, capsys):
     path = record(tmp_path, 20, with_item, each=2, stacks=stacks)
-    found = look(path).main
+    found = review_run(path).main
     assert {sync.call for sync in found.syncs} == {"aten::item"}
     assert sum(sync.calls for sync in found.syncs) == 6
     places = {sync.place for sync in found.syncs}
@@ -217,7 +219,9 @@ def test_older_traces_name_the_function_for_want_of_the_line(tmp_path):
     outer |= {"pid": 1, "tid": 1, "ts": start - 5, "dur": end - start, "args": {}}
     content["traceEvents"].append(outer)
     path.write_text(json.dumps(content))
-    assert {s.place for s in look(path).main.syncs} == {"below fastlab/train.py(360): train_step"}
+    assert {s.place for s in review_run(path).main.syncs} == {
+        "below fastlab/train.py(360): train_step"
+    }
 
 
 def test_what_lies_between_steps_is_left_out(tmp_path):
@@ -227,7 +231,7 @@ def test_what_lies_between_steps_is_left_out(tmp_path):
             for _ in range(5000):
                 gpu.kernel(RELU, 3)
         step(gpu, number, 20, compute)
-    found = look(gpu.save(tmp_path / "rank0.1.pt.trace.json")).main
+    found = review_run(gpu.save(tmp_path / "rank0.1.pt.trace.json")).main
     assert found.numbers == [3, 4, 5, 6]
     assert found.findings[0][0] == "compute-bound"
 
@@ -242,7 +246,7 @@ def test_a_checkpoint_within_a_step_is_left_out(on_gpu, tmp_path):
         if not on_gpu:
             recording.events = [e for e in recording.events if e.get("cat") in ON_HOST]
         path = recording.save(tmp_path / f"saves-{len(saves)}" / "rank0.1.pt.trace.json")
-        reviews.append(look(path).main)
+        reviews.append(review_run(path).main)
     plain, saved = reviews
     assert plain.numbers == [1, 2, 3, 4, 5, 6] and saved.numbers == [3, 4, 5, 6]
     assert saved.step_ms == pytest.approx(plain.step_ms, rel=0.02)
@@ -269,7 +273,7 @@ def communicating(folder: Path, hidden: bool, late: int | None = None) -> None:
 @pytest.mark.parametrize(("hidden", "share"), [(True, 1.0), (False, 0.0)])
 def test_overlap_of_communication(hidden, share, tmp_path):
     communicating(tmp_path, hidden)
-    run = look(tmp_path)
+    run = review_run(tmp_path)
     assert [one.rank for one in run.ranks] == [0, 1]
     for one in run.ranks:
         assert one.hidden == pytest.approx(share, abs=0.02)
@@ -288,10 +292,10 @@ def test_the_newest_recording_of_all_ranks_is_reviewed(tmp_path):
     communicating(tmp_path, hidden=True)
     old = sorted((tmp_path / "traces").iterdir())
     record(tmp_path / "traces", 20, tiny, name=f"rank0.{2 * 10**18}", world=2)
-    run = look(tmp_path)
+    run = review_run(tmp_path)
     assert [one.numbers[0] for one in run.ranks] == [11]  # the other rank has no such steps
     assert run.main.findings[0][0] == "launch-bound"
-    assert look(old[1]).ranks[0].rank == 1
+    assert review_run(old[1]).ranks[0].rank == 1
 
 
 def test_cuda_calls_without_kernels_are_told(tmp_path):
@@ -314,7 +318,7 @@ def test_kernels_of_a_graph_share_one_launch(tmp_path):
             gpu.other(20)
             for _ in range(50):
                 gpu.on_gpu("kernel", GEMM, 20, **ids)
-    found = look(gpu.save(tmp_path / "rank0.1.pt.trace.json")).main
+    found = review_run(gpu.save(tmp_path / "rank0.1.pt.trace.json")).main
     assert found.launches == 1
     assert found.findings[0][0] == "compute-bound"
     assert {name: gpu for name, _, gpu in found.parts}["forward"] == pytest.approx(1.0, rel=0.01)
@@ -338,11 +342,11 @@ def test_page_is_self_contained_and_escapes(tmp_path, capsys):
 
 def test_tables_show_what_they_are_sorted_by_beside_the_names(tmp_path):
     record(tmp_path / "run" / "traces", 20, with_item, each=2)
-    heads = {title: head for title, head, _ in _tables(look(tmp_path / "run"))}
-    assert heads["Operators, by GPU time"][1] == "GPU ms a step"
-    assert heads["Kernels, by GPU time"][1] == "GPU ms a step"
+    heads = {title: head for title, head, _ in tables(review_run(tmp_path / "run"))}
+    assert heads["Operators, by GPU time"][1] == "GPU ms per step"
+    assert heads["Kernels, by GPU time"][1] == "GPU ms per step"
     assert heads["Synchronisations of host and device"][1] == "waited, ms"
-    for _, head, rows in _tables(look(tmp_path / "run")):
+    for _, head, rows in tables(review_run(tmp_path / "run")):
         times = [float(row[1].replace(",", "")) for row in rows]
         assert times == sorted(times, reverse=True), head
 
@@ -382,11 +386,11 @@ def test_images_a_second_come_from_the_runs_configuration(tmp_path, capsys):
 
 def test_advice_is_not_what_is_done_already(tmp_path):
     path = record(tmp_path / "traces", 20, tiny)
-    said = [look(path).main.findings[0][2]]
+    said = [review_run(path).main.findings[0][2]]
     for step in ("eager", "auto"):
         text = f'[train]\ncompile = true\nstep = "{step}"\n'
         (tmp_path / "config.toml").write_text(text)
-        said.append(look(path).main.findings[0][2])
+        said.append(review_run(path).main.findings[0][2])
     assert "train.compile = true" in said[0]
     assert 'train.step = "auto"' in said[1]
     assert "none is needed on one GPU" in said[2]
@@ -526,13 +530,13 @@ def on_grid(intervals) -> np.ndarray:
 @settings(max_examples=200, deadline=None, database=None, derandomize=True)
 @given(one=INTERVALS, other=INTERVALS, low=st.integers(0, 30), length=st.integers(1, 30))
 def test_sets_of_times(one, other, low, length):
-    a, b, high = Times(one), Times(other), low + length
+    a, b, high = Intervals(one), Intervals(other), low + length
     window = (low < GRID) & (high > GRID)
     assert a.total() == on_grid(one).sum()
     assert a.common(b) == (on_grid(one) & on_grid(other)).sum()
-    assert a.within(low, high) == (on_grid(one) & window).sum()
+    assert a.overlap(low, high) == (on_grid(one) & window).sum()
     assert np.array_equal(on_grid(a.without(b)), on_grid(one) & ~on_grid(other))
-    assert np.array_equal(on_grid(a.between(low, high)), on_grid(one) & window)
+    assert np.array_equal(on_grid(a.clipped(low, high)), on_grid(one) & window)
     assert np.array_equal(on_grid(a.gaps(low, high)), ~on_grid(one) & window)
 
 
@@ -552,4 +556,4 @@ def test_nesting():
 def test_reading_keeps_nanoseconds(tmp_path):
     trace = read_trace(record(tmp_path, 20, tiny, each=1))
     assert trace.ranges and max(abs(e.start) for e in trace.ranges) < 1e6
-    assert {round(e.length, 6) for e in trace.device} == {2.5, 5}
+    assert {round(e.duration, 6) for e in trace.device} == {2.5, 5}
