@@ -1,4 +1,4 @@
-"""The pages that fastlab writes, in a real browser."""
+"""The pages that fastlab writes, loaded in a real browser."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from fastlab.cli import main
+from fastlab.study.command import main as run_study
 from tests import browser
 from tests.trainings import command
 
@@ -25,8 +26,6 @@ def run(synth_dataset, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def pages(run, synth_dataset, tmp_path_factory) -> dict[str, Path]:
-    from fastlab.study.command import main as ablations
-
     folder = tmp_path_factory.mktemp("pages")
     assert main(["report", str(run), "--out", str(folder / "report.html")]) == 0
     assert main(["trace", str(run), "--out", str(folder / "trace.html")]) == 0
@@ -37,8 +36,8 @@ def pages(run, synth_dataset, tmp_path_factory) -> dict[str, Path]:
         "values = [true, false]\nseeds = [0, 1]\n"
     )
     out = folder / "study"
-    more = ["--epochs", "1", "--set", "profile.enabled=false"]
-    assert ablations([str(study), "--out", str(out), *more]) == 0
+    options = ["--epochs", "1", "--set", "profile.enabled=false"]
+    assert run_study([str(study), "--out", str(out), *options]) == 0
     return {
         "report": folder / "report.html",
         "trace": folder / "trace.html",
@@ -48,14 +47,14 @@ def pages(run, synth_dataset, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("page", ["report", "trace", "study"])
-def test_a_page_opens_without_complaint_and_fits_the_window(page, width, pages):
-    seen = browser.look(pages[page], width)
-    assert seen.complaints == []
-    assert 0 < seen.width <= width
+def test_a_page_loads_without_errors_and_fits_the_window(page, width, pages):
+    loaded = browser.load(pages[page], width)
+    assert loaded.messages == []
+    assert 0 < loaded.width <= width
 
 
-def test_a_complaint_and_an_overflow_are_seen(tmp_path):
+def test_an_error_and_an_overflow_are_detected(tmp_path):
     page = tmp_path / "bad.html"
     page.write_text("<div style='width:3000px'>x</div><script>nothing.there</script>")
-    seen = browser.look(page, 800)
-    assert seen.complaints and seen.width >= 3000
+    loaded = browser.load(page, 800)
+    assert loaded.messages and loaded.width >= 3000
