@@ -223,7 +223,7 @@ def _add_report(commands) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from fastlab.report import write_report
+    from fastlab.report.page import write_report
 
     write_report(args.runs, args.out)
     print(f"report: {args.out}")

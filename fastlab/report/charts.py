@@ -13,7 +13,7 @@ from fastlab.runs import Run, epoch_number
 # Any two differ by 23 or more in CIELAB, for normal sight and simulated deuteranopia, protanopia
 # and tritanopia; contrast on the page is at least 3.2 (light) and 4.5 (dark). Five marker shapes
 # and eight colours tell 40 runs apart.
-PALETTE = (  # (light page, dark page)
+_PALETTE = (  # (light page, dark page)
     ("#00528f", "#71a8f5"),
     ("#dc6600", "#e87030"),
     ("#459e5f", "#12e198"),
@@ -23,7 +23,7 @@ PALETTE = (  # (light page, dark page)
     ("#2e2e27", "#f7edec"),
     ("#0798dd", "#b7d4fb"),
 )
-MARKERS = (  # SVG paths around the origin
+_MARKERS = (  # SVG paths around the origin
     "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0Z",
     "M-3.6-3.6h7.2v7.2h-7.2Z",
     "M0-4.8L4.6 3.4H-4.6Z",
@@ -33,13 +33,19 @@ MARKERS = (  # SVG paths around the origin
 _MARKS_PER_CURVE = 10
 
 # The plotting area within an SVG of 480 x 300, with room for the labels of the axes.
-PLOT_SIZE = (480, 300)
-LEFT, RIGHT, TOP, BOTTOM = 54, 462, 12, 254
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 462, 12, 254
+_SPLITS = {"train": "training", "val": "validation"}
+DRAWING = {
+    "splits": _SPLITS.items(),
+    "palette": _PALETTE,
+    "markers": _MARKERS,
+    "area": {"left": _LEFT, "right": _RIGHT, "top": _TOP, "bottom": _BOTTOM},
+    "size": (480, 300),
+}
+"""What the template needs apart from the plots."""
 
-SPLITS = {"train": "training", "val": "validation"}
 
-
-class Metric(NamedTuple):
+class _Metric(NamedTuple):
     """A metric that is plotted."""
 
     key: str
@@ -51,22 +57,14 @@ class Metric(NamedTuple):
     decimals: int
 
 
-METRICS = (
-    Metric("loss", "Loss", "mean cross-entropy", 1, 4),
-    Metric("top1", "Top-1 accuracy", "%", 100, 2),
-    Metric("top5", "Top-5 accuracy", "%", 100, 2),
+_METRICS = (
+    _Metric("loss", "Loss", "mean cross-entropy", 1, 4),
+    _Metric("top1", "Top-1 accuracy", "%", 100, 2),
+    _Metric("top5", "Top-5 accuracy", "%", 100, 2),
 )
 
 _Series = dict[tuple[int, str], dict[int, float | None]]
 """(index of the run, split) -> epoch -> value or position; None where it is not a number."""
-
-
-class Column(NamedTuple):
-    """The strip of one epoch, which shows a tooltip."""
-
-    left: float
-    width: float
-    tooltip: str
 
 
 @dataclass(frozen=True)
@@ -84,12 +82,13 @@ class Curve:
 class Plot:
     """One metric of all runs over the epochs."""
 
-    metric: Metric
+    metric: _Metric
     description: str
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
     curves: list[Curve]
-    columns: list[Column]
+    columns: list[tuple[float, float, str]]
+    """Left edge, width and tooltip of each epoch's strip."""
     hidden: list[str]
     """A text for each run whose curve lies under a later one."""
     rows: list[tuple[int, list[str]]]
@@ -114,22 +113,22 @@ class _Axis(NamedTuple):
 
 def make_plots(runs: list[Run]) -> list[Plot]:
     """Plot loss, top-1 and top-5 of runs that have at least one epoch."""
-    return [_plot([run.name for run in runs], metric, _series(runs, metric)) for metric in METRICS]
+    return [_plot([run.name for run in runs], metric, _series(runs, metric)) for metric in _METRICS]
 
 
-def _series(runs: list[Run], metric: Metric) -> _Series:
+def _series(runs: list[Run], metric: _Metric) -> _Series:
     return {
         (index, split): {
             epoch_number(epoch): None if (value := epoch[key]) is None else metric.scale * value
             for epoch in run.epochs
         }
         for index, run in enumerate(runs)
-        for split in SPLITS
+        for split in _SPLITS
         for key in [f"{split}_{metric.key}"]
     }
 
 
-def _plot(names: list[str], metric: Metric, series: _Series) -> Plot:
+def _plot(names: list[str], metric: _Metric, series: _Series) -> Plot:
     numbers = sorted({number for values in series.values() for number in values})
     measured = [v for values in series.values() for v in values.values() if v is not None]
     x = _epoch_axis(numbers[-1])
@@ -151,7 +150,7 @@ def _plot(names: list[str], metric: Metric, series: _Series) -> Plot:
             _curve(index, split, [(x.place(number), height) for number, height in values.items()])
             for (index, split), values in heights.items()
         ],
-        columns=[_column(x, number, _tooltip(names, number, texts)) for number in numbers],
+        columns=[_column(x, names, number, texts) for number in numbers],
         hidden=_hidden(names, heights),
         rows=[(number, [texts[key].get(number, MISSING) for key in texts]) for number in numbers],
     )
@@ -163,17 +162,17 @@ def _plot(names: list[str], metric: Metric, series: _Series) -> Plot:
 def _epoch_axis(last: int) -> _Axis:
     """The axis for epochs 1 to `last`."""
     if last == 1:
-        return _Axis((0.5, 1.5), (LEFT, RIGHT), {1: "1"})
+        return _Axis((0.5, 1.5), (_LEFT, _RIGHT), {1: "1"})
     step = max(1, round(_nice_step(last, 8)))
     start = 1 if step == 1 else 0
-    return _Axis((start, last), (LEFT, RIGHT), {n: str(n) for n in range(start, last + 1, step)})
+    return _Axis((start, last), (_LEFT, _RIGHT), {n: str(n) for n in range(start, last + 1, step)})
 
 
 def _value_axis(values: list[float], ceiling: float) -> _Axis:
     ticks = _value_ticks(values, ceiling)
     step = ticks[1] - ticks[0]
     labels = {tick: _tick_label(tick, step) for tick in ticks}
-    return _Axis((ticks[0], ticks[-1]), (BOTTOM, TOP), labels)
+    return _Axis((ticks[0], ticks[-1]), (_BOTTOM, _TOP), labels)
 
 
 def _value_ticks(values: list[float], ceiling: float) -> list[float]:
@@ -227,7 +226,7 @@ def _hidden(names: list[str], heights: _Series) -> list[str]:
         later = range(index + 1, len(names))
         over = next((i for i in later if _covers(heights[i, split], lower)), None)
         if over is not None:
-            covered.setdefault((index, over), []).append(SPLITS[split])
+            covered.setdefault((index, over), []).append(_SPLITS[split])
     return [
         f"{names[index]} lies under {names[over]} ({', '.join(splits)})"
         for (index, over), splits in covered.items()
@@ -242,21 +241,17 @@ def _covers(upper: dict[int, float | None], lower: dict[int, float | None]) -> b
 _Texts = dict[tuple[int, str], dict[int, str]]
 
 
-def _column(x: _Axis, number: int, tooltip: str) -> Column:
-    left, right = max(x.place(number - 0.5), LEFT), min(x.place(number + 0.5), RIGHT)
-    return Column(left, round(right - left, 2), tooltip)
-
-
-def _tooltip(names: list[str], number: int, texts: _Texts) -> str:
+def _column(x: _Axis, names: list[str], number: int, texts: _Texts) -> tuple[float, float, str]:
+    left, right = max(x.place(number - 0.5), _LEFT), min(x.place(number + 0.5), _RIGHT)
     lines = [
         f"{name}: train {texts[index, 'train'][number]}, val {texts[index, 'val'][number]}"
         for index, name in enumerate(names)
         if number in texts[index, "val"]
     ]
-    return "\n".join([f"Epoch {number}", *lines])
+    return left, round(right - left, 2), "\n".join([f"Epoch {number}", *lines])
 
 
-def _description(names: list[str], metric: Metric, last: int, texts: _Texts) -> str:
+def _description(names: list[str], metric: _Metric, last: int, texts: _Texts) -> str:
     final = [list(texts[index, "val"].values())[-1] for index in range(len(names))]
     pairs = ", ".join(f"{name} {text}" for name, text in zip(names, final, strict=True))
     return (

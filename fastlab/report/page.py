@@ -11,17 +11,7 @@ import jinja2
 from fastlab import __version__
 from fastlab.console import UserError, public_text
 from fastlab.files import write_atomically
-from fastlab.report.charts import (
-    BOTTOM,
-    LEFT,
-    MARKERS,
-    PALETTE,
-    PLOT_SIZE,
-    RIGHT,
-    SPLITS,
-    TOP,
-    make_plots,
-)
+from fastlab.report.charts import DRAWING, make_plots
 from fastlab.report.texts import (
     MISSING,
     duration_text,
@@ -30,14 +20,7 @@ from fastlab.report.texts import (
     percent_text,
     setting_text,
 )
-from fastlab.runs import (
-    EPOCH_KEYS,
-    Run,
-    best_epoch,
-    images_per_second,
-    read_run,
-    train_seconds,
-)
+from fastlab.runs import EPOCH_KEYS, Run, best_epoch, images_per_second, read_run, train_seconds
 
 _TEMPLATES = Path(__file__).with_name("templates")
 
@@ -163,11 +146,7 @@ def render(template: str, **values: Any) -> str:
         undefined=jinja2.StrictUndefined,
     )
     shared = {
-        "splits": SPLITS.items(),
-        "palette": PALETTE,
-        "markers": MARKERS,
-        "area": {"left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM},
-        "size": PLOT_SIZE,
+        **DRAWING,
         "number": number_text,
         "percent": percent_text,
         "now": datetime.now(UTC),

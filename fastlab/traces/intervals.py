@@ -1,6 +1,6 @@
 """Events of a trace, the sets of time that they cover, and how they nest."""
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -76,16 +76,8 @@ class Intervals:
         """The part of the set that `other` does not cover."""
         if not len(self.starts):
             return self
-        rest = list(other.gaps(self.starts[0], self.ends[-1]))
-        parts, first = [], 0
-        for start, end in self:
-            while first < len(rest) and rest[first][1] <= start:
-                first += 1
-            index = first
-            while index < len(rest) and rest[index][0] < end:
-                parts.append((max(start, rest[index][0]), min(end, rest[index][1])))
-                index += 1
-        return Intervals(parts)
+        low, high = self.starts[0], self.ends[-1]
+        return Intervals([*self.gaps(low, high), *other]).gaps(low, high)
 
 
 def covered_by(events: Iterable[Event]) -> Intervals:
@@ -94,28 +86,18 @@ def covered_by(events: Iterable[Event]) -> Intervals:
 
 def enclosing(points: list[Event], events: Iterable[Event]) -> list[list[Event]]:
     """For each of `points`, the `events` of its thread that enclose it, outermost first."""
-    threads = _by_thread(events)
+    waiting = {thread: deque(own) for thread, own in _by_thread(events).items()}
+    stacks: dict[str, list[Event]] = defaultdict(list)
     chains: list[list[Event]] = [[] for _ in points]
-    order = sorted(range(len(points)), key=lambda i: points[i].start)
-    for thread, outer in threads.items():
-        indices = [i for i in order if points[i].thread == thread]
-        inner = [points[i] for i in indices]
-        for index, chain in zip(indices, _chains(inner, outer), strict=True):
-            chains[index] = chain
-    return chains
-
-
-def _chains(points: list[Event], events: list[Event]) -> Iterator[list[Event]]:
-    """`enclosing` for one thread; both lists are ordered by their start."""
-    stack: list[Event] = []
-    next_event = 0
-    for point in points:
-        while next_event < len(events) and events[next_event].start <= point.start:
-            while stack and stack[-1].end <= events[next_event].start:
+    for index in sorted(range(len(points)), key=lambda i: points[i].start):
+        point = points[index]
+        stack, events_ahead = stacks[point.thread], waiting.get(point.thread)
+        while events_ahead and events_ahead[0].start <= point.start:
+            while stack and stack[-1].end <= events_ahead[0].start:
                 stack.pop()
-            stack.append(events[next_event])
-            next_event += 1
-        yield [event for event in stack if event.end >= point.end - _ROUNDING]
+            stack.append(events_ahead.popleft())
+        chains[index] = [event for event in stack if event.end >= point.end - _ROUNDING]
+    return chains
 
 
 def self_times(events: Iterable[Event]) -> dict[str, list[float]]:

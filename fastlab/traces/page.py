@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastlab.console import UserError
-from fastlab.report import MISSING, render, write_whole
+from fastlab.report.page import render, write_whole
+from fastlab.report.texts import MISSING
 from fastlab.traces.advice import RULES
 from fastlab.traces.events import SUFFIX, find_traces
 from fastlab.traces.figures import Part, Review, Row

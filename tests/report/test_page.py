@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from fastlab.console import UserError
-from fastlab.report import write_report
+from fastlab.report.page import write_report
 
 VOID = {"meta", "img", "br", "link"}
 
@@ -579,5 +579,5 @@ def test_a_report_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_report_does_not_import_torch() -> None:
-    code = "import sys, fastlab.report; sys.exit('torch' in sys.modules)"
+    code = "import sys, fastlab.report.page; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
