@@ -46,12 +46,8 @@ class Tracer:
         self._start = config.wait + config.warmup
         self._begun = 0
         self._profiler: profile | None = None
-        self._over = not config.enabled
-
-    @property
-    def over(self) -> bool:
+        self.over = not config.enabled
         """Whether there is nothing left to record."""
-        return self._over
 
     def steps(self, batches: Iterable[_Batch], done: int) -> Iterable[_Batch]:
         """Yield the `batches` and record their steps; `done` is the number of earlier steps.
@@ -59,7 +55,7 @@ class Tracer:
         A step lasts from the wait for its batch to the wait for the next batch. Returns `batches`
         itself where there is nothing left to record.
         """
-        return batches if self._over else self._steps(iter(batches), done)
+        return batches if self.over else self._steps(iter(batches), done)
 
     def _steps(self, batches: Iterator[_Batch], done: int) -> Iterator[_Batch]:
         while True:
@@ -76,14 +72,14 @@ class Tracer:
     def end_epoch(self) -> None:
         """Write a recording that the epoch's last step completed, so that it excludes
         validation."""
-        if not self._over and self._begun >= self._start + self._config.active:
+        if not self.over and self._begun >= self._start + self._config.active:
             self._finish()
 
     def __enter__(self) -> "Tracer":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._over:
+        if self.over:
             return
         if _recording:
             self._finish()
@@ -91,7 +87,7 @@ class Tracer:
         if self._profiler:  # torch ends a warm-up only by a start and a stop
             self._profiler.start_trace()
             self._profiler.stop_trace()
-        self._over = True
+        self.over = True
         self._print(
             f"no trace: the process ended after {self._begun} steps, profile.wait and "
             f"profile.warmup take {self._start}"
@@ -100,7 +96,7 @@ class Tracer:
     def _advance(self) -> None:
         """Follow the schedule between two steps."""
         global _recording
-        if self._over:
+        if self.over:
             return
         if self._begun == self._config.wait and not self._profiler:
             self._profiler = self._prepare()
@@ -133,7 +129,7 @@ class Tracer:
 
     def _finish(self) -> None:
         global _recording
-        _recording, self._over = False, True
+        _recording, self.over = False, True
         assert self._profiler is not None
         self._profiler.stop_trace()
         self._folder.mkdir(parents=True, exist_ok=True)

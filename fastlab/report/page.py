@@ -1,7 +1,6 @@
 """One HTML page about runs: results, curves, sample predictions, configuration."""
 
 import os
-from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -36,39 +35,32 @@ def write_report(run_dirs: list[Path], out: Path) -> None:
         raise UserError("no run directory given: name at least one")
     if out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"{out}: expected a file name that ends in .html")
-    distinct = {os.path.realpath(directory): directory for directory in run_dirs}
-    names = _names(list(distinct))
-    runs = [read_run(path, name) for path, name in zip(distinct.values(), names, strict=True)]
-    page = render(
-        "report.html.j2",
-        runs=[_run_values(run) for run in runs],
-        plots=make_plots(runs),
-        augmented=augmented_text([run.config for run in runs]),
-    )
+    distinct = {Path(os.path.realpath(directory)): directory for directory in run_dirs}
+    runs = [read_run(given, _name(path, list(distinct))) for path, given in distinct.items()]
+    values = [
+        {
+            "name": run.name,
+            "result": _result(run),
+            "dataset": _dataset_text(run),
+            "config": _config_tables(run.config),
+            "environment": flat_rows(run.environment),
+            "predictions": run.predictions,
+        }
+        for run in runs
+    ]
+    augmented = augmented_text([run.config for run in runs])
+    page = render("report.html.j2", runs=values, plots=make_plots(runs), augmented=augmented)
     write_whole(out, page)
 
 
-def _names(paths: list[str]) -> list[str]:
-    """Name each distinct path by its last part, and by as many parents as make names differ."""
-    parts = [Path(path).parts for path in paths]
-    depths = [1] * len(parts)
-    while True:
-        names = ["/".join(p[-depth:]) for p, depth in zip(parts, depths, strict=True)]
-        counts = Counter(names)
-        if len(counts) == len(names):
-            return names
-        depths = [d + (counts[name] > 1) for d, name in zip(depths, names, strict=True)]
-
-
-def _run_values(run: Run) -> dict[str, Any]:
-    return {
-        "name": run.name,
-        "result": _result(run),
-        "dataset": _dataset_text(run),
-        "config": _config_tables(run.config),
-        "environment": flat_rows(run.environment),
-        "predictions": run.predictions,
-    }
+def _name(path: Path, paths: list[Path]) -> str:
+    """The last part of `path`, with as many parents as tell it from the other `paths`."""
+    tails = (path.parts[-depth:] for depth in range(1, len(path.parts) + 1))
+    return next(
+        "/".join(tail)
+        for tail in tails
+        if sum(other.parts[-len(tail) :] == tail for other in paths) == 1
+    )
 
 
 def _result(run: Run) -> dict[str, str]:

@@ -21,7 +21,7 @@ RULES = (
     "that multiply matrices or convolve, against all others. This is a rule of thumb, since memory "
     "may limit a small convolution as well.",
     "On a CPU, waiting for data is a data stall from 15 % of the step on. Communication counts "
-    "while the main thread runs no operator. The rest of that thread’s time outside operators is "
+    "while the main thread runs no operator. The rest of that thread's time outside operators is "
     "spent in Python and the dispatcher, and the step is overhead-bound from 30 % on. Otherwise "
     "the operators are the limit. A trace of a CPU cannot tell whether memory or arithmetic limits "
     "them.",
@@ -184,7 +184,7 @@ def _device(review: Review, settings: Settings) -> Finding:
         )
     facts = (
         f"the GPU computes during {review.shares['compute']:.0%} of the step, and {kind} of its "
-        "kernels’ time, judged by the kernels’ names"
+        "kernels' time, judged by the kernels' names"
     )
     return Finding(name, facts, advice)
 
