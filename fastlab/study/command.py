@@ -25,7 +25,7 @@ from typing import Any
 from fastlab import config as configs
 from fastlab.console import UserError, positive_int, run_command
 from fastlab.dataset.manifest import check_sizes, read_manifest
-from fastlab.runs import train_seconds
+from fastlab.report.page import train_seconds
 from fastlab.study import report as studying
 from fastlab.study.pool import (
     Pool,

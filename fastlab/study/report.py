@@ -14,10 +14,23 @@ from fastlab import config as configs
 from fastlab.config import Config
 from fastlab.console import UserError, public_text
 from fastlab.files import write_json
-from fastlab.report.charts import make_plots
-from fastlab.report.page import augmented_text, render, write_whole
-from fastlab.report.texts import MISSING, duration_text, flat_rows, number_text, percent_text
-from fastlab.runs import EPOCH_KEYS, Run, best_epoch, images_per_second, read_run, train_seconds
+from fastlab.report.page import (
+    EPOCH_KEYS,
+    MISSING,
+    Run,
+    augmented_text,
+    best_epoch,
+    duration_text,
+    flat_rows,
+    images_per_second,
+    make_plots,
+    number_text,
+    percent_text,
+    read_run,
+    render,
+    train_seconds,
+    write_whole,
+)
 from fastlab.study.pool import State, StudyDir, look
 from fastlab.study.spec import Finding, Row, Study, Task, tasks_of
 
