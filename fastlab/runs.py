@@ -226,7 +226,7 @@ class Run:
 
 
 def read_run(directory: Path, name: str) -> Run:
-    """Read a run directory. Raises UserError where it is none or one of its files is malformed."""
+    """Read a run directory. Raises UserError where a file of it is missing or malformed."""
     run = RunDir(directory)
     return Run(
         name=name,

@@ -289,8 +289,8 @@ def test_on_a_gpu_kernels_and_a_memory_snapshot_are_recorded(tmp_path):
 @pytest.mark.slow
 def test_a_resumed_run_keeps_older_traces(synth_dataset, tmp_path):
     out = tmp_path / "run"
-    more = ("train.epochs=30", "train.checkpoint_every=1", "profile.enabled=true")
-    process = launch(command(synth_dataset, out, *more))
+    overrides = ("train.epochs=30", "train.checkpoint_every=1", "profile.enabled=true")
+    process = launch(command(synth_dataset, out, *overrides))
     deadline = time.monotonic() + 120
     while not list((out / "checkpoints").glob("step-*")) or not traces(out):
         assert time.monotonic() < deadline and process.poll() is None

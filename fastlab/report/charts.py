@@ -90,7 +90,7 @@ class Plot:
     columns: list[tuple[float, float, str]]
     """Left edge, width and tooltip of each epoch's strip."""
     hidden: list[str]
-    """A text for each run whose curve lies under a later one."""
+    """A note on each run whose curve lies under that of a later run."""
     rows: list[tuple[int, list[str]]]
     """Each epoch, with the training and validation values of each run as text."""
 

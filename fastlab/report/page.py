@@ -54,7 +54,7 @@ def write_report(run_dirs: list[Path], out: Path) -> None:
 
 
 def _name(path: Path, paths: list[Path]) -> str:
-    """The last part of `path`, with as many parents as tell it from the other `paths`."""
+    """The last part of `path`, with as many parents as distinguish it from the other `paths`."""
     tails = (path.parts[-depth:] for depth in range(1, len(path.parts) + 1))
     return next(
         "/".join(tail)

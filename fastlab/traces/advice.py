@@ -46,7 +46,7 @@ def advise(review: Review, settings: Settings, late: int | None) -> list[Finding
                 "GPU not recorded",
                 "the host called CUDA, but the trace holds no kernel: the other findings are about "
                 "the host alone",
-                "let users read performance counters (CUPTI), and run no other profiler meanwhile",
+                "let users read performance counters (CUPTI), and run no second profiler meanwhile",
             ),
         )
     if late is not None:

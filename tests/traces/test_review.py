@@ -94,7 +94,8 @@ class Recording:
             inner = "torch/utils/_contextlib.py(124): decorate_context"
             self.add("python_function", inner, start - 0.4, self.now, CallFrom="torch/x.py:9")
 
-    def other(self, us: float) -> None:
+    def python(self, us: float) -> None:
+        """Time on the host that no event records."""
         self.now += us
 
     def save(self, path: Path, seed: int = 0) -> Path:
@@ -115,7 +116,7 @@ def step(gpu: Recording, number: int, wait: float, work, each: int = 20, save=Fa
     it ends with a checkpoint of 50 ms."""
     with gpu.range(f"ProfilerStep#{number}"):
         with gpu.range("data_wait"):
-            gpu.other(wait)
+            gpu.python(wait)
             with gpu.range("augmentation"):
                 gpu.kernel("triton_poi_fused_index_select_0", 5)
         for part in ("forward", "backward", "optimizer"):
@@ -125,7 +126,7 @@ def step(gpu: Recording, number: int, wait: float, work, each: int = 20, save=Fa
         if save:
             with gpu.range("checkpoint"):
                 gpu.item()
-                gpu.other(50_000)
+                gpu.python(50_000)
 
 
 def record(folder: Path, wait: float, work, each: int = 20, name="rank0.1", **kwargs) -> Path:
@@ -156,7 +157,7 @@ def tiny(gpu: Recording) -> None:
 def with_item(gpu: Recording) -> None:
     gpu.kernel(GEMM, 300)
     gpu.item()
-    gpu.other(200)  # what Python does before it launches again
+    gpu.python(200)  # what Python does before it launches again
 
 
 @pytest.mark.parametrize(
@@ -314,7 +315,7 @@ def test_kernels_of_a_graph_share_one_launch(tmp_path):
             gpu.correlation += 1
             ids = {"correlation": gpu.correlation, "External id": 0}
             gpu.add("cuda_runtime", "cudaGraphLaunch", gpu.now, gpu.now + 20, **ids)
-            gpu.other(20)
+            gpu.python(20)
             for _ in range(50):
                 gpu.on_gpu("kernel", GEMM, 20, **ids)
     run = review_run(gpu.save(tmp_path / "rank0.1.pt.trace.json"))
@@ -496,6 +497,14 @@ def test_a_damaged_configuration_is_refused(config, reason, whole, tmp_path, cap
     (tmp_path / "traces" / "rank0.1.pt.trace.json").write_bytes(whole)
     (tmp_path / "config.toml").write_text(config)
     assert f"config.toml: {reason}" in complaint(tmp_path, capsys)
+
+
+def test_a_configuration_of_another_version_is_accepted(whole, tmp_path, capsys):
+    (tmp_path / "traces").mkdir()
+    (tmp_path / "traces" / "rank0.1.pt.trace.json").write_bytes(whole)
+    (tmp_path / "config.toml").write_text("[train]\nbatch_size = 8\nunknown = 1\n[later]\na = 1\n")
+    assert main(["trace", str(tmp_path)]) == 0
+    assert "images/s" in capsys.readouterr().out
 
 
 def test_a_run_without_a_trace_is_refused_with_the_way_to_record_one(tmp_path, capsys):
