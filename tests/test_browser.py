@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from fastlab.cli import main
-from fastlab.study.command import main as run_study
 from tests import browser
 from tests.trainings import command
 
@@ -26,6 +25,8 @@ def run(synth_dataset, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def pages(run, synth_dataset, tmp_path_factory) -> dict[str, Path]:
+    from fastlab.study.command import main as ablations
+
     folder = tmp_path_factory.mktemp("pages")
     assert main(["report", str(run), "--out", str(folder / "report.html")]) == 0
     assert main(["trace", str(run), "--out", str(folder / "trace.html")]) == 0
@@ -36,8 +37,8 @@ def pages(run, synth_dataset, tmp_path_factory) -> dict[str, Path]:
         "values = [true, false]\nseeds = [0, 1]\n"
     )
     out = folder / "study"
-    options = ["--epochs", "1", "--set", "profile.enabled=false"]
-    assert run_study([str(study), "--out", str(out), *options]) == 0
+    more = ["--epochs", "1", "--set", "profile.enabled=false"]
+    assert ablations([str(study), "--out", str(out), *more]) == 0
     return {
         "report": folder / "report.html",
         "trace": folder / "trace.html",
