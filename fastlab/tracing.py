@@ -1,8 +1,9 @@
-"""Recording: what a few training steps do and when, one trace a process in the run directory.
+"""Recording traces: what a few training steps do and when, one trace for each process.
 
-``traces/rank0.<nanoseconds>.pt.trace.json`` is what TensorBoard's profiler plugin lists, what
-https://ui.perfetto.dev opens and what `fastlab trace` reviews. A resumed run adds its own beside
-the older ones. Where nothing is recorded, a `span` is a flag looked at and nothing else.
+``traces/rank0.<nanoseconds>.pt.trace.json`` in the run directory is a file that TensorBoard's
+profiler plugin lists, https://ui.perfetto.dev opens and `fastlab trace` reviews. A resumed run adds
+its traces to the older ones. While nothing is recorded, a `span` costs no more than a look at a
+flag.
 """
 
 import os
@@ -10,7 +11,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch._C._profiler import _ExperimentalConfig
@@ -18,21 +19,24 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastlab.config import ProfileConfig
 
-STEP = "ProfilerStep#"  # the name by which every reader of traces knows a step
+_STEP = "ProfilerStep#"  # the name by which every reader of traces recognises a step
 
 _NOTHING = nullcontext()
 _recording = False
 
+_Batch = TypeVar("_Batch")
 
-def span(name: str) -> AbstractContextManager:
-    """A named range of the trace under way; nothing where none is."""
+
+def span(name: str) -> AbstractContextManager[Any]:
+    """A named range of the trace; a context that does nothing while no trace is recorded."""
     return record_function(name) if _recording else _NOTHING
 
 
 class Tracer:
-    """Waits, warms up and records, in steps of this process; a context that writes what is left.
+    """Waits, warms up and records by the schedule of `config`, which counts this process's steps.
 
-    Only the end of the recording synchronises with the device.
+    As a context manager, it writes an unfinished recording on exit. Only the end of a recording
+    synchronises with the device.
     """
 
     def __init__(
@@ -42,24 +46,22 @@ class Tracer:
         self._start = config.wait + config.warmup
         self._begun = 0
         self._profiler: profile | None = None
-        self._over = not config.enabled
-
-    @property
-    def over(self) -> bool:
+        self.over = not config.enabled
         """Whether there is nothing left to record."""
-        return self._over
 
-    def steps(self, batches: Iterable, done: int) -> Iterable:
-        """`batches`, each from the wait for it to the wait for the next a step of the schedule;
-        `done` is the number of the run's steps before the first. The same object where nothing is
-        left to record."""
-        return batches if self._over else self._steps(iter(batches), done)
+    def steps(self, batches: Iterable[_Batch], done: int) -> Iterable[_Batch]:
+        """Yield the `batches` and record their steps; `done` is the number of earlier steps.
 
-    def _steps(self, batches: Iterator, done: int) -> Iterator:
+        A step lasts from the wait for its batch to the wait for the next batch. Returns `batches`
+        itself where there is nothing left to record.
+        """
+        return batches if self.over else self._steps(iter(batches), done)
+
+    def _steps(self, batches: Iterator[_Batch], done: int) -> Iterator[_Batch]:
         while True:
             self._advance()
             done += 1
-            with span(f"{STEP}{done}"):
+            with span(f"{_STEP}{done}"):
                 with span("data_wait"):
                     batch = next(batches, None)
                 if batch is None:
@@ -68,38 +70,40 @@ class Tracer:
                 yield batch
 
     def end_epoch(self) -> None:
-        """Write a recording that the epoch's last step completed, before validation adds to it."""
-        if not self._over and self._begun >= self._start + self._config.active:
+        """Write a recording that the epoch's last step completed, so that it excludes
+        validation."""
+        if not self.over and self._begun >= self._start + self._config.active:
             self._finish()
 
     def __enter__(self) -> "Tracer":
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        if self._over:
+    def __exit__(self, *_: object) -> None:
+        if self.over:
             return
         if _recording:
             self._finish()
             return
-        if self._profiler:  # warming up: torch ends that by a start and a stop
+        if self._profiler:  # torch ends a warm-up only by a start and a stop
             self._profiler.start_trace()
             self._profiler.stop_trace()
-        self._over = True
-        self._say(
+        self.over = True
+        self._print(
             f"no trace: the process ended after {self._begun} steps, profile.wait and "
             f"profile.warmup take {self._start}"
         )
 
     def _advance(self) -> None:
-        """Between two steps: what the schedule has next."""
+        """Follow the schedule between two steps."""
         global _recording
-        if self._over:
+        if self.over:
             return
         if self._begun == self._config.wait and not self._profiler:
             self._profiler = self._prepare()
         if self._begun == self._start and not _recording:
             if self._config.memory and self._device.type == "cuda":
                 torch.cuda.memory._record_memory_history(max_entries=1_000_000)
+            assert self._profiler is not None
             self._profiler.start_trace()
             _recording = True
         if self._begun == self._start + self._config.active:
@@ -112,7 +116,7 @@ class Tracer:
         else:
             # torch built for CUDA reports an error where there is no driver.
             os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-            # A CPU pipeline augments in threads of its own. (torch then records no allocations.)
+            # A CPU pipeline augments in its own threads. With them, torch records no allocations.
             extra = _ExperimentalConfig(profile_all_threads=not self._config.memory)
         profiler = profile(
             activities=activities,
@@ -125,7 +129,8 @@ class Tracer:
 
     def _finish(self) -> None:
         global _recording
-        _recording, self._over = False, True
+        _recording, self.over = False, True
+        assert self._profiler is not None
         self._profiler.stop_trace()
         self._folder.mkdir(parents=True, exist_ok=True)
         name = f"rank{self._rank}.{time.time_ns()}"
@@ -136,8 +141,8 @@ class Tracer:
         self._profiler.export_chrome_trace(str(partial))
         partial.rename(self._folder / f"{name}.pt.trace.json")
         self._profiler = None
-        self._say(f"trace: {self._folder}; review it: fastlab trace {self._folder.parent}")
+        self._print(f"trace: {self._folder}; review it: fastlab trace {self._folder.parent}")
 
-    def _say(self, text: str) -> None:
+    def _print(self, message: str) -> None:
         if self._rank == 0:
-            print(text, flush=True)
+            print(message, flush=True)

@@ -1,4 +1,4 @@
-"""A headless Chromium: what a page looks like, and what it complains about."""
+"""A headless Chromium that loads pages, takes screenshots and collects console messages."""
 
 import html
 import re
@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 
-# Only what is asked for is loaded: no look-ups of its own, no profile that outlives the page.
+# Chromium loads only what it is asked for, and its profile is deleted with the page.
 _OPTIONS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
     *("--enable-logging=stderr", "--hide-scrollbars"),
 )
-# A window of Chromium's is 500 pixels wide at least, a frame in it can be as narrow as a phone.
+# A window of Chromium is at least 500 pixels wide; a frame in it can be as narrow as a phone.
 _FRAME = """<iframe style="border:0;height:900px;width:{width}px" srcdoc="{page}"></iframe>
 <script>onload = () => {{
   const root = document.querySelector("iframe").contentDocument.documentElement;
@@ -24,53 +24,56 @@ _FRAME = """<iframe style="border:0;height:900px;width:{width}px" srcdoc="{page}
 }}</script>"""
 
 
-class Seen(NamedTuple):
-    complaints: list[str]
-    """Of the page's own console."""
+class Loaded(NamedTuple):
+    messages: list[str]
+    """Messages on the page's console, such as errors."""
     width: int
-    """What the page needs, CSS pixels: more than the window's means that it scrolls sideways."""
+    """The width that the page needs, in CSS pixels. It scrolls sideways in a narrower window."""
 
 
-def look(page: Path, width: int) -> Seen:
+def load(page: Path, width: int) -> Loaded:
     """Load a self-contained page into a window of `width` CSS pixels."""
     content = html.escape(page.read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as scratch:
-        around = Path(scratch) / "page.html"
-        around.write_text(_FRAME.format(width=width, page=content), encoding="utf-8")
-        dom, log = _run(f"file://{around}", 1400, 1000, "--dump-dom")
-    found = re.search(r"<title>needs (\d+)</title>", dom)
-    return Seen(_complaints(log), int(found[1]) if found else -1)
+        frame = Path(scratch) / "page.html"
+        frame.write_text(_FRAME.format(width=width, page=content), encoding="utf-8")
+        dom, log = _run(f"file://{frame}", 1400, 1000, "--dump-dom")
+    title = re.search(r"<title>needs (\d+)</title>", dom)
+    return Loaded(_console(log), int(title[1]) if title else -1)
 
 
-def shoot(
-    address: str, out: Path, width: int, height: int, *options: str, patience: int = 5
+def screenshot(
+    address: str, out: Path, width: int, height: int, *options: str, seconds: int = 5
 ) -> list[str]:
-    """A picture of `address` after `patience` seconds of its own time; returns its complaints.
-    `options` are Chromium's."""
+    """Write a screenshot of `address` to `out` after `seconds` of the page's own, virtual time.
+
+    `options` are passed to Chromium. Returns the messages on the page's console.
+    """
     _, log = _run(
         address,
         width,
         height,
         f"--screenshot={out.resolve()}",
-        f"--virtual-time-budget={1000 * patience}",
+        f"--virtual-time-budget={1000 * seconds}",
         *options,
     )
-    return _complaints(log)
+    return _console(log)
 
 
-def _run(address: str, width: int, height: int, *more: str) -> tuple[str, str]:
+def _run(address: str, width: int, height: int, *options: str) -> tuple[str, str]:
+    assert CHROMIUM is not None
     with tempfile.TemporaryDirectory() as profile:
-        done = subprocess.run(
+        result = subprocess.run(
             [
                 *(CHROMIUM, *_OPTIONS, f"--user-data-dir={profile}"),
-                *(f"--window-size={width},{height}", *more, address),
+                *(f"--window-size={width},{height}", *options, address),
             ],
             capture_output=True,
             text=True,
             timeout=120,
         )
-    return done.stdout, done.stderr
+    return result.stdout, result.stderr
 
 
-def _complaints(log: str) -> list[str]:
+def _console(log: str) -> list[str]:
     return [line for line in log.splitlines() if ":CONSOLE" in line]

@@ -1,5 +1,5 @@
-// A stand-in for Google Charts where its server cannot be reached: every chart as a list of its
-// values, below the names of their columns.
+// A stand-in for Google Charts where its server cannot be reached. It shows each chart as a list of
+// its values, below the names of their columns.
 (() => {
   class DataTable {
     constructor() { this.columns = []; this.rows = []; }

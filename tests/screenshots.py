@@ -1,9 +1,10 @@
-"""Pictures of a run's trace review and of TensorBoard's profiler page, by a headless Chromium.
+"""Take screenshots of a run's trace review and of TensorBoard's profiler page, with Chromium.
 
     python -m tests.screenshots runs/profiled docs
 
-torch-tb-profiler draws by Google Charts, which a browser gets from gstatic.com. Where that cannot
-be reached, a stand-in writes each chart's values as a list: all else on the page is the page's own.
+torch-tb-profiler draws with Google Charts, which a browser loads from gstatic.com. Where that
+cannot be reached, a stand-in shows each chart as a list of its values; the rest of the page is
+genuine.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
@@ -25,39 +26,39 @@ from PIL import Image
 
 from fastlab.console import UserError, run_command
 from fastlab.traces.events import find_traces
-from tests.browser import CHROMIUM, shoot
+from tests.browser import CHROMIUM, screenshot
 
 _CHARTS = "https://www.gstatic.com/charts/loader.js"
-_STRIPE = 40  # pixels; what is closer belongs together
+_STRIPE = 40  # blank pixels between two sections of a page
 _PATIENCE = 60  # seconds that TensorBoard may take to start and to read the trace
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory with a trace")
-    parser.add_argument("out", type=Path, metavar="FOLDER", help="where the pictures go")
-    return run_command(shoot_both, parser.parse_args(argv))
+    parser.add_argument("out", type=Path, metavar="FOLDER", help="where to write the screenshots")
+    return run_command(take_both, parser.parse_args(argv))
 
 
-def shoot_both(args: argparse.Namespace) -> None:
+def take_both(args: argparse.Namespace) -> None:
     run, out = args.run, args.out
     find_traces(run)
     if CHROMIUM is None:
-        raise UserError("no chromium is installed, which draws the pages")
+        raise UserError("chromium, which draws the pages, is not installed; install it")
     out.mkdir(parents=True, exist_ok=True)
     page = out / "review.html"
     subprocess.run(
         [sys.executable, "-m", "fastlab", "trace", str(run), "--out", str(page)], check=True
     )
-    complaints = shoot(page.resolve().as_uri(), out / "trace-review.png", 1100, 1300)
+    messages = screenshot(page.resolve().as_uri(), out / "trace-review.png", 1100, 1300)
     cut(out / "trace-review.png")
     page.unlink()
-    complaints += tensorboard(run, out / "tensorboard.png")
-    print(*complaints or ["no complaints"], sep="\n")
+    messages += tensorboard(run, out / "tensorboard.png")
+    print(*messages or ["no errors on the pages"], sep="\n")
 
 
 def cut(picture: Path) -> None:
-    """End it between two sections of the page: at the last blank stripe, or leave it."""
+    """Cut the picture off at the last blank stripe, which lies between two sections of the page."""
     pixels = np.asarray(Image.open(picture).convert("RGB"))
     blank = (pixels == pixels[0, 0]).all((1, 2))
     stripes = [y for y in range(_STRIPE, len(blank) + 1) if blank[y - _STRIPE : y].all()]
@@ -76,19 +77,19 @@ def tensorboard(run: Path, out: Path) -> list[str]:
         wait_for(f"{address}/data/plugin/pytorch_profiler/runs", server)
         with charts() as options:
             page = f"{address}/#pytorch_profiler"
-            return shoot(page, out, 1400, 1300, *options, patience=30)
+            return screenshot(page, out, 1400, 1300, *options, seconds=30)
     finally:
         server.terminate()
         server.wait(30)
 
 
 @contextlib.contextmanager
-def charts() -> Iterator[list[str]]:
-    """The browser's options by which it finds Google Charts, or the stand-in for them."""
+def charts() -> Generator[list[str]]:
+    """The options with which the browser finds Google Charts, or the stand-in for it."""
     with contextlib.suppress(OSError), urllib.request.urlopen(_CHARTS, timeout=10):
         yield []
         return
-    print(f"{_CHARTS} cannot be reached: charts are lists of their values")
+    print(f"{_CHARTS} cannot be reached: charts are shown as lists of their values")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         server = http.server.HTTPServer(("localhost", 0), _StandIn)
@@ -126,12 +127,12 @@ def _certified(folder: Path) -> ssl.SSLContext:
 
 
 def wait_for(address: str, server: subprocess.Popen) -> None:
-    """Until the plugin lists a run."""
+    """Wait until the plugin lists a run."""
     deadline = time.monotonic() + _PATIENCE
     while server.poll() is None and time.monotonic() < deadline:
         try:
-            with urllib.request.urlopen(address, timeout=10) as found:
-                if b'"runs": []' not in found.read():
+            with urllib.request.urlopen(address, timeout=10) as response:
+                if b'"runs": []' not in response.read():
                     return
         except OSError:
             pass

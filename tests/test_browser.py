@@ -1,4 +1,4 @@
-"""The pages that fastlab writes, in a real browser."""
+"""The pages that fastlab writes, loaded in a real browser."""
 
 import json
 from pathlib import Path
@@ -46,14 +46,14 @@ def pages(run, synth_dataset, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("page", ["report", "trace", "study"])
-def test_a_page_opens_without_complaint_and_fits_the_window(page, width, pages):
-    seen = browser.look(pages[page], width)
-    assert seen.complaints == []
-    assert 0 < seen.width <= width
+def test_a_page_loads_without_errors_and_fits_the_window(page, width, pages):
+    loaded = browser.load(pages[page], width)
+    assert loaded.messages == []
+    assert 0 < loaded.width <= width
 
 
-def test_a_complaint_and_an_overflow_are_seen(tmp_path):
+def test_an_error_and_an_overflow_are_detected(tmp_path):
     page = tmp_path / "bad.html"
     page.write_text("<div style='width:3000px'>x</div><script>nothing.there</script>")
-    seen = browser.look(page, 800)
-    assert seen.complaints and seen.width >= 3000
+    loaded = browser.load(page, 800)
+    assert loaded.messages and loaded.width >= 3000

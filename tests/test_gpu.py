@@ -29,7 +29,7 @@ from fastlab.dataset.manifest import read_manifest
 from fastlab.dataset.synth import synthesise
 from fastlab.models.dropout import DropoutKeys
 from fastlab.runs import RunDir
-from fastlab.traces.page import look
+from fastlab.traces.review import review_run
 from fastlab.training.evaluate import evaluate
 from fastlab.training.setup import DTYPES, compile_forward, make_accelerator, torch_settings
 from pipelines import make_pipeline
@@ -499,7 +499,7 @@ def test_a_trace_shows_steps_that_do_not_wait(device, dataset, tmp_path, capsys)
     assert main(["train", *command(dataset, run, *sets), "--profile"]) == 0
     assert main(["trace", str(run)]) == 0
     assert str(run) in capsys.readouterr().out
-    found = look(run).main
+    found = review_run(run).main
     assert found.numbers == [6, 7, 8, 9]
     assert not found.blind and not found.syncs, found.syncs
     assert bool(found.gpu) == bool(found.kernels) == bool(found.launches) == on_gpu

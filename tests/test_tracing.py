@@ -1,4 +1,4 @@
-"""Recording: traces of real trainings, what they hold, and what recording leaves alone."""
+"""Recording: the traces of real trainings, and what recording must not change."""
 
 import json
 import os
@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from fastlab import tracing
 from fastlab.cli import main
 from fastlab.config import ProfileConfig
-from fastlab.traces.events import read_trace, times
-from fastlab.traces.page import look
+from fastlab.traces.events import read_trace
+from fastlab.traces.intervals import covered_by
+from fastlab.traces.review import review_run
 
 ROOT = Path(__file__).parents[1]
 NAME = re.compile(r"rank(\d+)\.\d{19}\.pt\.trace\.json")
@@ -45,7 +46,7 @@ def command(dataset: Path, out: Path, *overrides: str) -> list[str]:
 
 
 def launch(arguments: list[str], code: str = "", processes: int = 1) -> subprocess.Popen:
-    """`code` runs before the training, in a process where `train` is that module."""
+    """Start a training. `code` runs first, in the same process, where `train` is the module."""
     script = f"import sys, time\nfrom fastlab import train\n{code}\nsys.exit(train.main())"
     start = [sys.executable, "-c", script]
     if processes > 1:
@@ -64,11 +65,11 @@ def launch(arguments: list[str], code: str = "", processes: int = 1) -> subproce
 def train(arguments: list[str], code: str = "", processes: int = 1) -> str:
     process = launch(arguments, code, processes)
     try:
-        said, errors = process.communicate(timeout=120)
+        output, errors = process.communicate(timeout=120)
     finally:
         process.kill()
     assert process.returncode == 0, errors
-    return said
+    return output
 
 
 def traces(run: Path) -> list[Path]:
@@ -78,8 +79,7 @@ def traces(run: Path) -> list[Path]:
 @pytest.fixture(scope="module")
 def run(synth_dataset, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "two-steps"
-    said = train([*command(synth_dataset, out), "--profile"])
-    assert f"fastlab trace {out}" in said
+    assert f"fastlab trace {out}" in train([*command(synth_dataset, out), "--profile"])
     return out
 
 
@@ -95,27 +95,27 @@ def test_two_steps_leave_one_trace_with_all_ranges(run):
     assert any(event.name == "aten::convolution_backward" for event in trace.ops)
 
 
-def test_its_review_adds_up(run, capsys):
+def test_parts_and_shares_of_a_real_step_add_up(run, capsys):
     assert main(["trace", str(run)]) == 0
-    said = capsys.readouterr().out
-    assert "compute on the CPU" in said and "images/s" in said and "ui.perfetto.dev" in said
-    one = look(run).main
-    assert sum(host for _, host, _ in one.parts) == pytest.approx(one.step_ms, rel=0.05)
-    assert sum(one.shares.values()) == pytest.approx(1)
+    output = capsys.readouterr().out
+    assert "compute on the CPU" in output and "images/s" in output and "ui.perfetto.dev" in output
+    review = review_run(run).main
+    assert sum(part.host_ms for part in review.parts) == pytest.approx(review.step_ms, rel=0.05)
+    assert sum(review.shares.values()) == pytest.approx(1)
     assert (run / "traces" / "review.html").exists()
 
 
 def test_recording_changes_no_weight(run, synth_dataset, tmp_path):
     train(command(synth_dataset, tmp_path / "plain"))
     assert not (tmp_path / "plain" / "traces").exists()
-    one, other = (
+    recorded, plain = (
         load_file(next((r / "checkpoints").glob("step-*")) / "model.safetensors")
         for r in (run, tmp_path / "plain")
     )
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert all(torch.equal(recorded[name], plain[name]) for name in recorded)
 
 
-def test_a_checkpoint_is_recorded_and_no_part_of_its_step(synth_dataset, tmp_path):
+def test_a_checkpoint_is_recorded_but_left_out_of_its_step(synth_dataset, tmp_path):
     out = tmp_path / "run"
     train([*command(synth_dataset, out, "train.checkpoint_every=1"), "--profile"])
     (path,) = traces(out)
@@ -123,7 +123,7 @@ def test_a_checkpoint_is_recorded_and_no_part_of_its_step(synth_dataset, tmp_pat
     saves = [event for event in trace.ranges if event.name == "checkpoint"]
     recorded = [event for event in trace.ranges if event.name == "ProfilerStep#1"]
     assert saves and recorded[0].end >= saves[-1].end  # it is written within the loop
-    assert len(trace.steps) == 1 and not times(trace.steps).common(times(saves))
+    assert len(trace.steps) == 1 and not covered_by(trace.steps).common(covered_by(saves))
 
 
 # Planted problems in real trainings
@@ -154,32 +154,33 @@ train.train_step = step_with_item
 def test_a_slow_pipeline_is_named_a_data_stall(synth_dataset, tmp_path):
     out = tmp_path / "run"
     train([*command(synth_dataset, out), "--profile"], SLOW_PIPELINE)
-    one = look(out).main
-    assert one.findings[0][0] == "data stall"
-    assert {name: host for name, host, _ in one.parts}["data_wait"] > 190
+    run = review_run(out)
+    assert run.findings[0].name == "data stall"
+    assert {part.name: part.host_ms for part in run.main.parts}["data_wait"] > 190
 
 
-def test_item_in_the_loop_is_named_with_its_line(run, synth_dataset, tmp_path):
-    assert not look(run).main.syncs  # the optimizer's own counters are none
+def test_item_in_the_loop_is_reported_with_its_line(run, synth_dataset, tmp_path):
+    assert not review_run(run).main.syncs  # reads of the optimizer's counters do not count
     out = tmp_path / "run"
     arguments = [*command(synth_dataset, out, "profile.stacks=true"), "--profile"]
     planted = tmp_path / "planted_problem.py"
     planted.write_text(f"from fastlab import train\n{ITEM}")
     train(arguments, f"sys.path.append({str(tmp_path)!r})\nimport planted_problem")
-    one = look(out).main
+    profiled = review_run(out)
     line = 1 + planted.read_text().splitlines().index("    batch.images.sum().item()")
-    assert [(sync.call, sync.calls) for sync in one.syncs] == [("aten::item", 1)]
-    # torch 2.11 records which function is called, not the line of each call.
+    (sync,) = profiled.main.syncs
+    assert (sync.call, sync.calls) == ("aten::item", 1)
+    # torch 2.11 records which function is called, but not the line of each call.
     known = (f"planted_problem.py:{line}", "planted_problem.py(4): step_with_item")
-    assert one.syncs[0].place.endswith(known)
-    assert "host synchronisation" in [name for name, _, _ in one.findings]
+    assert sync.place.endswith(known)
+    assert "host synchronisation" in [finding.name for finding in profiled.findings]
 
 
 # The schedule
 
 
 class Loop:
-    """A training loop with nothing in it but what is traced."""
+    """A training loop that contains only what is traced."""
 
     def __init__(self, folder: Path, **settings) -> None:
         config = ProfileConfig(enabled=True, **settings)
@@ -220,19 +221,19 @@ def test_the_schedule_is_kept(wait, warmup, active, epochs, recorded, tmp_path, 
 
 
 @pytest.mark.parametrize("warmup", [0, 5])
-def test_a_run_too_short_says_so(warmup, tmp_path, capsys):
+def test_a_run_that_is_too_short_reports_that_it_left_no_trace(warmup, tmp_path, capsys):
     loop = Loop(tmp_path / "traces", wait=10 - 2 * warmup, warmup=2 * warmup, active=1)
     with loop.tracer:
         loop.epoch(7)
     assert not (tmp_path / "traces").exists()
     assert "no trace: the process ended after 7 steps" in capsys.readouterr().out
-    again = Loop(tmp_path / "traces", wait=0, warmup=1, active=1)  # the profiler is free again
+    again = Loop(tmp_path / "traces", wait=0, warmup=1, active=1)  # the profiler is usable again
     with again.tracer:
         again.epoch(2)
     assert len(traces(tmp_path)) == 1
 
 
-def test_an_error_in_the_loop_passes_and_leaves_a_trace(tmp_path):
+def test_an_error_in_the_loop_propagates_and_leaves_a_trace(tmp_path):
     loop = Loop(tmp_path / "traces", wait=0, warmup=0, active=5)
     with pytest.raises(ZeroDivisionError), loop.tracer:
         for batch in loop.tracer.steps(iter(range(5)), 0):
@@ -240,14 +241,14 @@ def test_an_error_in_the_loop_passes_and_leaves_a_trace(tmp_path):
     assert len(traces(tmp_path)) == 1
 
 
-def test_an_error_in_the_first_recorded_wait_passes(tmp_path):
+def test_an_error_in_the_first_recorded_wait_propagates(tmp_path):
     loop = Loop(tmp_path / "traces", wait=0, warmup=0, active=5)
     with pytest.raises(ZeroDivisionError), loop.tracer:
         list(loop.tracer.steps((1 / number for number in range(3)), 0))
     assert not tracing._recording
 
 
-def test_off_means_off(tmp_path, monkeypatch):
+def test_a_disabled_tracer_does_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(tracing, "record_function", None)
     monkeypatch.setattr(tracing, "profile", None)
     tracer = tracing.Tracer(ProfileConfig(), tmp_path, 0, torch.device("cpu"))
@@ -262,8 +263,8 @@ def test_off_means_off(tmp_path, monkeypatch):
 def test_allocations_are_recorded_on_request(synth_dataset, run, tmp_path):
     out = tmp_path / "run"
     train([*command(synth_dataset, out, "profile.memory=true"), "--profile"])
-    assert look(out).main.peak_bytes > 100_000
-    assert look(run).main.peak_bytes is None
+    assert review_run(out).main.peak_bytes > 100_000
+    assert review_run(run).main.peak_bytes is None
 
 
 @pytest.mark.gpu
@@ -277,8 +278,8 @@ def test_on_a_gpu_kernels_and_a_memory_snapshot_are_recorded(tmp_path):
         for _ in tracer.steps(iter(range(9)), 0):
             with tracing.span("forward"):
                 (weights @ weights).sum().item()
-    one = look(tmp_path).main
-    assert one.gpu and one.kernels and one.syncs and one.peak_bytes
+    review = review_run(tmp_path).main
+    assert review.gpu and review.kernels and review.syncs and review.peak_bytes
     assert len(list((tmp_path / "traces").glob("*.memory.pickle"))) == 1
 
 
@@ -288,8 +289,8 @@ def test_on_a_gpu_kernels_and_a_memory_snapshot_are_recorded(tmp_path):
 @pytest.mark.slow
 def test_a_resumed_run_keeps_older_traces(synth_dataset, tmp_path):
     out = tmp_path / "run"
-    more = ("train.epochs=30", "train.checkpoint_every=1", "profile.enabled=true")
-    process = launch(command(synth_dataset, out, *more))
+    overrides = ("train.epochs=30", "train.checkpoint_every=1", "profile.enabled=true")
+    process = launch(command(synth_dataset, out, *overrides))
     deadline = time.monotonic() + 120
     while not list((out / "checkpoints").glob("step-*")) or not traces(out):
         assert time.monotonic() < deadline and process.poll() is None
@@ -300,7 +301,7 @@ def test_a_resumed_run_keeps_older_traces(synth_dataset, tmp_path):
     before = old.read_bytes()
     train(["--resume", str(out)])
     assert len(traces(out)) == 2 and old.read_bytes() == before
-    assert look(out).main.numbers[0] > look(old).main.numbers[0]
+    assert review_run(out).main.numbers[0] > review_run(old).main.numbers[0]
 
 
 @pytest.mark.multiprocess
@@ -308,9 +309,9 @@ def test_a_resumed_run_keeps_older_traces(synth_dataset, tmp_path):
 def test_every_process_leaves_a_trace(synth_dataset, tmp_path):
     train([*command(synth_dataset, tmp_path / "run"), "--profile"], processes=2)
     assert [NAME.fullmatch(path.name)[1] for path in traces(tmp_path / "run")] == ["0", "1"]
-    found = look(tmp_path / "run").ranks
-    assert [one.rank for one in found] == [0, 1]
-    assert all(one.comm_ms > 0 and 0 <= one.hidden <= 1 for one in found)
+    ranks = review_run(tmp_path / "run").ranks
+    assert [review.rank for review in ranks] == [0, 1]
+    assert all(review.comm_ms > 0 and 0 <= review.hidden <= 1 for review in ranks)
 
 
 # TensorBoard
@@ -322,19 +323,19 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-# 127.0.0.1 and ::1, as the kernel writes them.
+# 127.0.0.1 and ::1 in the kernel's notation.
 LOOPBACK = {"0100007F", "00000000000000000000000001000000"}
 
 
 def listening(port: int) -> set[str]:
-    """Addresses that something listens on at this port."""
+    """The addresses on which a process listens at this port."""
     rows = [
         line.split()
         for family in ("tcp", "tcp6")
         for line in Path("/proc/net", family).read_text().splitlines()[1:]
     ]
-    ends = [row[1].split(":") for row in rows if row[3] == "0A"]
-    return {address for address, number in ends if int(number, 16) == port}
+    sockets = [row[1].split(":") for row in rows if row[3] == "0A"]
+    return {address for address, number in sockets if int(number, 16) == port}
 
 
 def ask(port: int, path: str) -> object:
@@ -369,11 +370,11 @@ def test_tensorboards_profiler_opens_the_trace(run, tmp_path):
     assert name == "traces" and "Overview" in json.dumps(views)
     assert [row[0] for row in overview["steps"]["rows"]] == ["1", "2"]
     with pytest.raises(OSError):
-        ask(port, "runs")  # nothing stays behind
+        ask(port, "runs")  # no process stays behind
 
 
 def wait_for_run(port: int) -> dict:
-    """The plugin reads traces in the background."""
+    """Wait until the plugin, which reads traces in the background, lists a run."""
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
         try:
@@ -386,7 +387,7 @@ def wait_for_run(port: int) -> dict:
     raise AssertionError("TensorBoard lists no run")
 
 
-def test_a_missing_plugin_is_one_line(run, monkeypatch, capsys):
+def test_a_missing_plugin_is_reported_in_one_line(run, monkeypatch, capsys):
     from fastlab.traces import page as trace_page
 
     monkeypatch.setattr(trace_page.importlib.util, "find_spec", lambda name: None)

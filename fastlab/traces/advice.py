@@ -1,43 +1,67 @@
-"""From a review's figures to words: what limits the training, and what to try next."""
+"""From figures to findings: what limits a training, and what to try next."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    from fastlab.traces.review import Review
+from fastlab.traces.figures import Review
 
-SMALL = 0.01
-"""Microseconds: shorter than anything recorded."""
-WORTH_SAYING = 0.1
-"""Of a step."""
+Settings = dict[str, dict[str, Any]]
+"""Section -> key -> value of the run's configuration; empty where there is none."""
+
+_WORTH_SAYING = 0.1  # share of the step from which a loss is reported
+_DEVICE_BOUND = 0.25  # share that may be lost while the GPU still counts as the limit
 _CPU_STALL, _CPU_OVERHEAD = 0.15, 0.3
 
-Finding = tuple[str, str, str]
+RULES = (
+    "On a GPU, a step lasts from its first kernel to the first kernel of the next step. This time "
+    "is divided into computing, communication that does not overlap with computing, and idling: "
+    "while the host waited for the next batch (data stall), from a synchronisation in which the "
+    "GPU ran out of work until its next kernel (synchronisation), and the rest (launching). If "
+    "everything but computing takes a quarter of the step or more, the largest loss comes first. "
+    "Otherwise the names of the kernels decide between compute-bound and memory-bound: kernels "
+    "that multiply matrices or convolve, against all others. This is a rule of thumb, since memory "
+    "may limit a small convolution as well.",
+    "On a CPU, waiting for data is a data stall from 15 % of the step on. Communication counts "
+    "while the main thread runs no operator. The rest of that thread's time outside operators is "
+    "spent in Python and the dispatcher, and the step is overhead-bound from 30 % on. Otherwise "
+    "the operators are the limit. A trace of a CPU cannot tell whether memory or arithmetic limits "
+    "them.",
+)
 
 
-def advise(review: "Review", settings: dict[str, Any], device_bound: float) -> list[Finding]:
-    """Findings: name, figures, what to try. The first is the verdict."""
-    found = (_gpu if review.gpu else _cpu)(review, settings, device_bound)
+class Finding(NamedTuple):
+    name: str
+    facts: str
+    """The figures behind the finding."""
+    advice: str
+    """What to try."""
+
+
+def advise(review: Review, settings: Settings, late: int | None) -> list[Finding]:
+    """The findings, the verdict first. `late` is the rank that the others wait for."""
+    findings = (_on_gpu if review.gpu else _on_cpu)(review, settings)
     if review.blind:
-        found.insert(
+        findings.insert(
             0,
-            (
+            Finding(
                 "GPU not recorded",
-                "the host called CUDA, but no kernel is in the trace: what follows is the host's",
-                "let users read performance counters (CUPTI), and run no other profiler beside",
+                "the host called CUDA, but the trace holds no kernel: the other findings are about "
+                "the host alone",
+                "let users read performance counters (CUPTI), and run no second profiler meanwhile",
             ),
         )
-    if review.late is not None:
-        found.append(
-            (
+    if late is not None:
+        findings.append(
+            Finding(
                 "straggler",
-                f"rank {review.late} spends least time in communication: the others wait for it",
-                "look for what that rank alone does: its cores, its share of the data, its GPU",
+                f"rank {late} spends the least time in communication: the others wait for it",
+                "look for what is different on that rank: its cores, its share of the data, its "
+                "GPU",
             )
         )
-    return found
+    return findings
 
 
-def _gpu(review: "Review", settings: dict[str, Any], device_bound: float) -> list[Finding]:
+def _on_gpu(review: Review, settings: Settings) -> list[Finding]:
     shares = review.shares
     losses = {
         "data": _data_stall,
@@ -46,50 +70,53 @@ def _gpu(review: "Review", settings: dict[str, Any], device_bound: float) -> lis
         "communication": _communication,
     }
     order = sorted(losses, key=lambda name: -shares[name])
-    found = [losses[name](review, settings) for name in order if shares[name] >= WORTH_SAYING]
-    name, facts, advice = _device(review, settings)
-    if found and 1 - shares["compute"] >= device_bound:
-        found.append((f"behind that {name}", facts, advice))
+    findings = [losses[name](review, settings) for name in order if shares[name] >= _WORTH_SAYING]
+    limit = _device(review, settings)
+    if findings and 1 - shares["compute"] >= _DEVICE_BOUND:
+        findings.append(limit._replace(name=f"next limit: {limit.name}"))
     else:
-        found.insert(0, (name, facts, advice))
-    if review.syncs and shares["synchronisation"] < WORTH_SAYING:
-        found.append(_synchronisation(review, settings))
-    return found
+        findings.insert(0, limit)
+    if review.syncs and shares["synchronisation"] < _WORTH_SAYING:
+        findings.append(_synchronisation(review, settings))
+    return findings
 
 
-def _cpu(review: "Review", settings: dict[str, Any], _: float) -> list[Finding]:
-    shares, found = review.shares, []
+def _on_cpu(review: Review, settings: Settings) -> list[Finding]:
+    shares, findings = review.shares, []
     if shares["data"] >= _CPU_STALL:
-        found.append(_data_stall(review, settings))
-    if shares["communication"] >= WORTH_SAYING:
-        found.append(_communication(review, settings))
+        findings.append(_data_stall(review, settings))
+    if shares["communication"] >= _WORTH_SAYING:
+        findings.append(_communication(review, settings))
     if shares["overhead"] >= _CPU_OVERHEAD:
-        found.append(
-            (
-                "overhead-bound",
-                f"{shares['overhead']:.0%} of the step is neither an operator nor a wait for data: "
-                "Python and dispatch",
-                _compile_first(settings) or "larger batches: fewer steps for the same images",
-            )
-        )
+        findings.append(_overhead(review, settings))
+    findings.append(_operators(review, settings))
+    if review.syncs:
+        findings.append(_synchronisation(review, settings))
+    return findings
+
+
+def _overhead(review: Review, settings: Settings) -> Finding:
+    return Finding(
+        "overhead-bound",
+        f"{review.shares['overhead']:.0%} of the step is neither an operator nor a wait for data: "
+        "it is spent in Python and the dispatcher",
+        _compile(settings) or "larger batches: fewer steps for the same images",
+    )
+
+
+def _operators(review: Review, settings: Settings) -> Finding:
     top = review.ops[0] if review.ops else None
     largest = f", {top.name} alone {top.cpu_ms / review.step_ms:.0%}" if top else ""
-    found.append(
-        (
-            "compute on the CPU",
-            f"operators take {shares['compute']:.0%} of the step{largest}; whether memory or "
-            "arithmetic limits them, a CPU trace cannot say",
-            _compile_first(settings)
-            or "a narrower model, smaller images or more cores (OMP_NUM_THREADS)",
-        )
+    return Finding(
+        "compute on the CPU",
+        f"operators take {review.shares['compute']:.0%} of the step{largest}; a trace of a CPU "
+        "cannot tell whether memory or arithmetic limits them",
+        _compile(settings) or "a narrower model, smaller images or more cores (OMP_NUM_THREADS)",
     )
-    if review.syncs:
-        found.append(_synchronisation(review, settings))
-    return found
 
 
-def _data_stall(review: "Review", settings: dict[str, Any]) -> Finding:
-    who = "the GPU idles while the host waits" if review.gpu else "the step waits"
+def _data_stall(review: Review, settings: Settings) -> Finding:
+    waiting = "the GPU idles while the host waits" if review.gpu else "the step waits"
     data = settings.get("data", {})
     if data.get("pipeline", "resident") != "resident":
         advice = 'data.pipeline = "resident" (images decoded once), or more data.workers'
@@ -97,81 +124,84 @@ def _data_stall(review: "Review", settings: dict[str, Any]) -> Finding:
         advice = 'data.placement = "device": the images stay on the GPU'
     else:
         advice = "more cores for this process; lighter augmentation; the dataset on a faster disk"
-    return "data stall", f"{who} for data in {review.shares['data']:.0%} of the step", advice
+    share = review.shares["data"]
+    return Finding("data stall", f"{waiting} for data during {share:.0%} of the step", advice)
 
 
-def _synchronisation(review: "Review", settings: dict[str, Any]) -> Finding:
+def _synchronisation(review: Review, settings: Settings) -> Finding:
     count = sum(sync.calls for sync in review.syncs)
     first = review.syncs[0] if review.syncs else None
     place = f"{first.call} at {first.place}" if first else "an unknown place"
     if review.gpu:
-        cost = f"{review.shares['synchronisation']:.0%} of the step the GPU idles after it"
+        share = review.shares["synchronisation"]
+        cost = f"the GPU idles after such waits during {share:.0%} of the step"
     else:
-        cost = "free on a CPU, a wait for the device on a GPU"
-    lines = "" if review.stacks else "; profile.stacks = true records the source lines"
-    return (
+        cost = "this costs nothing on a CPU, but on a GPU the host waits for the device"
+    stacks = "" if review.stacks else "; profile.stacks = true records the source lines"
+    return Finding(
         "host synchronisation",
-        f"the host reads from or waits for the device {count:.3g} times a step, first of all by "
-        f"{place}: {cost}",
-        "keep values on the device (add them up there) and read them at log steps only" + lines,
+        f"the host reads from the device or waits for it {count:.3g} times per step, longest in "
+        f"{place}; {cost}",
+        f"keep values on the device (sum them there) and read them at log steps only{stacks}",
     )
 
 
-def _launching(review: "Review", settings: dict[str, Any]) -> Finding:
-    length = f", a median kernel takes {review.kernel_us:.3g} µs" if review.kernel_us else ""
-    return (
+def _launching(review: Review, settings: Settings) -> Finding:
+    duration = f", a median kernel takes {review.kernel_us:.3g} µs" if review.kernel_us else ""
+    return Finding(
         "launch-bound",
-        f"the GPU idles {review.shares['launching']:.0%} of the step because the host launches "
-        f"more slowly than kernels run: {review.launches:.0f} launches a step{length}",
-        _compile_first(settings) or _graphs(settings),
+        f"the GPU idles during {review.shares['launching']:.0%} of the step because the host "
+        f"launches kernels more slowly than they run: {review.launches:.0f} launches per step"
+        f"{duration}",
+        _compile(settings) or _graphs(settings),
     )
 
 
-def _communication(review: "Review", settings: dict[str, Any]) -> Finding:
-    return (
+def _communication(review: Review, settings: Settings) -> Finding:
+    return Finding(
         "communication-bound",
-        f"{review.shares['communication']:.0%} of the step the process communicates and computes "
-        f"nothing; {review.hidden or 0:.0%} of the communication is hidden behind computing",
+        f"the process communicates and computes nothing during "
+        f"{review.shares['communication']:.0%} of the step; {review.hidden or 0:.0%} of the "
+        "communication overlaps with computing",
         "a larger train.batch_size: fewer reductions for the same images; fewer processes"
         + ("; faster links (nvidia-smi topo -m)" if review.gpu else ""),
     )
 
 
-def _device(review: "Review", settings: dict[str, Any]) -> Finding:
+def _device(review: Review, settings: Settings) -> Finding:
     share = review.memory_kernels or 0
     if share >= 0.5:
-        kind, what = "memory-bound", f"kernels that move more than they compute take {share:.0%}"
+        name, kind = "memory-bound", f"kernels that move more than they compute take {share:.0%}"
         advice = (
-            _compile_first(settings)
-            or _half(settings)
+            _compile(settings)
+            or _half_precision(settings)
             or "a larger batch does not help; fewer or fused element-wise layers and copies do"
         )
     else:
-        kind, what = "compute-bound", f"matrix products and convolutions take {1 - share:.0%}"
-        advice = _half(settings) or (
-            "the GPU does its work: a smaller model, channels in multiples of 64, or more GPUs"
+        name, kind = "compute-bound", f"matrix products and convolutions take {1 - share:.0%}"
+        advice = _half_precision(settings) or (
+            "the GPU is well used: a smaller model, channels in multiples of 64, or more GPUs"
         )
-    return (
-        kind,
-        f"the GPU computes {review.shares['compute']:.0%} of the step, and {what} of its kernels' "
-        "time, told by their names",
-        advice,
+    facts = (
+        f"the GPU computes during {review.shares['compute']:.0%} of the step, and {kind} of its "
+        "kernels' time, judged by the kernels' names"
     )
+    return Finding(name, facts, advice)
 
 
-def _compile_first(settings: dict[str, Any]) -> str:
+def _compile(settings: Settings) -> str:
     return "" if settings.get("train", {}).get("compile") else "train.compile = true"
 
 
-def _graphs(settings: dict[str, Any]) -> str:
+def _graphs(settings: Settings) -> str:
     if settings.get("train", {}).get("step", "eager") == "eager":
-        return 'train.step = "auto": on one GPU a CUDA graph launches a step at once'
+        return 'train.step = "auto": on one GPU a CUDA graph launches a whole step at once'
     return (
-        "none is needed on one GPU, where train.step captures steps outside of traces; on more, a "
-        "larger train.batch_size"
+        "nothing on one GPU, where train.step captures the steps that are not traced; on several, "
+        "a larger train.batch_size"
     )
 
 
-def _half(settings: dict[str, Any]) -> str:
+def _half_precision(settings: Settings) -> str:
     precision = settings.get("train", {}).get("precision")
     return "" if precision in (None, "bf16", "fp16") else 'train.precision = "bf16"'

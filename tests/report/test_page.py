@@ -1,4 +1,4 @@
-"""The report, read back with the standard library's HTML parser."""
+"""Reports, read back with the standard library's HTML parser."""
 
 import base64
 import json
@@ -36,12 +36,12 @@ class Element:
 
     def all(self, tag: str, **attributes: str) -> list["Element"]:
         wanted = {key.rstrip("_").replace("_", "-"): value for key, value in attributes.items()}
-        found = []
+        elements = []
         for child in self.children:
             if child.tag == tag and wanted.items() <= child.attributes.items():
-                found.append(child)
-            found += child.all(tag, **attributes)
-        return found
+                elements.append(child)
+            elements += child.all(tag, **attributes)
+        return elements
 
     def one(self, tag: str, **attributes: str) -> "Element":
         (element,) = self.all(tag, **attributes)
@@ -49,7 +49,7 @@ class Element:
 
 
 class Tree(HTMLParser):
-    """Builds the elements; a tag closed out of order fails."""
+    """Builds the tree of elements; a tag that is closed out of order fails the test."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ def png(width: int, height: int) -> str:
 
 
 def epoch(number: int, **values: Any) -> dict[str, Any]:
-    """One line of metrics.jsonl: validation top-1 grows by a hundredth an epoch."""
+    """A line of metrics.jsonl; validation top-1 grows by a hundredth with each epoch."""
     defaults = {
         "epoch": number,
         "step": 10 * number,
@@ -140,7 +140,7 @@ ENVIRONMENT = {
 
 
 def make_run(path: Path, epochs: list[dict[str, Any]], **files: Any) -> Path:
-    """A run directory; `files` gives JSON for summary and predictions."""
+    """Write a run directory; `files` are the contents of JSON files such as summary."""
     path.mkdir(parents=True)
     (path / "config.toml").write_text(CONFIG)
     (path / "environment.json").write_text(json.dumps(ENVIRONMENT))
@@ -162,13 +162,13 @@ def results(page: Element) -> list[list[str]]:
 
 
 def curve(page: Element, name: str) -> list[list[tuple[float, float]]]:
-    """The segments of a curve, as points."""
+    """The points of each segment of a curve."""
     lines = page.one("g", data_curve=name).all("polyline")
     points = [line.attributes["points"].split() for line in lines]
     return [[tuple(map(float, point.split(","))) for point in segment] for segment in points]
 
 
-def test_results_row_holds_the_values_at_the_best_epoch(tmp_path: Path) -> None:
+def test_a_row_of_results_holds_the_values_of_the_best_epoch(tmp_path: Path) -> None:
     epochs = [
         epoch(1, val_top1=0.10, images_per_second=5.0),
         epoch(2, val_top1=0.4217, val_top5=0.7, val_loss=2.34567, images_per_second=3000.0),
@@ -182,27 +182,27 @@ def test_results_row_holds_the_values_at_the_best_epoch(tmp_path: Path) -> None:
     assert row[10:] == ["2,000", "1 h 02 min", "✓ finished"]
 
 
-def test_run_without_a_summary_and_with_one_epoch(tmp_path: Path) -> None:
+def test_a_run_without_a_summary_and_with_one_epoch_is_reported(tmp_path: Path) -> None:
     page = page_of(make_run(tmp_path / "a", [epoch(1, seconds=61.2, images_per_second=12.0)]))
     (row,) = results(page)
     assert row[:6] == ["a", "1.00", "1", "3.00", "4.9500", "1.00"]
     assert row[6:10] == ["—", "resnet11", "—", "1 of 5"]
     assert row[10:] == ["12", "1 min 01 s", "? unknown"]
-    # A line through one point draws nothing: the mark must show it.
+    # A line through a single point draws nothing, so the mark must show it.
     group = page.one("g", data_curve="a val top1")
     (mark,) = group.all("path")
     ((point,),) = curve(page, "a val top1")
     assert mark.attributes["transform"] == f"translate({point[0]} {point[1]})"
 
 
-def test_time_of_a_run_under_way_is_that_of_its_epochs(tmp_path: Path) -> None:
+def test_the_time_of_an_unfinished_run_is_the_sum_over_its_epochs(tmp_path: Path) -> None:
     summary = {**SUMMARY, "status": "running", "train_seconds": 0.0}
     run = make_run(tmp_path / "a", [epoch(1), epoch(2, seconds=40.5)], summary=summary)
     *_, time, status = results(page_of(run))[0]
     assert (time, status) == ("42.5 s", "▶ running")
 
 
-def test_one_row_a_run_under_names_that_differ(tmp_path: Path) -> None:
+def test_each_run_has_one_row_and_a_distinct_name(tmp_path: Path) -> None:
     paths = [tmp_path / "x/seed0", tmp_path / "y/seed0", tmp_path / "y/seed1"]
     runs = [make_run(path, [epoch(1)]) for path in paths]
     page = page_of(*runs, runs[0])
@@ -226,7 +226,7 @@ def test_curves_follow_the_values(tmp_path: Path) -> None:
     assert [y for _, y in loss] == sorted({y for _, y in loss})
 
 
-def test_points_stand_where_the_axes_say(tmp_path: Path) -> None:
+def test_points_agree_with_the_axes(tmp_path: Path) -> None:
     page = page_of(make_run(tmp_path / "a", [epoch(n) for n in range(1, 31)]))
     svg = page.one("g", data_curve="a val top1").parent.parent
     labels = svg.all("text")
@@ -242,7 +242,7 @@ def test_points_stand_where_the_axes_say(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("loss", "label"), [(0.0, "0.0"), (2.5, "2.5"), (4e12, "4e+12")])
-def test_axis_of_a_constant_encloses_it(tmp_path: Path, loss: float, label: str) -> None:
+def test_the_axis_of_a_constant_encloses_it(tmp_path: Path, loss: float, label: str) -> None:
     page = page_of(make_run(tmp_path / "a", [epoch(1, train_loss=loss, val_loss=loss)]))
     svg = page.one("g", data_curve="a val loss").parent.parent
     ticks = {
@@ -251,12 +251,14 @@ def test_axis_of_a_constant_encloses_it(tmp_path: Path, loss: float, label: str)
         if t.attributes["text-anchor"] == "end"
     }
     ((point,),) = curve(page, "a val loss")
-    # Labels stand 5 units below their line, to be centred on it.
+    # Labels lie 5 units below their line, which centres them on it.
     assert ticks[label] - 5 == pytest.approx(point[1], abs=0.02)
 
 
 @pytest.mark.parametrize(("share", "last"), [(1.0, "100"), (0.0, "1.0")])
-def test_axis_of_accuracy_stays_within_0_and_100(tmp_path: Path, share: float, last: str) -> None:
+def test_the_axis_of_an_accuracy_stays_within_0_and_100(
+    tmp_path: Path, share: float, last: str
+) -> None:
     page = page_of(make_run(tmp_path / "a", [epoch(1, train_top1=share, val_top1=share)]))
     svg = page.one("g", data_curve="a val top1").parent.parent
     ticks = [t.text for t in svg.all("text") if t.attributes["text-anchor"] == "end"]
@@ -264,7 +266,7 @@ def test_axis_of_accuracy_stays_within_0_and_100(tmp_path: Path, share: float, l
     assert float(ticks[0]) >= 0
 
 
-def test_not_a_number_leaves_a_gap(tmp_path: Path) -> None:
+def test_a_value_that_is_not_a_number_leaves_a_gap(tmp_path: Path) -> None:
     epochs = [epoch(n) for n in range(1, 7)]
     epochs[2]["val_loss"] = float("nan")
     epochs[4]["val_loss"] = None
@@ -276,7 +278,7 @@ def test_not_a_number_leaves_a_gap(tmp_path: Path) -> None:
     assert values == ["4.9500", "4.9000", "—", "4.8000", "—", "4.7000"]
 
 
-def test_nothing_but_not_a_number(tmp_path: Path) -> None:
+def test_a_metric_without_any_number_has_no_curve(tmp_path: Path) -> None:
     epochs = [epoch(1, train_top1=None, val_top1=float("nan"), val_top5=None, train_top5=None)]
     page = page_of(make_run(tmp_path / "a", epochs))
     assert curve(page, "a val top1") == []
@@ -284,7 +286,7 @@ def test_nothing_but_not_a_number(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("loss", ["1e308", "-1e308", "9" * 400, "-1e999"])
-def test_what_a_page_cannot_calculate_with_is_no_number(tmp_path: Path, loss: str) -> None:
+def test_a_value_too_large_for_arithmetic_counts_as_not_a_number(tmp_path: Path, loss: str) -> None:
     run = make_run(tmp_path / "a", [epoch(1, val_loss=1e308), epoch(2), epoch(3)])
     lines = (run / "metrics.jsonl").read_text()
     (run / "metrics.jsonl").write_text(lines.replace('"val_loss": 4.9,', f'"val_loss": {loss},'))
@@ -293,7 +295,7 @@ def test_what_a_page_cannot_calculate_with_is_no_number(tmp_path: Path, loss: st
     assert "4.8500" in results(page)[0]
 
 
-def test_table_beneath_a_plot_holds_every_run(tmp_path: Path) -> None:
+def test_the_table_below_a_plot_holds_every_run(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "a", [epoch(1), epoch(2)]), make_run(tmp_path / "b", [epoch(1)])]
     page = page_of(*runs)
     table = page.all("table", class_="data")[1]
@@ -307,12 +309,13 @@ def coinciding(page: Element) -> list[str]:
     return [note.removeprefix("Coinciding curves: ") for note in notes]
 
 
-def test_a_curve_under_another_is_told(tmp_path: Path) -> None:
-    alike = [epoch(n, val_top1=0.2 + 0.01 * n, val_top5=0.3) for n in (1, 2, 3)]
-    longer = [*alike, epoch(4)]
-    other = [{**e, "val_top1": e["val_top1"] + 0.1} for e in longer]
+def test_a_curve_under_another_is_reported(tmp_path: Path) -> None:
+    short = [epoch(n, val_top1=0.2 + 0.01 * n, val_top5=0.3) for n in (1, 2, 3)]
+    longer = [*short, epoch(4)]
+    better = [{**e, "val_top1": e["val_top1"] + 0.1} for e in longer]
     runs = [
-        make_run(tmp_path / name, e) for name, e in zip("abc", (alike, longer, other), strict=True)
+        make_run(tmp_path / name, epochs)
+        for name, epochs in zip("abc", (short, longer, better), strict=True)
     ]
     assert coinciding(page_of(*runs[:2])) == ["a lies under b (training, validation)."] * 3
     assert coinciding(page_of(*runs[1::-1])) == []  # the shorter one is drawn over the longer
@@ -322,31 +325,31 @@ def test_a_curve_under_another_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "note"),
     [
-        (("",), False),
-        (("flip = false\ncrop_scale = 1.0",), False),
+        (("",), ";"),
+        (("flip = false\ncrop_scale = 1.0",), ";"),
         (("translate = 4",), " and on augmented images;"),
         (("crop_scale = 0.5", "cutout = 8"), " and on augmented images;"),
         (("", "flip = true"), " and, where a run augments them, on augmented images;"),
     ],
 )
-def test_augmentation_is_told_where_it_is_on(
-    tmp_path: Path, settings: tuple[str, ...], said: str | bool
+def test_augmentation_is_mentioned_where_it_is_used(
+    tmp_path: Path, settings: tuple[str, ...], note: str
 ) -> None:
     runs = [make_run(tmp_path / str(number), [epoch(1)]) for number in range(len(settings))]
     for run, text in zip(runs, settings, strict=True):
         (run / "config.toml").write_text(f"{CONFIG}\n[augment]\n{text}\n")
-    notes = " ".join(note.text for note in page_of(*runs).all("p", class_="note"))
-    assert f"in training mode{said or ';'}" in notes
+    notes = " ".join(p.text for p in page_of(*runs).all("p", class_="note"))
+    assert f"in training mode{note}" in notes
 
 
-def test_names_of_classes_are_shown_whole(tmp_path: Path) -> None:
+def test_class_names_are_not_truncated(tmp_path: Path) -> None:
     page = page_of(make_run(tmp_path / "a", [epoch(1)]))
     assert "line-clamp" not in page.one("style").text
 
 
-def test_predictions_show_right_and_wrong_in_words(tmp_path: Path) -> None:
+def test_predictions_are_marked_right_or_wrong_in_words(tmp_path: Path) -> None:
     guesses = [{"name": "cat", "probability": 0.625}, {"name": "dog", "probability": 0.25}]
     predictions = [
         {"png": png(6, 4), "label": label, "predicted": guesses} for label in ("cat", "dog", "eel")
@@ -369,7 +372,7 @@ def test_predictions_show_right_and_wrong_in_words(tmp_path: Path) -> None:
     assert bars == ["width: 62.5%", "width: 25.0%"]
 
 
-def test_configuration_and_environment_as_tables(tmp_path: Path) -> None:
+def test_configuration_and_environment_are_shown_as_tables(tmp_path: Path) -> None:
     page = page_of(make_run(tmp_path / "a", [epoch(1)]))
     tables = {
         table.one("caption").text: {
@@ -386,7 +389,7 @@ def test_configuration_and_environment_as_tables(tmp_path: Path) -> None:
     assert tables["environment"]["git"] == "—"
 
 
-def test_a_page_tells_nowhere_where_things_lie(tmp_path: Path) -> None:
+def test_a_page_holds_no_absolute_path(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a", [epoch(1)], summary=SUMMARY)
     for file in run.iterdir():
         content = file.read_text().replace("fastlab train", "/elsewhere/bin/fastlab train")
@@ -418,7 +421,7 @@ def everything(element: Element) -> list[Element]:
     return [element, *(e for child in element.children for e in everything(child))]
 
 
-def test_page_loads_nothing(tmp_path: Path) -> None:
+def test_a_page_loads_nothing(tmp_path: Path) -> None:
     prediction = {"png": png(2, 2), "label": "cat", "predicted": []}
     page = page_of(make_run(tmp_path / "a", [epoch(1)], predictions=[prediction]))
     elements = everything(page)
@@ -431,7 +434,7 @@ def test_page_loads_nothing(tmp_path: Path) -> None:
     assert not re.search("https?:", (tmp_path / "report.html").read_text())
 
 
-def test_page_is_accessible(tmp_path: Path) -> None:
+def test_a_page_is_accessible(tmp_path: Path) -> None:
     prediction = {"png": png(2, 2), "label": "cat", "predicted": []}
     page = page_of(make_run(tmp_path / "a", [epoch(1), epoch(2)], predictions=[prediction]))
     assert page.one("html").attributes["lang"] == "en"
@@ -453,14 +456,14 @@ def test_page_is_accessible(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 40, -1])
-def test_torn_last_line_is_left_out(tmp_path: Path, cut: int) -> None:
+def test_an_incomplete_last_line_is_left_out(tmp_path: Path, cut: int) -> None:
     run = make_run(tmp_path / "a", [epoch(1), epoch(2)])
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(epoch(3))[:cut])
     assert results(page_of(run))[0][9] == "2 of 5"
 
 
-def test_last_line_that_lacks_only_its_newline_counts(tmp_path: Path) -> None:
+def test_a_last_line_that_lacks_only_its_newline_counts(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a", [epoch(1)])
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(epoch(2)))
@@ -468,7 +471,7 @@ def test_last_line_that_lacks_only_its_newline_counts(tmp_path: Path) -> None:
 
 
 BROKEN_LINES = {
-    "torn": '{"epoch": 2, "val',
+    "cut short": '{"epoch": 2, "val',
     "blank": "",
     "list": "[2]",
     "no epoch": '{"loss": 1.0}',
@@ -481,7 +484,7 @@ BROKEN_LINES = {
 
 
 @pytest.mark.parametrize("line", BROKEN_LINES.values(), ids=BROKEN_LINES)
-def test_malformed_line_is_named(tmp_path: Path, line: str) -> None:
+def test_a_malformed_line_is_refused_with_its_number(tmp_path: Path, line: str) -> None:
     run = make_run(tmp_path / "a", [])
     lines = [json.dumps(epoch(1)), line, json.dumps(epoch(3))]
     (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
@@ -496,7 +499,7 @@ def assert_user_error(runs: list[Path], out: Path, *parts: str) -> None:
     assert [part for part in parts if part not in message] == []
 
 
-def test_not_a_run_directory(tmp_path: Path) -> None:
+def test_a_directory_that_is_not_a_run_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "report.html"
     assert_user_error([], out, "no run directory")
     assert_user_error([tmp_path / "gone"], out, str(tmp_path / "gone"), "no such directory")
@@ -505,14 +508,14 @@ def test_not_a_run_directory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["environment.json", "metrics.jsonl"])
-def test_missing_file(tmp_path: Path, name: str) -> None:
+def test_a_run_with_a_missing_file_is_refused(tmp_path: Path, name: str) -> None:
     run = make_run(tmp_path / "a", [epoch(1)])
     (run / name).unlink()
     assert_user_error([run], tmp_path / "report.html", str(run / name), "missing")
 
 
 @pytest.mark.parametrize("content", ["", '{"epoch": 1, "st'])
-def test_no_epoch_yet(tmp_path: Path, content: str) -> None:
+def test_a_run_without_an_epoch_is_refused(tmp_path: Path, content: str) -> None:
     run = make_run(tmp_path / "a", [])
     (run / "metrics.jsonl").write_text(content)
     assert_user_error([run], tmp_path / "report.html", "metrics.jsonl", "no epoch")
@@ -526,7 +529,7 @@ BROKEN_FILES = [
     ("summary.json", '{"dataset": {"classes": true}}'),
     ("summary.json", '{"dataset": []}'),
     ("summary.json", "[" * 100_000),
-    ("environment.json", '{"a":' * 900 + "1" + "}" * 900),  # read, but too deep to be shown
+    ("environment.json", '{"a":' * 900 + "1" + "}" * 900),  # parsed, but nested too deeply
     ("config.toml", f"a = {'[' * 100_000}"),
     ("config.toml", f"a = {'[' * 150}{']' * 150}"),
     ("predictions.json", "{}"),
@@ -538,13 +541,13 @@ BROKEN_FILES = [
 
 
 @pytest.mark.parametrize(("name", "content"), BROKEN_FILES)
-def test_malformed_file(tmp_path: Path, name: str, content: str) -> None:
+def test_a_malformed_file_is_refused(tmp_path: Path, name: str, content: str) -> None:
     run = make_run(tmp_path / "a", [epoch(1)])
     (run / name).write_text(content)
     assert_user_error([run], tmp_path / "report.html", str(run / name), "correct the file")
 
 
-def test_unwritable_output(tmp_path: Path) -> None:
+def test_an_unwritable_output_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a", [epoch(1)])
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.html").mkdir()
@@ -554,7 +557,7 @@ def test_unwritable_output(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "file", "folder.html"]
 
 
-def test_report_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path / "a", [epoch(1)])
     out = tmp_path / "report.html"
     out.write_text("earlier")
@@ -575,6 +578,6 @@ def test_report_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "report.html"]
 
 
-def test_report_does_not_import_torch() -> None:
+def test_the_report_does_not_import_torch() -> None:
     code = "import sys, fastlab.report.page; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,260 @@
+"""Curves over the epochs: one plot for each metric, with training and validation of every run.
+
+The template parts.html.j2 draws them as SVG. Positions are in the SVG's own units.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from fastlab.report.texts import MISSING, number_text
+from fastlab.runs import Run, epoch_number
+
+# Any two differ by 23 or more in CIELAB, for normal sight and simulated deuteranopia, protanopia
+# and tritanopia; contrast on the page is at least 3.2 (light) and 4.5 (dark). Five marker shapes
+# and eight colours tell 40 runs apart.
+_PALETTE = (  # (light page, dark page)
+    ("#00528f", "#71a8f5"),
+    ("#dc6600", "#e87030"),
+    ("#459e5f", "#12e198"),
+    ("#ca6d9c", "#c7699d"),
+    ("#65400c", "#ffdc44"),
+    ("#251384", "#776eef"),
+    ("#2e2e27", "#f7edec"),
+    ("#0798dd", "#b7d4fb"),
+)
+_MARKERS = (  # SVG paths around the origin
+    "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0Z",
+    "M-3.6-3.6h7.2v7.2h-7.2Z",
+    "M0-4.8L4.6 3.4H-4.6Z",
+    "M0-5L5 0L0 5L-5 0Z",
+    "M0 4.8L4.6-3.4H-4.6Z",
+)
+_MARKS_PER_CURVE = 10
+
+# The plotting area within an SVG of 480 x 300, with room for the labels of the axes.
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 462, 12, 254
+_SPLITS = {"train": "training", "val": "validation"}
+DRAWING = {
+    "splits": _SPLITS.items(),
+    "palette": _PALETTE,
+    "markers": _MARKERS,
+    "area": {"left": _LEFT, "right": _RIGHT, "top": _TOP, "bottom": _BOTTOM},
+    "size": (480, 300),
+}
+"""What the template needs apart from the plots."""
+
+
+class _Metric(NamedTuple):
+    """A metric that is plotted."""
+
+    key: str
+    """The metric's name in metrics.jsonl, without its split."""
+    title: str
+    unit: str
+    scale: int
+    """Factor from the values in the file to those on the page."""
+    decimals: int
+
+
+_METRICS = (
+    _Metric("loss", "Loss", "mean cross-entropy", 1, 4),
+    _Metric("top1", "Top-1 accuracy", "%", 100, 2),
+    _Metric("top5", "Top-5 accuracy", "%", 100, 2),
+)
+
+_Series = dict[tuple[int, str], dict[int, float | None]]
+"""(index of the run, split) -> epoch -> value or position; None where it is not a number."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One metric of one run on one split."""
+
+    run: int
+    split: str
+    segments: list[str]
+    """The points of each polyline; a value that is not a number ends a segment."""
+    marks: list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One metric of all runs over the epochs."""
+
+    metric: _Metric
+    description: str
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
+    curves: list[Curve]
+    columns: list[tuple[float, float, str]]
+    """Left edge, width and tooltip of each epoch's strip."""
+    hidden: list[str]
+    """A note on each run whose curve lies under that of a later run."""
+    rows: list[tuple[int, list[str]]]
+    """Each epoch, with the training and validation values of each run as text."""
+
+
+class _Axis(NamedTuple):
+    values: tuple[float, float]
+    """The values at the axis's ends."""
+    ends: tuple[float, float]
+    """The positions of the axis's ends."""
+    labels: dict[float, str]
+    """Value -> label of each tick."""
+
+    def place(self, value: float) -> float:
+        (first, last), (start, end) = self.values, self.ends
+        return round(start + (value - first) / (last - first) * (end - start), 2)
+
+    def ticks(self) -> list[tuple[float, str]]:
+        return [(self.place(value), label) for value, label in self.labels.items()]
+
+
+def make_plots(runs: list[Run]) -> list[Plot]:
+    """Plot loss, top-1 and top-5 of runs that have at least one epoch."""
+    return [_plot([run.name for run in runs], metric, _series(runs, metric)) for metric in _METRICS]
+
+
+def _series(runs: list[Run], metric: _Metric) -> _Series:
+    return {
+        (index, split): {
+            epoch_number(epoch): None if (value := epoch[key]) is None else metric.scale * value
+            for epoch in run.epochs
+        }
+        for index, run in enumerate(runs)
+        for split in _SPLITS
+        for key in [f"{split}_{metric.key}"]
+    }
+
+
+def _plot(names: list[str], metric: _Metric, series: _Series) -> Plot:
+    numbers = sorted({number for values in series.values() for number in values})
+    measured = [v for values in series.values() for v in values.values() if v is not None]
+    x = _epoch_axis(numbers[-1])
+    y = _value_axis(measured or [0.0], 100 if metric.unit == "%" else math.inf)
+    heights = {
+        key: {number: None if v is None else y.place(v) for number, v in values.items()}
+        for key, values in series.items()
+    }
+    texts = {
+        key: {number: number_text(value, metric.decimals) for number, value in values.items()}
+        for key, values in series.items()
+    }
+    return Plot(
+        metric=metric,
+        description=_description(names, metric, numbers[-1], texts),
+        x_ticks=x.ticks(),
+        y_ticks=y.ticks(),
+        curves=[
+            _curve(index, split, [(x.place(number), height) for number, height in values.items()])
+            for (index, split), values in heights.items()
+        ],
+        columns=[_column(x, names, number, texts) for number in numbers],
+        hidden=_hidden(names, heights),
+        rows=[(number, [texts[key].get(number, MISSING) for key in texts]) for number in numbers],
+    )
+
+
+# Axes
+
+
+def _epoch_axis(last: int) -> _Axis:
+    """The axis for epochs 1 to `last`."""
+    if last == 1:
+        return _Axis((0.5, 1.5), (_LEFT, _RIGHT), {1: "1"})
+    step = max(1, round(_nice_step(last, 8)))
+    start = 1 if step == 1 else 0
+    return _Axis((start, last), (_LEFT, _RIGHT), {n: str(n) for n in range(start, last + 1, step)})
+
+
+def _value_axis(values: list[float], ceiling: float) -> _Axis:
+    ticks = _value_ticks(values, ceiling)
+    step = ticks[1] - ticks[0]
+    labels = {tick: _tick_label(tick, step) for tick in ticks}
+    return _Axis((ticks[0], ticks[-1]), (_BOTTOM, _TOP), labels)
+
+
+def _value_ticks(values: list[float], ceiling: float) -> list[float]:
+    """Round numbers whose first and last enclose the values and stay between 0 and `ceiling`."""
+    low, high = min(values), max(values)
+    floor, ceiling = min(low, 0), max(high, ceiling)
+    if high - low < 1e-6 * max(abs(low), abs(high), 1e-6):
+        margin = 0.1 * abs(high) or 1.0
+        low, high = low - margin, high + margin
+    step = _nice_step(high - low, 5)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    ticks = [n * step for n in range(first, last + 1)]
+    return [tick for tick in ticks if floor - step / 2 < tick < ceiling + step / 2]
+
+
+def _nice_step(span: float, count: int) -> float:
+    """The smallest of 1, 2, 5 times a power of ten that spans `span` in `count` steps or fewer."""
+    power = 10 ** math.floor(math.log10(span / count))
+    return next(m * power for m in (1, 2, 5, 10) if m * power * count >= span * (1 - 1e-9))
+
+
+def _tick_label(tick: float, step: float) -> str:
+    if abs(tick) >= 1e5 or step < 1e-4:
+        return f"{tick:.3g}"
+    return f"{tick:.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
+
+
+# Curves and texts
+
+
+def _curve(run: int, split: str, points: list[tuple[float, float | None]]) -> Curve:
+    """Draw a curve through the points (x, y); a y of None leaves a gap."""
+    segments: list[list[tuple[float, float]]] = [[]]
+    for x, y in points:
+        if y is None:
+            segments.append([])
+        else:
+            segments[-1].append((x, y))
+    segments = [segment for segment in segments if segment]
+    stride = math.ceil(len(points) / _MARKS_PER_CURVE)
+    # Each run's marks begin at a different epoch, so that those of close curves stay apart.
+    marks = [p for s in segments for p in (*s[run % stride : -1 : stride], s[-1])]
+    lines = [" ".join(f"{x:g},{y:g}" for x, y in segment) for segment in segments]
+    return Curve(run, split, lines, marks)
+
+
+def _hidden(names: list[str], heights: _Series) -> list[str]:
+    """Name the curves that cannot be seen: a later run is drawn over each of their points."""
+    covered: dict[tuple[int, int], list[str]] = {}
+    for (index, split), lower in heights.items():
+        later = range(index + 1, len(names))
+        over = next((i for i in later if _covers(heights[i, split], lower)), None)
+        if over is not None:
+            covered.setdefault((index, over), []).append(_SPLITS[split])
+    return [
+        f"{names[index]} lies under {names[over]} ({', '.join(splits)})"
+        for (index, over), splits in covered.items()
+    ]
+
+
+def _covers(upper: dict[int, float | None], lower: dict[int, float | None]) -> bool:
+    points = [(upper.get(number), y) for number, y in lower.items() if y is not None]
+    return bool(points) and all(above is not None and abs(above - y) <= 1 for above, y in points)
+
+
+_Texts = dict[tuple[int, str], dict[int, str]]
+
+
+def _column(x: _Axis, names: list[str], number: int, texts: _Texts) -> tuple[float, float, str]:
+    left, right = max(x.place(number - 0.5), _LEFT), min(x.place(number + 0.5), _RIGHT)
+    lines = [
+        f"{name}: train {texts[index, 'train'][number]}, val {texts[index, 'val'][number]}"
+        for index, name in enumerate(names)
+        if number in texts[index, "val"]
+    ]
+    return left, round(right - left, 2), "\n".join([f"Epoch {number}", *lines])
+
+
+def _description(names: list[str], metric: _Metric, last: int, texts: _Texts) -> str:
+    final = [list(texts[index, "val"].values())[-1] for index in range(len(names))]
+    pairs = ", ".join(f"{name} {text}" for name, text in zip(names, final, strict=True))
+    return (
+        f"{metric.title} ({metric.unit}) over epochs 1 to {last}, training and validation. "
+        f"Validation at the last epoch: {pairs}. The table below holds all values."
+    )

@@ -1,0 +1,44 @@
+"""Values as text on a page: numbers, percentages, durations and settings."""
+
+import json
+from typing import Any
+
+MISSING = "—"
+
+
+def number_text(value: float | None, decimals: int = 0) -> str:
+    return MISSING if value is None else f"{value:,.{decimals}f}"
+
+
+def percent_text(fraction: float | None, decimals: int = 2) -> str:
+    return number_text(None if fraction is None else 100 * fraction, decimals)
+
+
+def duration_text(seconds: float | None) -> str:
+    if seconds is None:
+        return MISSING
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60:,} h {minutes % 60:02d} min"
+
+
+def setting_text(value: Any) -> str:
+    if value is None:
+        return MISSING
+    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+
+
+def flat_rows(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Flatten nested sections into rows of a dotted key and a text, such as machine.cores, 2."""
+    rows = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            rows += flat_rows(value, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            rows.append((prefix + key, ", ".join(map(setting_text, value)) or "none"))
+        else:
+            rows.append((prefix + key, setting_text(value)))
+    return rows
