@@ -7,7 +7,7 @@ from pathlib import Path
 
 import fastlab
 from fastlab.console import UserError, positive_int, run_command
-from fastlab.options import add_set_option, add_training_options
+from fastlab.options import add_training_options
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -129,7 +129,8 @@ def test_a_checkpoint_is_recorded_but_left_out_of_its_step(synth_dataset, tmp_pa
 # Planted problems in real trainings
 
 SLOW_PIPELINE = """
-make = train.make_pipeline
+from fastlab.training import setup
+make = setup.make_pipeline
 def slow(*arguments, **settings):
     pipeline = make(*arguments, **settings)
     epoch = pipeline.epoch
@@ -139,7 +140,7 @@ def slow(*arguments, **settings):
             yield batch
     pipeline.epoch = wait
     return pipeline
-train.make_pipeline = slow
+setup.make_pipeline = slow
 """
 ITEM = """
 step = train.train_step
