@@ -1,121 +1,104 @@
-"""The `fastlab` command: arguments in, calls out. What a command needs is imported when it runs,
-so that ``--help`` is instant."""
+"""The `fastlab` command: options in, calls out. `COMMANDS`, at the end, is its table of contents.
+
+What a command needs is imported when it runs, so that ``--help`` takes no time.
+"""
 
 import argparse
 import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import fastlab
 from fastlab.console import UserError, positive_int, run_command
-from fastlab.options import add_training_options
+from fastlab.options import add_set_option, add_training_options
+
+
+class Command(NamedTuple):
+    """A command: what it does in a line, its options, and what runs it."""
+
+    help: str
+    add_options: Callable[[ArgumentParser], None]
+    call: Callable[[Namespace], int | None]
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="fastlab", description=fastlab.__doc__)
+    parser = ArgumentParser(prog="fastlab", description=fastlab.__doc__)
     parser.add_argument("--version", action="version", version=f"fastlab {fastlab.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (
-        _add_download,
-        _add_synth,
-        _add_convert,
-        _add_inspect,
-        _add_train,
-        _add_evaluate,
-        _add_predict,
-        _add_report,
-        _add_trace,
-        _add_study,
-        _add_doctor,
-    ):
-        add(commands)
+    for name, command in COMMANDS.items():
+        options = commands.add_parser(name, help=command.help)
+        command.add_options(options)
+        options.set_defaults(call=command.call)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        args.unknown = unknown[0]
-        return run_command(_refuse, args)
+        args.unknown, args.call = unknown[0], _refuse
     return run_command(args.call, args)
 
 
-def _refuse(args: argparse.Namespace) -> None:
-    """In a line, where argparse would give the usage of all commands."""
+def _refuse(args: Namespace) -> None:
+    """Refuse an argument in one line, where argparse would print the usage of all commands."""
     hint = f"see fastlab {args.command} --help"
     if args.command == "train" and not args.unknown.startswith("-"):
         hint = f"give it as --config {args.unknown}"
     raise UserError(f"{args.command}: unexpected argument {args.unknown!r}; {hint}")
 
 
-def _add_download(commands) -> None:
-    parser = commands.add_parser("download", help="fetch the official Tiny ImageNet archive")
+def _download_options(parser: ArgumentParser) -> None:
     parser.add_argument("out", help="a directory, or the file to write")
-    parser.add_argument("--url", help="another address")
-    parser.add_argument("--sha256", help="checksum of what is at --url")
+    parser.add_argument("--url", help="another address than the official one")
+    parser.add_argument("--sha256", help="checksum of the file at --url")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
-    parser.set_defaults(call=_download)
 
 
-def _download(args: argparse.Namespace) -> None:
+def _download(args: Namespace) -> None:
     from fastlab.dataset.download import TINY_IMAGENET, download
 
     download(args.out, args.url or TINY_IMAGENET.url, args.sha256, force=args.force)
 
 
-def _add_synth(commands) -> None:
-    parser = commands.add_parser("synth", help="write a generated, learnable dataset")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--classes", type=int, default=10)
-    parser.add_argument("--per-class", type=int, default=100, help="training images a class")
+def _synth_options(parser: ArgumentParser) -> None:
+    parser.add_argument("out", type=Path, help="directory to write")
+    parser.add_argument("--classes", type=int, default=10, metavar="N")
+    parser.add_argument(
+        "--per-class", type=int, default=100, metavar="N", help="training images per class"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--force", action="store_true", help="replace an existing directory")
-    parser.set_defaults(call=_synth)
 
 
-def _synth(args: argparse.Namespace) -> None:
+def _synth(args: Namespace) -> None:
     from fastlab.dataset.synth import synthesise
 
     synthesise(args.out, args.classes, args.per_class, args.seed, args.force)
     print(f"{args.out}: {args.classes} classes of {args.per_class} training images")
 
 
-def _add_convert(commands) -> None:
-    parser = commands.add_parser("convert", help="originals to a dataset directory, decoded once")
-    parser.add_argument(
-        "source",
-        type=Path,
-        help="Tiny ImageNet (directory, .zip, .tar, .tar.xz, .txz, .tar.gz, .tgz, .tar.bz2) "
-        "or an image folder",
-    )
-    parser.add_argument("out", type=Path, help="dataset directory to write")
-    parser.add_argument(
-        "--formats", default="array", help="array, ffcv, tar; separated by commas (default: array)"
-    )
-    parser.add_argument(
-        "--ffcv-encoding", default="raw", help="raw (decoded pixels) or jpeg (the original bytes)"
-    )
-    parser.add_argument(
-        "--shard-images", type=int, default=10_000, metavar="N", help="images a tar shard"
-    )
-    parser.add_argument("--workers", type=int, default=0, help="default: one for each core")
-    parser.add_argument("--classes", default="", help="the first N classes, or ids with commas")
-    parser.add_argument("--limit-per-class", type=int, default=0, metavar="N")
-    parser.add_argument("--image-size", type=int, default=64, metavar="S", help="side, pixels")
-    parser.add_argument(
-        "--holdout",
-        type=int,
-        default=0,
-        metavar="N",
-        help="take N images a class out of train as val; the official val becomes test",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the held-out choice")
-    parser.add_argument(
-        "--on-corrupt",
-        default="error",
-        metavar="error|skip",
-        help="skip: leave corrupt images out; the manifest and reports say which and how many",
-    )
-    parser.add_argument("--force", action="store_true", help="replace another dataset")
-    parser.set_defaults(call=_convert)
+def _convert_options(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    archives = ".zip, .tar, .tar.xz, .txz, .tar.gz, .tgz, .tar.bz2"
+    source = f"Tiny ImageNet (directory, {archives}) or an image folder"
+    add("source", type=Path, help=source)
+    add("out", type=Path, help="dataset directory to write")
+    formats = "array, ffcv, tar; separated by commas (default: array)"
+    add("--formats", default="array", help=formats)
+    encoding = "raw (decoded pixels) or jpeg (the original bytes)"
+    add("--ffcv-encoding", default="raw", help=encoding)
+    add("--shard-images", type=int, default=10_000, metavar="N", help="images per tar shard")
+    add("--workers", type=int, default=0, metavar="N", help="default: one for each core")
+    add("--classes", default="", help="the first N classes, or ids separated by commas")
+    add("--limit-per-class", type=int, default=0, metavar="N", help="at most N images per class")
+    add("--image-size", type=int, default=64, metavar="S", help="side in pixels")
+    holdout = "move N images per class from train to val; the official val becomes test"
+    add("--holdout", type=int, default=0, metavar="N", help=holdout)
+    add("--seed", type=int, default=0, help="decides which images --holdout moves")
+    corrupt = "skip: leave corrupt images out; the manifest and reports name and count them"
+    add("--on-corrupt", default="error", metavar="error|skip", help=corrupt)
+    add("--force", action="store_true", help="replace another dataset")
 
 
-def _convert(args: argparse.Namespace) -> None:
+def _convert(args: Namespace) -> None:
     from fastlab.dataset.convert import Options, convert
     from fastlab.dataset.formats import Settings
     from fastlab.dataset.view import table
@@ -134,23 +117,19 @@ def _convert(args: argparse.Namespace) -> None:
     )
     manifest, written = convert(args.source, args.out, options)
     if not written:
-        print(f"{args.out}: holds this already, nothing to do")
+        print(f"{args.out}: holds this dataset already, nothing to do")
     print(table(manifest))
 
 
-_SHOW = "draw training images, and below each the same one augmented: flip, shift, cutout, crop"
-
-
-def _add_inspect(commands) -> None:
-    parser = commands.add_parser("inspect", help="say what a dataset directory holds")
+def _inspect_options(parser: ArgumentParser) -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--json", action="store_true", help="print the manifest")
     parser.add_argument("--verify", action="store_true", help="read every file, check its hash")
-    parser.add_argument("--show", type=Path, metavar="FILE.png", help=_SHOW)
-    parser.set_defaults(call=_inspect)
+    show = "draw training images, and below each the same one augmented: flip, shift, cutout, crop"
+    parser.add_argument("--show", type=Path, metavar="FILE.png", help=show)
 
 
-def _inspect(args: argparse.Namespace) -> None:
+def _inspect(args: Namespace) -> None:
     from fastlab.dataset.manifest import check_hashes, check_sizes, read_manifest
     from fastlab.dataset.view import draw_samples, table
 
@@ -165,154 +144,134 @@ def _inspect(args: argparse.Namespace) -> None:
         print(f"samples: {args.show}", file=sys.stderr)
 
 
-def _add_train(commands) -> None:
-    parser = commands.add_parser("train", help="train a model, or go on with a run")
-    add_training_options(parser)
-    parser.set_defaults(call=_train)
-
-
-def _train(args: argparse.Namespace) -> int:
+def _train(args: Namespace) -> int:
     from fastlab.train import run
 
     return run(args)
 
 
-def _add_evaluate(commands) -> None:
-    parser = commands.add_parser("evaluate", help="loss, top-1 and top-5 of a run on a split")
-    parser.add_argument("run", type=Path)
+def _checkpoint_option(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint", choices=("best", "last"), default="best", help="which weights to use"
+    )
+
+
+def _evaluate_options(parser: ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("--split", default="val")
-    parser.add_argument("--checkpoint", choices=("best", "last"), default="best")
-    parser.add_argument("--json", action="store_true")
-    parser.set_defaults(call=_evaluate)
+    _checkpoint_option(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _evaluate(args: argparse.Namespace) -> None:
+def _evaluate(args: Namespace) -> None:
     from fastlab.predict import evaluate_run
 
     print(evaluate_run(args.run, args.split, args.checkpoint, args.json))
 
 
-def _add_predict(commands) -> None:
-    parser = commands.add_parser("predict", help="the five best classes of each image")
-    parser.add_argument("run", type=Path)
+def _predict_options(parser: ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
-    parser.add_argument("--checkpoint", choices=("best", "last"), default="best")
-    parser.set_defaults(call=_predict)
+    _checkpoint_option(parser)
 
 
-def _predict(args: argparse.Namespace) -> None:
+def _predict(args: Namespace) -> None:
     from fastlab.predict import predict_images
 
-    found = predict_images(args.run, args.images, args.checkpoint)
-    for path, best in zip(args.images, found, strict=True):
+    predictions = predict_images(args.run, args.images, args.checkpoint)
+    for path, best in zip(args.images, predictions, strict=True):
         print(path)
         for name, probability in best:
             print(f"  {probability:7.2%}  {name}")
 
 
-def _add_report(commands) -> None:
-    parser = commands.add_parser("report", help="curves and tables of runs as one page")
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
-    parser.add_argument("--out", type=Path, default=Path("report.html"))
-    parser.set_defaults(call=_report)
+def _report_options(parser: ArgumentParser) -> None:
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE")
 
 
-def _report(args: argparse.Namespace) -> None:
+def _report(args: Namespace) -> None:
     from fastlab.report.page import write_report
 
     write_report(args.runs, args.out)
     print(f"report: {args.out}")
 
 
-def _add_trace(commands) -> None:
-    parser = commands.add_parser("trace", help="what a recorded trace says, and what to try next")
-    parser.add_argument("run", type=Path, metavar="RUN", help="run directory, or .pt.trace.json")
-    parser.add_argument("--compare", type=Path, metavar="RUN", help="set another beside it")
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="page to write (default: RUN/traces/review.html)"
-    )
-    parser.add_argument("--tensorboard", action="store_true", help="open TensorBoard instead")
-    parser.add_argument("--port", type=int, default=6006, help="of TensorBoard, on localhost")
-    parser.set_defaults(call=_trace)
+def _trace_options(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="run directory, or .pt.trace.json")
+    add("--compare", type=Path, metavar="RUN", help="show another run's trace beside it")
+    page = "page to write (default: RUN/traces/review.html)"
+    add("--out", type=Path, metavar="FILE", help=page)
+    add("--tensorboard", action="store_true", help="open TensorBoard instead")
+    add("--port", type=int, default=6006, help="port of TensorBoard, on localhost")
 
 
-def _trace(args: argparse.Namespace) -> None:
+def _trace(args: Namespace) -> None:
     from fastlab.traces.page import run
 
     run(args)
 
 
-def _add_study(commands) -> None:
-    parser = commands.add_parser("study", help="train every row of ablation studies, and report")
-    parser.add_argument("studies", nargs="+", type=Path, metavar="STUDY.toml", help="study files")
-    parser.add_argument("--out", type=Path, required=True, help="directory of runs and report")
-    parser.add_argument("--epochs", type=positive_int, default=0, metavar="N", help="of every run")
-    parser.add_argument(
-        "--seeds",
-        type=positive_int,
-        default=0,
-        metavar="N",
-        help="number of seeds (default: those of the study)",
-    )
-    parser.add_argument(
-        "--jobs", type=positive_int, default=1, metavar="N", help="trainings side by side"
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        dest="overrides",
-        help="change the base configurations; a study's own rows come after",
-    )
-    parser.add_argument("--dry-run", action="store_true", help="print the plan, train nothing")
-    parser.add_argument(
-        "--no-calibration", action="store_true", help="estimate from finished runs alone"
-    )
-    parser.add_argument("--retry", action="store_true", help="try failed runs again")
-    parser.add_argument(
-        "--report-only", action="store_true", help="report the finished runs, train nothing"
-    )
-    parser.add_argument(
-        "--cluster",
-        choices=("slurm", "local"),
-        help="hand the runs to SLURM through submitit; local: start all at once, to try it",
-    )
-    parser.add_argument(
+def _study_options(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("studies", nargs="+", type=Path, metavar="STUDY.toml", help="study files")
+    add("--out", type=Path, required=True, help="directory of runs and report")
+    add("--epochs", type=positive_int, default=0, metavar="N", help="epochs of every run")
+    seeds = "number of seeds (default: those of the study)"
+    add("--seeds", type=positive_int, default=0, metavar="N", help=seeds)
+    add("--jobs", type=positive_int, default=1, metavar="N", help="trainings side by side")
+    add_set_option(parser, "change the base configurations; a study's own rows come after")
+    add("--dry-run", action="store_true", help="print the plan, train nothing")
+    add("--no-calibration", action="store_true", help="estimate from finished runs alone")
+    add("--retry", action="store_true", help="try failed runs again")
+    add("--report-only", action="store_true", help="report the finished runs, train nothing")
+    cluster = "hand the runs to SLURM through submitit; local: start all at once, to try it"
+    add("--cluster", choices=("slurm", "local"), help=cluster)
+    add(
         "--cluster-set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
         help="a setting of submitit, such as timeout_min=600 or slurm_partition=gpu",
     )
-    parser.set_defaults(call=_study)
 
 
-def _study(args: argparse.Namespace) -> int:
+def _study(args: Namespace) -> int:
     from fastlab.study.command import run
 
     return run(args)
 
 
-def _add_doctor(commands) -> None:
-    parser = commands.add_parser(
-        "doctor", help="what of fastlab works on this machine, and why not"
-    )
-    parser.add_argument("--json", action="store_true", help="for programs")
-    parser.set_defaults(call=_doctor)
+def _doctor_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _doctor(args: argparse.Namespace) -> None:
+def _doctor(args: Namespace) -> None:
     from fastlab.machine import examine, table
 
-    found = examine()
+    findings = examine()
     if args.json:
         import json
 
-        print(json.dumps([finding._asdict() for finding in found], indent=1))
+        print(json.dumps([finding._asdict() for finding in findings], indent=1))
     else:
-        print(table(found))
+        print(table(findings))
 
+
+COMMANDS = {
+    "download": Command("fetch the official Tiny ImageNet archive", _download_options, _download),
+    "synth": Command("write a generated, learnable dataset", _synth_options, _synth),
+    "convert": Command("decode originals once into a dataset", _convert_options, _convert),
+    "inspect": Command("describe and check a dataset directory", _inspect_options, _inspect),
+    "train": Command("train a model, or continue a run", add_training_options, _train),
+    "evaluate": Command("loss, top-1 and top-5 of a run on a split", _evaluate_options, _evaluate),
+    "predict": Command("the five best classes of each image", _predict_options, _predict),
+    "report": Command("curves and tables of runs as one page", _report_options, _report),
+    "trace": Command("review a recorded trace: what to try next", _trace_options, _trace),
+    "study": Command("train every row of ablation studies, and report", _study_options, _study),
+    "doctor": Command("what works on this machine, and why not", _doctor_options, _doctor),
+}
 
 if __name__ == "__main__":
     raise SystemExit(main())
