@@ -3,7 +3,6 @@
 What a command needs is imported when it runs, so that ``--help`` takes no time.
 """
 
-import argparse
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
