@@ -1,3 +1,5 @@
+"""Exhausted memory, as the user hears of it: one line that says what to make smaller."""
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from fastlab.training.failures import is_out_of_memory
 from tests.trainings import command
 
 
-def test_the_hosts_allocator_is_known():
+def test_an_error_of_the_hosts_allocator_is_out_of_memory():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)
@@ -16,10 +18,10 @@ def test_the_hosts_allocator_is_known():
 
 
 @pytest.mark.parametrize(("key", "half"), [("batch_size", 8), ("eval_batch_size", 3)])
-def test_a_batch_that_does_not_fit_is_refused_with_a_smaller_one(
+def test_a_batch_that_does_not_fit_is_reported_with_half_its_size(
     key, half, synth_dataset, tmp_path, monkeypatch, capsys
 ):
-    """A device runs out of memory in training (16 images a batch), or in validation (7)."""
+    """The device runs out of memory in training, 16 images a batch, or in validation, 7 a batch."""
     name = "train_step" if key == "batch_size" else "evaluate"
 
     def fail(first, *_):
@@ -47,15 +49,17 @@ def test_a_single_image_that_does_not_fit_asks_for_a_smaller_model(
 
 
 @pytest.mark.parametrize("width", [2_000_000, 4 * 10**18])
-def test_a_model_that_fits_nowhere_is_one_line(width, synth_dataset, tmp_path, capsys):
-    """144 TB, which no machine allocates; and more than 64 bits count."""
+def test_a_model_that_fits_nowhere_is_reported_in_one_line(width, synth_dataset, tmp_path, capsys):
+    """It has 144 TB, which no machine allocates, or more bytes than 64 bits can count."""
     assert main(["train", *command(synth_dataset, tmp_path / "run", f"model.width={width}")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"model.width = {width}" in line
     assert not (tmp_path / "run").exists()
 
 
-def test_images_that_do_not_fit_are_one_line(synth_dataset, tmp_path, monkeypatch, capsys):
+def test_images_that_do_not_fit_are_reported_in_one_line(
+    synth_dataset, tmp_path, monkeypatch, capsys
+):
     def place(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
