@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tomli_w
@@ -190,7 +191,11 @@ def _read_through(data: Path, name: str) -> str:
     from fastlab.dataset.manifest import read_manifest
     from pipelines import make_pipeline
 
-    engines = {"array": ("resident",), "ffcv": ("ffcv",), "tar": ("torchvision", "dali")}
+    engines: dict[str, tuple[Any, ...]] = {
+        "array": ("resident",),
+        "ffcv": ("ffcv",),
+        "tar": ("torchvision", "dali"),
+    }
     manifest = read_manifest(data)
     split = "val" if "val" in name else "train"
     for engine in engines[name.partition("/")[0]]:

@@ -159,8 +159,10 @@ def kill_group(process: subprocess.Popen) -> list[int]:
     if os.getpgid(process.pid) == process.pid:
         os.killpg(process.pid, signal.SIGKILL)
     process.kill()
-    option = "--resume" if "--resume" in process.args else "--out"
-    survivors = _survivors(process.args[process.args.index(option) + 1])
+    assert isinstance(process.args, list)
+    words = [str(word) for word in process.args]
+    option = "--resume" if "--resume" in words else "--out"
+    survivors = _survivors(words[words.index(option) + 1])
     for child in survivors:
         os.kill(child, signal.SIGKILL)
     process.communicate(timeout=_SECONDS)

@@ -104,8 +104,8 @@ def _jpeg_bomb(image: Image.Image, random: Random) -> bytes:
 
 
 def _other_size(image: Image.Image, random: Random) -> bytes:
-    size = tuple(int(v) for v in random.integers(1, 200, 2))
-    return _saved(image.resize(size), "JPEG")
+    width, height = (int(v) for v in random.integers(1, 200, 2))
+    return _saved(image.resize((width, height)), "JPEG")
 
 
 def _wrong_size_in_header(image: Image.Image, random: Random) -> bytes:

@@ -48,7 +48,7 @@ def _runs(base: Path) -> None:
         if step == 3:
             shutil.copytree(base / "whole", base / "stopped")
 
-    checkpoint.save = save_and_copy
+    checkpoint.save = save_and_copy  # ty: ignore[invalid-assignment]  # the same call
     sets = ("train.epochs=2", "train.checkpoint_every=1")
     assert call(["train", *command(base / "dataset", base / "whole", *sets)]) == (0, "")
 

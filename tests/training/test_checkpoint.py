@@ -8,6 +8,7 @@ import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,12 +21,13 @@ from fastlab.models.dropout import DropoutKeys
 from fastlab.training import checkpoint
 from fastlab.training.optim import make_optimizer
 
-ALONE = SimpleNamespace(
+ALONE: Any = SimpleNamespace(
     is_main_process=True, process_index=0, num_processes=1, wait_for_everyone=lambda: None
 )
 
 
-def small(value: float = 0.0) -> nn.Module:
+def small(value: float = 0.0) -> Any:
+    """A linear layer and a batch norm, filled with `value`."""
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     with torch.no_grad():
         for tensor in model.state_dict().values():

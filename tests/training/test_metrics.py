@@ -2,6 +2,7 @@
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from fastlab.training.metrics import Sums, batch_sums
 
-ALONE = SimpleNamespace(reduce=lambda values, how: values)
+ALONE: Any = SimpleNamespace(reduce=lambda values, how: values)
 QUICK = settings(max_examples=80, deadline=None, database=None, derandomize=True)
 
 

@@ -66,6 +66,7 @@ def test_the_rate_rises_to_its_peak_once_and_falls_to_its_final_share(name, step
 def one_weight(**settings) -> tuple[nn.Parameter, torch.optim.Optimizer]:
     model = nn.Linear(1, 1, bias=False)
     nn.init.ones_(model.weight)
+    assert isinstance(model.weight, nn.Parameter)
     return model.weight, make_optimizer(OptimConfig(**settings), model)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastlab import config
 from fastlab import train as training
@@ -53,9 +54,9 @@ class Recorder(TorchDispatchMode):
         self._makers: dict[int, str] = {}
         self._kept: list[torch.Tensor] = []  # alive, so that no address is used twice
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None) -> Any:
-        call = (str(function), self._show(args), self._show(kwargs or {}))
-        out = function(*args, **(kwargs or {}))
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
+        call = (str(func), self._show(args), self._show(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
         known = {tensor.untyped_storage().data_ptr() for tensor in tensors((args, kwargs))}
         for number, tensor in enumerate(tensors(out)):
             self._kept.append(tensor)
@@ -79,7 +80,7 @@ class Recorder(TorchDispatchMode):
 
 
 def tensors(value: Any) -> list[torch.Tensor]:
-    return [v for v in torch.utils._pytree.tree_leaves(value) if isinstance(v, torch.Tensor)]
+    return [v for v in tree_leaves(value) if isinstance(v, torch.Tensor)]
 
 
 def reads(calls: list[tuple]) -> list[str]:
