@@ -23,10 +23,10 @@ def run(
         "import sys\nfrom fastlab.console import UserError, run_command\n"
         f"def call(args):\n    {body}\nsys.exit(run_command(call, None))"
     )
-    done: subprocess.CompletedProcess[str] = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, stdout=stdout, stderr=stderr, text=True, **settings
     )
-    return done.returncode, (done.stderr or "").splitlines()
+    return done.returncode, str(done.stderr or "").splitlines()
 
 
 @pytest.fixture

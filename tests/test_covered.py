@@ -1,4 +1,4 @@
-"""The table of covered modules, and its complaints."""
+"""The table of covered modules, and the complaints about it."""
 
 import pytest
 

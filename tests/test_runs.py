@@ -46,6 +46,16 @@ def test_a_new_run_records_where_it_ran(tmp_path):
     assert environment["date"].endswith("+00:00")
 
 
+def test_a_directory_that_became_a_run_since_it_was_claimed_is_refused(tmp_path):
+    """Two trainings may claim it before one of them locks it."""
+    first, second = RunDir(tmp_path / "run"), RunDir(tmp_path / "run")
+    first.claim()
+    second.claim()
+    first.create(Config(), {}, processes=1)
+    with pytest.raises(UserError, match="is not empty"):
+        second.create(Config(), {}, processes=1)
+
+
 def test_a_directory_that_is_not_empty_is_refused_and_not_changed(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty") as caught:

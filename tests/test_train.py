@@ -247,7 +247,7 @@ def test_evaluate_and_predict_keep_the_precision_of_the_run(whole_run, synth_sou
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(synth_dataset, tmp_path, capsys, monkeypatch):
-    """The third step of the second epoch diverges. The checkpoint before it is the last."""
+    """The third step of the second epoch diverges, after the checkpoint of the second."""
     step, seen = training.train_step, []
 
     def diverging(trainer, batch):
@@ -306,8 +306,8 @@ def test_checkpoints_are_written_by_the_clock_and_at_the_end(
 
 
 def test_a_long_epoch_writes_checkpoints_by_the_clock(synth_dataset, tmp_path, monkeypatch):
-    """A step takes ten seconds and is followed by a look. 25 seconds have passed after three steps;
-    the look after the fourth returns that."""
+    """A step takes ten seconds and is followed by a look. A checkpoint is due after the third step,
+    and the look after the fourth returns that."""
     clock, step = [0.0], training.train_step
 
     def slow_step(trainer, batch):
@@ -340,7 +340,7 @@ def test_wall_time_includes_training_time_and_continues_in_a_resumed_run(
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     walls = [line["wall_seconds"] for line in lines]
     assert walls[0] > lines[0]["seconds"]
-    # The second process adds its own start-up to all of the first.
+    # The second process adds its own start-up time to all the time of the first.
     assert walls[1] > 2 * walls[0] and walls[2] > walls[1] + lines[2]["seconds"]
 
 

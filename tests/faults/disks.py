@@ -55,7 +55,7 @@ def _conversion(tally: Tally, base: Path, folder: Path, limit: int) -> None:
 
 
 def _training(tally: Tally, base: Path, folder: Path, whole: Path, limit: int) -> None:
-    """A run that is resumed when there is room again ends as if nothing had happened."""
+    """A training fails, and ends as if nothing had happened once it is resumed with enough room."""
     folder.mkdir()
     run = folder / "run"
     arguments = command(base / "dataset", run, "train.epochs=2")

@@ -48,7 +48,7 @@ def run(tally: Tally, base: Path, scratch: Path, engine: str, epochs: int) -> st
     out = scratch / f"endurance-{engine}"
     sets = (f"train.epochs={epochs}", f"data.pipeline={engine}", "train.checkpoint_every=0")
     arguments = command(base / "dataset", out, *sets, "data.workers=1")
-    process = launch(arguments, stdout=subprocess.DEVNULL)  # a pipe fills after 500 epochs
+    process = launch(arguments, stdout=subprocess.DEVNULL)  # a pipe is full after 500 epochs
     samples: list[Sample] = []
     while process.poll() is None:
         time.sleep(0.5)

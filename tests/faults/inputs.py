@@ -39,7 +39,7 @@ from tests.trainings import ROOT, checkpoints
 
 _SECONDS = 120  # that one input may take; nearly all take a fraction of a second
 _BATCH = 100  # inputs that one process tries
-_PIXELS = 64_000_000  # the converter refuses larger images
+_PIXELS = 64_000_000  # the converter refuses images with more
 
 
 # Images
@@ -91,7 +91,7 @@ def _by_pillow(data: bytes) -> np.ndarray | None:
 
 
 def _skipped(source: Path, out: Path) -> str:
-    """What is wrong with a conversion that is told to skip the corrupt image."""
+    """What is wrong with a conversion with ``--on-corrupt skip``."""
     convert = ["convert", str(source), str(out), "--workers", "1", "--on-corrupt", "skip"]
     code, errors = call(convert)
     if code:

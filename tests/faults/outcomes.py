@@ -79,12 +79,12 @@ def call(arguments: list[str]) -> tuple[int, str]:
 
 
 def any_result() -> str:
-    """For a result that is accepted whatever it is: the fault may have changed nothing."""
+    """Accepts every result: the fault may have changed nothing."""
     return ""
 
 
 def same_images(dataset: Path, whole: Path) -> str:
-    """What differs between the arrays of two datasets."""
+    """What is wrong with the arrays of `dataset`; empty where they are those of `whole`."""
     names = [path.name for path in (whole / "array").iterdir()]
     same = all(
         (dataset / "array" / name).read_bytes() == (whole / "array" / name).read_bytes()
@@ -99,7 +99,7 @@ def left_behind(folder: Path, expected: set[str]) -> str:
 
 
 def same_run(run: Path, whole: Path) -> str:
-    """What differs between two runs."""
+    """What is wrong with `run`; empty where its metrics and weights are those of `whole`."""
     if metrics(run) != metrics(whole):
         return "other metrics than the undisturbed run's"
     return "" if same_weights(run, whole) else "other weights than the undisturbed run's"

@@ -5,7 +5,6 @@ import itertools
 import os
 import shutil
 import sys
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +19,7 @@ from fastlab.models import build
 from fastlab.models.dropout import DropoutKeys
 from fastlab.training import checkpoint
 from fastlab.training.optim import make_optimizer
+from tests.training.ranks import on_ranks
 
 ALONE: Any = SimpleNamespace(
     is_main_process=True, process_index=0, num_processes=1, wait_for_everyone=lambda: None
@@ -90,23 +90,12 @@ def test_a_training_resumes_bit_for_bit(tmp_path, name):
 
 
 def save_by_two(folder: Path, models: list[nn.Module]) -> None:
-    """Save with two processes. Here they are threads, which wait for each other as processes do."""
-    barrier = threading.Barrier(2, timeout=60)
+    """Save with two ranks."""
 
-    def save(rank: int) -> None:
-        process = SimpleNamespace(
-            is_main_process=rank == 0,
-            process_index=rank,
-            num_processes=2,
-            wait_for_everyone=barrier.wait,
-        )
-        checkpoint.save(folder, 1, models[rank], {}, process)
+    def save(rank: Any) -> None:
+        checkpoint.save(folder, 1, models[rank.process_index], {}, rank)
 
-    threads = [threading.Thread(target=save, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    assert on_ranks(save) == [None, None]
 
 
 def test_each_rank_gets_its_own_statistics_and_a_new_rank_those_of_the_main_process(tmp_path):

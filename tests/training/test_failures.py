@@ -1,11 +1,15 @@
-"""Exhausted memory, as the user hears of it: one line that says what to make smaller."""
+"""Exhausted memory, a full disk and dead workers: one line each, which says what to do."""
+
+import errno
+from pathlib import Path
 
 import pytest
 import torch
 
 from fastlab import train
 from fastlab.cli import main
-from fastlab.training.failures import is_out_of_memory
+from fastlab.console import UserError
+from fastlab.training.failures import failures_explained, is_out_of_memory
 from tests.trainings import command
 
 
@@ -68,3 +72,27 @@ def test_images_that_do_not_fit_are_reported_in_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert 'data.placement = "auto": the images do not fit' in line and '"stream"' in line
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "(No space left on device)"),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed\nby a signal"),
+            "worker (pid 7) is killed",
+        ),
+    ],
+)
+def test_a_full_disk_or_a_dead_worker_is_reported_with_the_command_to_resume(error, message):
+    with pytest.raises(UserError) as caught, failures_explained(Path("runs/a")):
+        raise error
+    (line,) = str(caught.value).splitlines()
+    assert message in line and line.endswith("resume with: --resume runs/a")
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), RuntimeError("a defect"), ValueError("too")])
+def test_other_errors_keep_their_traceback(error):
+    with pytest.raises(type(error)) as caught, failures_explained(Path("runs/a")):
+        raise error
+    assert caught.value is error

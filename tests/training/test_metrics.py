@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastlab.training.metrics import Sums, batch_sums
+from fastlab.training import metrics
+from fastlab.training.metrics import Sums, Throughput, batch_sums
 
 ALONE: Any = SimpleNamespace(reduce=lambda values, how: values)
 QUICK = settings(max_examples=80, deadline=None, database=None, derandomize=True)
@@ -103,3 +104,35 @@ def test_nan_on_padding_does_not_reach_the_sums():
 def test_with_fewer_than_five_classes_every_label_is_in_the_top_five(label):
     sums = batch_sums(torch.tensor([[0.3, 0.2, 0.1]]), torch.tensor([label]), torch.tensor([True]))
     assert sums[1:3].tolist() == [label == 0, 1]
+
+
+@pytest.fixture
+def epoch_rate(monkeypatch):
+    """Runs an epoch by a clock: the images/s of a batch of 8 whose steps take so many seconds."""
+    clock, throughput = [0.0], Throughput(torch.device("cpu"))
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def run(*seconds: float) -> float:
+        throughput.start(len(seconds))
+        for duration in seconds:
+            clock[0] += duration
+            throughput.step()
+        return throughput.images_per_second(8)
+
+    return run
+
+
+def test_the_first_five_steps_of_a_process_are_not_timed(epoch_rate):
+    assert epoch_rate(*[100.0] * 5, *[0.5] * 15) == 16
+    assert epoch_rate(*[0.25] * 3) == 32  # no step of the next epoch warms up
+
+
+def test_where_few_steps_are_left_half_of_them_are_timed(epoch_rate):
+    assert epoch_rate(100.0, 100.0, 0.5, 0.5) == 16
+    assert epoch_rate(100.0, 0.5, 0.5) == 16  # its first step is the fifth of the process
+    assert epoch_rate(0.5) == 16
+    assert epoch_rate(0.25, 0.25) == 32
+
+
+def test_a_single_step_is_timed(epoch_rate):
+    assert epoch_rate(0.5) == 16
