@@ -237,7 +237,7 @@ def run(args: argparse.Namespace) -> int:
             state, dataset = trainer.state, fingerprint(trainer.manifest)
             with (
                 divergence_explained(directory, state, trainer.journal, accelerator),
-                batch_fits(cfg, trainer.model, trainer.device),
+                batch_fits(cfg, trainer.model, accelerator),
                 failures_explained(directory.path),
                 state.held(cfg, dataset, resume=bool(args.resume)),
             ):

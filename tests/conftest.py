@@ -1,4 +1,4 @@
-"""Shared fixtures: a small generated source, and its conversion."""
+"""Shared fixtures: small generated originals, and the dataset that they are converted to."""
 
 from pathlib import Path
 

@@ -1,9 +1,9 @@
-"""What the tests ran of each module, and why not the rest.
+"""Which share of each module the tests ran, and why not the rest.
 
     coverage run -m pytest; coverage combine; python -m tests.covered
 
-Exit status 1 where a module has less than `ENOUGH` of its lines covered and `uncovered.toml` gives
-no reason, or gives one for a module that there is not.
+Exits with status 1 where less than `ENOUGH` of a module's lines ran and `uncovered.toml` gives no
+reason, or where it gives a reason for a module that does not exist.
 """
 
 import json
@@ -24,21 +24,21 @@ def main() -> int:
 
 
 def _measured() -> dict[str, float]:
-    """Path of a module -> per cent of its lines that ran."""
+    """The share of the lines that ran, per cent, by the path of the module."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "coverage.json"
         command = [sys.executable, "-m", "coverage", "json", "--quiet", "-o", str(out)]
         subprocess.run(command, check=True)
         files = json.loads(out.read_text())["files"]
     return {
-        path: found["summary"]["percent_covered"]
-        for path, found in files.items()
-        if found["summary"]["num_statements"]
+        path: record["summary"]["percent_covered"]
+        for path, record in files.items()
+        if record["summary"]["num_statements"]
     }
 
 
 def review(covered: dict[str, float], reasons: dict[str, str]) -> tuple[str, list[str]]:
-    """(The table, what is wrong with the reasons)."""
+    """Returns the table of shares and reasons, and what is wrong with the reasons."""
     width = max(map(len, covered))
     lines = [f"{'module':{width}}  covered"]
     complaints = []
@@ -46,9 +46,9 @@ def review(covered: dict[str, float], reasons: dict[str, str]) -> tuple[str, lis
         reason = reasons.get(path, "")
         lines.append(f"{path:{width}}  {share:6.0f}%  {reason}".rstrip())
         if share < ENOUGH and not reason:
-            complaints.append(f"{path}: {share:.0f}% covered, and no reason in uncovered.toml")
+            complaints.append(f"{path}: {share:.0f}% covered; add a reason to uncovered.toml")
     complaints += [
-        f"{path}: a reason in uncovered.toml, and no such module"
+        f"{path}: no such module; remove its reason from uncovered.toml"
         for path in reasons.keys() - covered.keys()
     ]
     return "\n".join(lines), complaints

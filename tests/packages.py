@@ -1,4 +1,4 @@
-"""Which optional packages are here."""
+"""Optional packages: whether one is installed, and how to import it anew."""
 
 import importlib.util
 import sys
@@ -7,14 +7,15 @@ import pytest
 
 
 def has(package: str) -> bool:
-    """Also of a part of one: torch brings ``nvidia`` without ``nvidia.dali``."""
+    """Whether `package` is installed, which may be a subpackage: torch installs ``nvidia`` without
+    ``nvidia.dali``."""
     try:
         return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # what it would be a part of
+    except ModuleNotFoundError:  # the package around a subpackage
         return False
 
 
 def forget(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the next import of `package` begin anew; what it imports is forgotten with the test."""
+    """Have the next import of `package` run it anew; the end of the test forgets the result."""
     monkeypatch.setitem(sys.modules, package, None)
     del sys.modules[package]

@@ -1,20 +1,24 @@
-"""What becomes of a command whose output nobody can take."""
+"""Commands whose output cannot be written: a full disk, a reader that left, a closed stream."""
 
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 SHORT = "print('a line')"
 LONG = "print('a line\\n' * 100_000)"
-OTHER = "open('/dev/full', 'w', buffering=1).write('a line\\n')"
+TO_A_FILE = "open('/dev/full', 'w', buffering=1).write('a line\\n')"
 
 
-def run(body: str, stdout: int, stderr: int = subprocess.PIPE, **settings) -> tuple[int, list[str]]:
-    """Exit status and lines on standard error of a command that does `body`."""
+def run(
+    body: str, stdout: int, stderr: int = subprocess.PIPE, **settings: Any
+) -> tuple[int, list[str]]:
+    """Run `body` as a command. Returns its exit status and its lines on standard error."""
     code = (
         "import sys\nfrom fastlab.console import UserError, run_command\n"
         f"def call(args):\n    {body}\nsys.exit(run_command(call, None))"
@@ -22,18 +26,19 @@ def run(body: str, stdout: int, stderr: int = subprocess.PIPE, **settings) -> tu
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, stdout=stdout, stderr=stderr, text=True, **settings
     )
-    return done.returncode, (done.stderr or "").splitlines()
+    return done.returncode, str(done.stderr or "").splitlines()
 
 
 @pytest.fixture
-def full() -> int:
+def full() -> Iterator[int]:
+    """A descriptor of a full disk."""
     descriptor = os.open("/dev/full", os.O_WRONLY)
     yield descriptor
     os.close(descriptor)
 
 
 @pytest.mark.parametrize("body", [SHORT, LONG, f"{SHORT}; sys.stdout.flush()"])
-def test_a_full_disk_behind_the_output_is_one_line(body, full):
+def test_a_full_disk_under_the_output_is_reported_in_one_line(body, full):
     status, lines = run(body, full)
     assert status == 2 and len(lines) == 1
     assert lines[0].startswith(
@@ -41,13 +46,13 @@ def test_a_full_disk_behind_the_output_is_one_line(body, full):
     )
 
 
-def test_with_the_errors_going_there_too_the_status_is_left(full):
+def test_where_errors_cannot_be_written_either_the_status_reports_the_failure(full):
     assert run(SHORT, full, full) == (2, [])
     assert run("raise UserError('bad input')", full, full) == (2, [])
 
 
-def test_a_full_disk_under_another_file_is_one_line():
-    status, lines = run(OTHER, subprocess.DEVNULL)
+def test_a_full_disk_under_another_file_is_reported_in_one_line():
+    status, lines = run(TO_A_FILE, subprocess.DEVNULL)
     assert status == 2 and len(lines) == 1 and "a file cannot be written" in lines[0]
 
 
@@ -66,12 +71,12 @@ def test_a_reader_that_left_is_no_error(body):
         os.close(writer)
 
 
-def test_a_closed_output_is_none():
-    closed = {"preexec_fn": lambda: os.close(1)}
-    assert run(f"{SHORT}; return 3", subprocess.DEVNULL, **closed) == (3, [])
+def test_a_command_without_standard_output_works():
+    result = run(f"{SHORT}; return 3", subprocess.DEVNULL, preexec_fn=lambda: os.close(1))
+    assert result == (3, [])
 
 
-def test_a_command_tells_of_a_full_disk(synth_dataset, full):
+def test_a_real_command_reports_a_full_disk_in_one_line(synth_dataset, full):
     command = [sys.executable, "-m", "fastlab", "inspect", str(synth_dataset)]
     done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""Configurations: what is shipped, what survives a round trip, what is refused and how."""
+"""Configurations: those that are shipped, round trips through a file, and what is refused."""
 
 import math
 import string
@@ -110,9 +110,9 @@ def configurations() -> st.SearchStrategy[Config]:
 
 @pytest.fixture
 def complaint(tmp_path):
-    """The one line that `load` says about a file with this text, with these overrides."""
+    """Gives the message with which `load` refuses a file of this text, with these overrides."""
 
-    def find(text: str, *overrides: str) -> str:
+    def message_of(text: str, *overrides: str) -> str:
         path = tmp_path / "some.toml"
         path.write_text(text, encoding="utf-8")
         with pytest.raises(UserError) as caught:
@@ -121,24 +121,25 @@ def complaint(tmp_path):
         assert len(message.splitlines()) == 1
         return message
 
-    return find
+    return message_of
 
 
-def test_strategies_cover_every_field():
-    every = {name: {f.name for f in fields(kind)} for name, kind in SECTIONS.items()}
+def test_the_strategies_cover_every_field():
+    sections: dict[str, Any] = SECTIONS  # dataclasses, which their type does not say
+    every = {name: {f.name for f in fields(kind)} for name, kind in sections.items()}
     assert {name: set(strategies) for name, strategies in VALUES.items()} == every
 
 
 @settings(max_examples=60, deadline=None, database=None, derandomize=True)
 @given(config=configurations())
-def test_dump_then_load_gives_the_same_configuration(config, tmp_path_factory):
+def test_a_dumped_configuration_is_loaded_as_it_was(config, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "round-trip.toml"
     path.write_text(dump(config), encoding="utf-8")
     assert load(path) == config
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
-def test_shipped_configuration_loads_and_survives_a_round_trip(path, tmp_path):
+def test_a_shipped_configuration_loads_and_survives_a_round_trip(path, tmp_path):
     config = load(path)
     copy = tmp_path / "copy.toml"
     copy.write_text(dump(config), encoding="utf-8")
@@ -146,8 +147,8 @@ def test_shipped_configuration_loads_and_survives_a_round_trip(path, tmp_path):
 
 
 @pytest.mark.parametrize("name", REFERENCE)
-def test_reference_configuration_has_the_reports_settings(name):
-    found = asdict(load(CONFIGS / f"{name}.toml"))
+def test_a_reference_configuration_has_the_settings_of_the_report(name):
+    loaded = asdict(load(CONFIGS / f"{name}.toml"))
     expected = {
         "model": {"name": name, "width": 64, "batch_norm": True, "shortcuts": True}
         | {"dropout_conv": 0.2, "dropout_stem": 0.15, "dropout_fc": 0.2},
@@ -159,10 +160,10 @@ def test_reference_configuration_has_the_reports_settings(name):
         "augment": {"flip": False, "translate": 0, "cutout": 0, "crop_scale": 1.0},
     }
     for section, values in expected.items():
-        assert {key: found[section][key] for key in values} == values
+        assert {key: loaded[section][key] for key in values} == values
 
 
-def test_no_file_means_all_defaults():
+def test_without_a_file_every_value_is_the_default():
     assert load(None) == Config()
 
 
@@ -179,7 +180,7 @@ def test_no_file_means_all_defaults():
         ('["x\\ny"]\n', "x", None),
     ],
 )
-def test_unknown_name_is_refused_with_the_nearest_valid_one(
+def test_an_unknown_name_is_refused_with_the_nearest_valid_one(
     complaint, tmp_path, text, key, nearest
 ):
     message = complaint(text)
@@ -202,7 +203,7 @@ def test_unknown_name_is_refused_with_the_nearest_valid_one(
         ("data.path", "[]"),
         ("optim.lr", "{ start = 1.0 }"),
         ("train.seed", "2024-01-01"),
-        # a truth value is no number
+        # a boolean is not a number
         ("train.epochs", "true"),
         ("optim.lr", "false"),
         # not finite
@@ -238,7 +239,7 @@ def test_unknown_name_is_refused_with_the_nearest_valid_one(
         pytest.param("data.path", "{" + "a." * 3000 + "a = 1}", id="3000 tables"),
     ],
 )
-def test_impossible_value_is_refused_in_a_file_and_on_the_command_line(complaint, key, value):
+def test_an_impossible_value_is_refused_in_a_file_and_on_the_command_line(complaint, key, value):
     section, name = key.split(".")
     in_file = complaint(f"[{section}]\n{name} = {value}\n")
     assert f"some.toml: {key}: expected " in in_file
@@ -247,7 +248,7 @@ def test_impossible_value_is_refused_in_a_file_and_on_the_command_line(complaint
 
 
 @pytest.mark.parametrize("value", ["1", pytest.param("0x" + "f" * 5000, id="5000 digits")])
-def test_scalar_where_a_section_belongs_is_refused(complaint, value):
+def test_a_value_in_place_of_a_section_is_refused(complaint, value):
     assert "some.toml: optim: expected a section" in complaint(f"optim = {value}")
 
 
@@ -274,7 +275,7 @@ def test_text_that_is_not_utf8_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["missing.toml", "."])
-def test_unreadable_file_is_refused(tmp_path, name):
+def test_an_unreadable_file_is_refused(tmp_path, name):
     with pytest.raises(UserError, match="cannot be read") as caught:
         load(tmp_path / name)
     assert str(tmp_path / name) in str(caught.value)
@@ -299,11 +300,11 @@ def test_unreadable_file_is_refused(tmp_path, name):
         ("train.step=captured", "captured"),
     ],
 )
-def test_override_sets_one_value_and_nothing_else(override, expected):
+def test_an_override_sets_one_value_and_nothing_else(override, expected):
     section, _, key = override.partition("=")[0].partition(".")
     values = asdict(load(None, [override]))
-    found = values[section].pop(key)
-    assert (found, type(found)) == (expected, type(expected))
+    value = values[section].pop(key)
+    assert (value, type(value)) == (expected, type(expected))
     defaults = asdict(Config())
     del defaults[section][key]
     assert values == defaults
@@ -332,12 +333,12 @@ def test_override_sets_one_value_and_nothing_else(override, expected):
         pytest.param("data.path=" + "[" * 5000, id="too deep"),
     ],
 )
-def test_override_outside_the_grammar_is_refused(complaint, override):
+def test_an_override_outside_the_grammar_is_refused(complaint, override):
     assert complaint("", override).startswith("--set ")
 
 
 @pytest.mark.parametrize(
-    ("override", "named"),
+    ("override", "message"),
     [
         ("optm.lr=1", "optm: unknown section; nearest valid section: optim"),
         ("optim.lrr=1", "optim.lrr: unknown key; nearest valid key: optim.lr"),
@@ -345,8 +346,8 @@ def test_override_outside_the_grammar_is_refused(complaint, override):
         ("train.epochs=two", 'train.epochs: expected a whole number at least 1, got "two"'),
     ],
 )
-def test_mistaken_override_names_its_key(complaint, override, named):
-    assert f"--set: {named}" in complaint("", override)
+def test_a_mistaken_override_is_refused_by_its_key(complaint, override, message):
+    assert f"--set: {message}" in complaint("", override)
 
 
 def test_later_overrides_win_over_earlier_ones_and_the_file(tmp_path):
@@ -356,7 +357,7 @@ def test_later_overrides_win_over_earlier_ones_and_the_file(tmp_path):
     assert (config.optim.lr, config.optim.momentum, config.train.epochs) == (0.3, 0.5, 8)
 
 
-def test_whole_number_is_taken_for_a_float(tmp_path):
+def test_a_whole_number_is_accepted_as_a_float(tmp_path):
     path = tmp_path / "some.toml"
     path.write_text("[optim]\nlr = 1\n")
     assert type(load(path).optim.lr) is float
@@ -364,7 +365,7 @@ def test_whole_number_is_taken_for_a_float(tmp_path):
 
 PLACES = [(section, key) for section, table in VALUES.items() for key in table]
 ANY_TEXT = st.text(st.characters(exclude_categories=()))
-"""Lone surrogates too: what Python makes of arguments that are not UTF-8."""
+"""Includes lone surrogates, into which Python decodes arguments that are not UTF-8."""
 
 
 def toml(value: Any) -> str:
@@ -372,7 +373,7 @@ def toml(value: Any) -> str:
 
 
 def misspelt(name: str) -> st.SearchStrategy[str]:
-    """`name`, or one near it."""
+    """`name` itself, or `name` with a letter changed, added or removed."""
     place, new = st.integers(0, len(name)), st.text(string.ascii_letters + "_", max_size=1)
     return st.builds(lambda i, c, n: name[:i] + c + name[i + n :], place, new, st.integers(0, 1))
 
@@ -410,13 +411,13 @@ OVERRIDES = st.one_of(
     st.builds(assignment, KEYS, VALUE_TEXTS),
     st.builds(assignment, KEYS, LONG_VALUE_TEXTS),
     st.builds(assignment, KEYS.flatmap(lambda place: st.tuples(*map(misspelt, place))), SCALARS),
-    # Acceptable, so that this side is seen too.
-    KEYS.flatmap(settings_of).map(lambda found: assignment(found[:2], toml(found[2]))),
+    # Valid ones, so that overrides are accepted, too.
+    KEYS.flatmap(settings_of).map(lambda setting: assignment(setting[:2], toml(setting[2]))),
 )
 
 
 def outcome(path: Path | None, *overrides: str) -> Config | str:
-    """What `load` gives, or the one line that it says."""
+    """The configuration that `load` returns, or the message with which it refuses."""
     try:
         return load(path, overrides)
     except UserError as error:
@@ -434,13 +435,13 @@ def saved_and_loaded(config: Config, folder: Path) -> Config:
 @given(text=OVERRIDES)
 @example(text="train.epochs=0x" + "f" * 5000)
 @example(text='data.path="\udcff"')
-def test_any_override_is_obeyed_or_refused_in_one_line(text, tmp_path_factory):
-    found = outcome(None, text)
-    if isinstance(found, str):
-        assert found.startswith("--set")
+def test_any_override_is_applied_or_refused_in_one_line(text, tmp_path_factory):
+    config = outcome(None, text)
+    if isinstance(config, str):
+        assert config.startswith("--set")
         return
     section, _, key = text.partition("=")[0].partition(".")
-    value = getattr(getattr(found, section), key)
+    value = getattr(getattr(config, section), key)
     default = getattr(SECTIONS[section](), key)
     assert type(value) is type(default)
     kind = field_types(SECTIONS[section])[key]
@@ -449,13 +450,13 @@ def test_any_override_is_obeyed_or_refused_in_one_line(text, tmp_path_factory):
     if get_origin(kind) is Annotated:
         assert all(bound.allows(value) for bound in get_args(kind)[1:])
     assert not isinstance(value, float) or math.isfinite(value)
-    assert saved_and_loaded(found, tmp_path_factory.getbasetemp()) == found
+    assert saved_and_loaded(config, tmp_path_factory.getbasetemp()) == config
 
 
 @FUZZ
-@given(config=configurations(), found=KEYS.flatmap(settings_of))
-def test_override_replaces_one_value_of_any_configuration(config, found, tmp_path_factory):
-    section, key, value = found
+@given(config=configurations(), setting=KEYS.flatmap(settings_of))
+def test_an_override_replaces_one_value_of_any_configuration(config, setting, tmp_path_factory):
+    section, key, value = setting
     path = tmp_path_factory.getbasetemp() / "base.toml"
     path.write_text(dump(config), encoding="utf-8")
     table = replace(getattr(config, section), **{key: value})
@@ -479,21 +480,21 @@ EDITS = st.lists(
 
 @FUZZ
 @given(config=configurations(), edits=EDITS)
-def test_mutated_file_loads_or_is_refused_in_one_line(config, edits, tmp_path_factory):
+def test_a_mutated_file_loads_or_is_refused_in_one_line(config, edits, tmp_path_factory):
     data = dump(config).encode()
     for place, removed, new in edits:
         place %= len(data) + 1
         data = data[:place] + new + data[place + removed :]
     path = tmp_path_factory.getbasetemp() / "mutated.toml"
     path.write_bytes(data)
-    found = outcome(path)
-    if isinstance(found, str):
-        assert found.startswith(f"{path}: ")
+    loaded = outcome(path)
+    if isinstance(loaded, str):
+        assert loaded.startswith(f"{path}: ")
     else:
-        assert saved_and_loaded(found, path.parent) == found
+        assert saved_and_loaded(loaded, path.parent) == loaded
 
 
-def test_a_key_of_an_earlier_version_is_read_over_in_a_file_and_refused_as_an_override(tmp_path):
+def test_a_key_of_an_earlier_version_is_ignored_in_a_file_and_refused_as_an_override(tmp_path):
     path = tmp_path / "config.toml"
     path.write_text('[train]\ncompile_mode = "reduce-overhead"\nepochs = 3\n')
     assert load(path).train.epochs == 3
@@ -502,20 +503,23 @@ def test_a_key_of_an_earlier_version_is_read_over_in_a_file_and_refused_as_an_ov
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (lambda: TrainConfig(epochs=0), "train.epochs: expected a whole number at least 1, got 0"),
-        (lambda: TrainConfig(precision="fp8"), 'train.precision: expected one of "fp32", '),
+        (
+            lambda: TrainConfig(precision="fp8"),  # ty: ignore[invalid-argument-type]
+            'train.precision: expected one of "fp32", ',
+        ),
         (lambda: replace(Config().optim, lr=-1.0), "optim.lr: expected a number above 0, got -1.0"),
         (lambda: DataConfig(workers=True), "data.workers: expected a whole number"),
     ],
 )
-def test_a_section_made_in_python_is_checked(make, said):
+def test_a_section_made_in_python_is_checked(make, message):
     with pytest.raises(UserError) as caught:
         make()
-    assert str(caught.value).startswith(said)
+    assert str(caught.value).startswith(message)
 
 
-def test_a_section_made_in_python_takes_a_whole_number_for_a_float():
+def test_a_section_made_in_python_accepts_a_whole_number_as_a_float():
     lr = OptimConfig(lr=1).lr
     assert lr == 1.0 and type(lr) is float

@@ -1,4 +1,4 @@
-"""No record and no page tells where on a machine the project lies."""
+"""Records and pages do not show where on a machine the project lies."""
 
 import sys
 
@@ -29,11 +29,11 @@ def test_paths_below_the_current_directory_are_relative_and_others_are_names(her
         ("-c", "-c"),
     ],
 )
-def test_the_program_is_told_as_from_a_checkout(program, shown):
+def test_the_program_is_shown_as_it_is_called_from_a_checkout(program, shown):
     assert public_command([program, "--resume"]) == f"{shown} --resume"
 
 
-def test_arguments_keep_all_but_where_things_lie(here):
+def test_arguments_lose_only_the_folders_of_their_absolute_paths(here):
     argv = ["fastlab", "train", "--set", 'data.path="/elsewhere/tiny"', "--set", "optim.lr=1e-3"]
     argv += ["--out", f"{here}/runs/a", f"--config={here}/configs/demo.toml", "/with a/space here"]
     assert public_command(argv) == (
@@ -55,11 +55,11 @@ def test_a_run_records_a_public_command(here, monkeypatch):
         "<p>a</p></li><img src='data:image/png;base64,iVBO/a/b+/c/d=='>",
     ],
 )
-def test_what_is_no_absolute_path_stays(text):
+def test_text_without_an_absolute_path_is_unchanged(text):
     assert public_text(text) == text
 
 
-def test_paths_in_text_and_markup():
+def test_paths_in_text_and_markup_are_shortened():
     assert public_text("/a/b/tiny: is damaged") == "tiny: is damaged"
     assert public_text("<td>/a/b/tiny</td>") == "<td>tiny</td>"
     assert public_text("path = &#34;/a/b/tiny&#34;") == "path = &#34;tiny&#34;"

@@ -1,3 +1,5 @@
+"""The table of covered modules, and the complaints about it."""
+
 import pytest
 
 from tests.covered import ENOUGH, review
@@ -12,6 +14,6 @@ def test_every_module_is_in_the_table_with_its_reason():
 
 
 @pytest.mark.parametrize("reasons", [{}, {"b/c.py": "needs a GPU", "gone.py": "deleted"}])
-def test_a_missing_or_an_idle_reason_is_a_complaint(reasons):
+def test_a_missing_reason_and_a_reason_for_no_module_are_complaints(reasons):
     _, complaints = review(SHARES, reasons)
     assert len(complaints) == 1

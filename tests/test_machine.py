@@ -1,36 +1,38 @@
+"""`fastlab doctor`: what it finds on this machine, and what it says of what is missing."""
+
 import json
 import sys
 
 import pytest
 import torch
 
-from fastlab import machine as doctor
+from fastlab import machine
 from fastlab.cli import main
-from fastlab.machine import examine
+from fastlab.machine import Finding, examine
 from tests.packages import forget
 
 
-def findings():
-    return {(found.group, found.name): found for found in examine()}
+def findings() -> dict[tuple[str, str], Finding]:
+    return {(finding.group, finding.name): finding for finding in examine()}
 
 
-def test_names_every_engine_and_the_running_versions(capsys):
+def test_doctor_names_every_engine_and_the_running_versions(capsys):
     assert main(["doctor", "--json"]) == 0
-    found = {(f["group"], f["name"]): f for f in json.loads(capsys.readouterr().out)}
-    assert found["versions", "torch"]["detail"] == torch.__version__.partition("+")[0]
-    engines = {name for group, name in found if group == "engines"}
+    printed = {(f["group"], f["name"]): f for f in json.loads(capsys.readouterr().out)}
+    assert printed["versions", "torch"]["detail"] == torch.__version__.partition("+")[0]
+    engines = {name for group, name in printed if group == "engines"}
     assert engines == {"resident", "torchvision", "ffcv", "dali"}
-    assert found["devices", "cuda"]["usable"] == torch.cuda.is_available()
+    assert printed["devices", "cuda"]["usable"] == torch.cuda.is_available()
 
 
-def test_a_missing_engine_is_told_with_the_way_to_install_it(monkeypatch):
+def test_a_missing_engine_is_reported_with_the_way_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "ffcv", None)  # importing it raises ModuleNotFoundError
-    found = findings()["engines", "ffcv"]
-    assert not found.usable and "pip install --no-deps ffcv" in found.detail
+    ffcv = findings()["engines", "ffcv"]
+    assert not ffcv.usable and "pip install --no-deps ffcv" in ffcv.detail
 
 
 @pytest.mark.parametrize(
-    ("code", "said"),
+    ("code", "message"),
     [
         ("raise ImportError('libturbojpeg.so.0: cannot open')", "libturbojpeg.so.0"),
         (
@@ -43,23 +45,25 @@ def test_a_missing_engine_is_told_with_the_way_to_install_it(monkeypatch):
         ("import missing_beneath", "No module named 'missing_beneath'"),
     ],
 )
-def test_an_engine_that_cannot_be_imported_is_told_so(code, said, monkeypatch, tmp_path):
+def test_an_engine_that_cannot_be_imported_is_reported_with_the_error(
+    code, message, monkeypatch, tmp_path
+):
     (tmp_path / "ffcv.py").write_text(f"{code}\n")
     monkeypatch.syspath_prepend(tmp_path)
     forget("ffcv", monkeypatch)
-    found = findings()["engines", "ffcv"]
-    assert not found.usable and "cannot be imported" in found.detail and said in found.detail
+    ffcv = findings()["engines", "ffcv"]
+    assert not ffcv.usable and "cannot be imported" in ffcv.detail and message in ffcv.detail
 
 
-def test_a_missing_package_is_told(monkeypatch):
-    monkeypatch.setattr(doctor, "_REQUIRED", ("torch", "no-such-package"))
-    found = findings()
-    assert found["versions", "torch"].usable
-    missing = found["versions", "no-such-package"]
+def test_a_missing_package_is_reported_with_the_way_to_install_it(monkeypatch):
+    monkeypatch.setattr(machine, "_REQUIRED", ("torch", "no-such-package"))
+    examined = findings()
+    assert examined["versions", "torch"].usable
+    missing = examined["versions", "no-such-package"]
     assert not missing.usable and "pip install no-such-package" in missing.detail
 
 
 @pytest.mark.parametrize("line", ["engines", "devices", "processes"])
-def test_prints_a_table(capsys, line):
+def test_doctor_prints_a_table_with_a_heading_for_each_group(capsys, line):
     assert main(["doctor"]) == 0
     assert line in capsys.readouterr().out.splitlines()

@@ -1,4 +1,4 @@
-"""A run and its dataset: what may change of it, and what is refused."""
+"""A run and its dataset: which changes of the dataset are accepted, and which are refused."""
 
 import json
 import os
@@ -19,24 +19,25 @@ from tests.trainings import command
 
 @pytest.fixture
 def dataset(synth_source, tmp_path) -> Path:
-    """Of three of the four classes."""
+    """A dataset of three of the four classes."""
     convert(synth_source, tmp_path / "data", Options(classes="3"))
     return tmp_path / "data"
 
 
 @pytest.fixture
 def run(dataset, tmp_path) -> RunDir:
-    found = RunDir(tmp_path / "run")
-    found.claim()
-    found.create(Config(), fingerprint(read_manifest(dataset)), processes=1)
-    return found
+    """A run that began with `dataset`."""
+    run = RunDir(tmp_path / "run")
+    run.claim()
+    run.create(Config(), fingerprint(read_manifest(dataset)), processes=1)
+    return run
 
 
 def check(run: RunDir, dataset: Path, pipeline: str = "resident") -> None:
     run.check_dataset(fingerprint(read_manifest(dataset)), FORMATS[pipeline], str(dataset))
 
 
-def test_the_same_dataset_elsewhere_and_with_another_format_is_the_same(
+def test_a_dataset_that_was_moved_and_got_another_format_is_accepted(
     synth_source, dataset, run, tmp_path
 ):
     convert(synth_source, dataset, Options(classes="3", formats=("array", "tar")))
@@ -45,8 +46,8 @@ def test_the_same_dataset_elsewhere_and_with_another_format_is_the_same(
     check(run, moved, "torchvision")
 
 
-def test_another_copy_of_the_originals_is_the_same(synth_source, run, tmp_path):
-    """Its files are as new as the copy."""
+def test_a_dataset_of_a_copy_of_the_originals_is_accepted(synth_source, run, tmp_path):
+    """The files of the copy have other dates, so the request differs."""
     shutil.copytree(synth_source, tmp_path / "copy", copy_function=shutil.copyfile)
     for path in (tmp_path / "copy").rglob("*"):
         os.utime(path, (1, 1))
@@ -56,7 +57,7 @@ def test_another_copy_of_the_originals_is_the_same(synth_source, run, tmp_path):
 
 
 OTHERS = {
-    "other classes, as many": (Options(classes="n90000001,n90000002,n90000003"), "classes"),
+    "as many other classes": (Options(classes="n90000001,n90000002,n90000003"), "classes"),
     "more classes": (Options(), "classes, images"),
     "fewer images": (Options(classes="3", limit_per_class=15), "images, mean"),
     "larger images": (Options(classes="3", image_size=80), "image_size, mean"),
@@ -65,7 +66,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_another_dataset_in_its_place_is_refused(name, synth_source, dataset, run):
+def test_another_dataset_at_the_same_path_is_refused(name, synth_source, dataset, run):
     options, differs = OTHERS[name]
     shutil.rmtree(dataset)
     convert(synth_source, dataset, options)
@@ -76,18 +77,18 @@ def test_another_dataset_in_its_place_is_refused(name, synth_source, dataset, ru
     assert "\n" not in text
 
 
-def test_other_validation_images_of_as_many_are_refused(synth_source, dataset, run, tmp_path):
-    """No count and no statistic of the training images tells."""
+def test_as_many_other_validation_images_are_refused(synth_source, dataset, run, tmp_path):
+    """They change no count, and no statistic of the training images."""
     shutil.copytree(synth_source, tmp_path / "copy")
-    one, other = sorted((tmp_path / "copy" / "val" / "images").iterdir())[:2]
-    shutil.copyfile(one, other)
+    first, second = sorted((tmp_path / "copy" / "val" / "images").iterdir())[:2]
+    shutil.copyfile(first, second)
     convert(tmp_path / "copy", tmp_path / "other", Options(classes="3"))
     with pytest.raises(UserError, match=r"\(other files in array/\)"):
         check(run, tmp_path / "other")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "null", '{"classes": 1}'])
-def test_a_damaged_fingerprint_is_one_line(text, dataset, run):
+def test_a_damaged_fingerprint_is_reported_in_one_line(text, dataset, run):
     run.dataset.write_text(text)
     with pytest.raises(UserError, match=r"dataset\.json: damaged") as caught:
         check(run, dataset)

@@ -1,4 +1,4 @@
-"""The run directory: what it refuses, what it keeps, what a reader sees."""
+"""The run directory: what it records, what it refuses and what it keeps."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from fastlab.runs import RunDir, write_atomically
 
 
 def strict(text: str):
-    """JSON as the standard has it: no NaN, no Infinity."""
+    """Parse JSON as its standard defines it, without NaN and Infinity."""
 
     def refuse(name: str):
         raise AssertionError(f"{name} is not JSON")
@@ -26,7 +26,7 @@ def records(run: RunDir) -> list[dict]:
     return [strict(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
 
 
-def test_a_new_run_gives_its_configuration_back(tmp_path):
+def test_a_run_is_read_back_with_its_configuration(tmp_path):
     config = Config(model=ModelConfig(name="cnn8", width=3))
     run = RunDir(tmp_path / "deep" / "er" / "run")
     run.claim()
@@ -38,15 +38,25 @@ def test_a_new_run_records_where_it_ran(tmp_path):
     run = RunDir(tmp_path / "run")
     run.claim()
     run.create(Config(), {}, processes=3)
-    found = strict(run.environment.read_text(encoding="utf-8"))
-    assert found["processes"] == 3
-    assert torch.__version__.startswith(found["versions"]["torch"])
-    assert found["versions"]["python"] == sys.version.split()[0]
-    assert found["machine"]["cores"] >= 1
-    assert found["date"].endswith("+00:00")
+    environment = strict(run.environment.read_text(encoding="utf-8"))
+    assert environment["processes"] == 3
+    assert torch.__version__.startswith(environment["versions"]["torch"])
+    assert environment["versions"]["python"] == sys.version.split()[0]
+    assert environment["machine"]["cores"] >= 1
+    assert environment["date"].endswith("+00:00")
 
 
-def test_a_directory_that_holds_something_is_refused_and_left_alone(tmp_path):
+def test_a_directory_that_became_a_run_since_it_was_claimed_is_refused(tmp_path):
+    """Two trainings may claim it before one of them locks it."""
+    first, second = RunDir(tmp_path / "run"), RunDir(tmp_path / "run")
+    first.claim()
+    second.claim()
+    first.create(Config(), {}, processes=1)
+    with pytest.raises(UserError, match="is not empty"):
+        second.create(Config(), {}, processes=1)
+
+
+def test_a_directory_that_is_not_empty_is_refused_and_not_changed(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty") as caught:
         RunDir(tmp_path).claim()
@@ -56,18 +66,19 @@ def test_a_directory_that_holds_something_is_refused_and_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize("below", ["", "run"])
-def test_a_file_in_the_way_is_a_users_mistake(tmp_path, below):
+def test_a_file_in_place_of_the_directory_is_refused(tmp_path, below):
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         RunDir(file / below).claim()
 
 
-def test_a_directory_without_configuration_is_no_run(tmp_path):
+def test_a_directory_without_a_configuration_is_refused(tmp_path):
     with pytest.raises(UserError, match="not a run directory"):
         RunDir(tmp_path).load_config()
 
 
+# A process that holds a lock until its standard input is closed.
 HOLD = """
 import fcntl, sys
 file = open(sys.argv[1], "w")
@@ -77,14 +88,14 @@ sys.stdin.read()
 """
 
 
-def test_a_run_that_is_trained_is_not_trained_by_another(tmp_path):
-    """Until that one ends, however it ends."""
+def test_a_run_is_locked_until_the_process_that_trains_it_ends(tmp_path):
+    """It ends by SIGKILL here."""
     run = RunDir(tmp_path)
     other = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(run.lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     try:
-        assert other.stdout.readline() == b"held\n"
+        assert other.stdout and other.stdout.readline() == b"held\n"
         with pytest.raises(UserError, match="another process trains this run"), run.locked():
             pass
     finally:
@@ -94,8 +105,8 @@ def test_a_run_that_is_trained_is_not_trained_by_another(tmp_path):
         pass
 
 
-def test_a_lock_alone_is_no_run(tmp_path):
-    """It is what a kill just before the first file leaves."""
+def test_a_directory_with_nothing_but_a_lock_can_be_claimed(tmp_path):
+    """A kill before the first file leaves it."""
     run = RunDir(tmp_path)
     with run.locked():
         run.claim()
@@ -127,7 +138,7 @@ def test_metrics_after_the_checkpoint_are_dropped(tmp_path, kept):
         "a directory",
     ],
 )
-def test_metrics_that_a_checkpoint_needs_are_missed(tmp_path, content):
+def test_a_run_without_the_metrics_before_its_checkpoint_is_refused(tmp_path, content):
     run = RunDir(tmp_path)
     if content == "a directory":
         run.metrics.mkdir()
@@ -140,14 +151,14 @@ def test_metrics_that_a_checkpoint_needs_are_missed(tmp_path, content):
         assert run.metrics.read_bytes() == content
 
 
-def test_no_metrics_are_kept_where_none_were_written(tmp_path):
+def test_keeping_no_epoch_makes_an_empty_file_of_metrics(tmp_path):
     run = RunDir(tmp_path)
     run.keep_metrics(0)
     assert records(run) == []
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_becomes_null(tmp_path, value):
+def test_values_that_are_not_finite_are_written_as_null(tmp_path, value):
     run = RunDir(tmp_path)
     run.append_metrics({"val_loss": value, "val_top1": 0.25, "epoch": 1})
     assert records(run) == [{"val_loss": None, "val_top1": 0.25, "epoch": 1}]

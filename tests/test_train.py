@@ -1,3 +1,5 @@
+"""Whole trainings: what they write, how they stop and resume, and what they refuse."""
+
 import base64
 import io
 import json
@@ -21,11 +23,21 @@ from fastlab.dataset.convert import Options, convert
 from fastlab.dataset.manifest import read_manifest
 from fastlab.runs import RunDir
 from fastlab.training import checkpoint, setup, state
-from fastlab.training import metrics as figures
+from fastlab.training import metrics as training_metrics
 from fastlab.training.evaluate import evaluate, sample_predictions
 from fastlab.training.guards import StopRequested
 from fastlab.training.setup import make_accelerator, torch_settings
-from tests.trainings import ROOT, TINY, assert_same_weights, command, launch, metrics, train
+from tests.trainings import (
+    ROOT,
+    TINY,
+    assert_same_run,
+    checkpoints,
+    command,
+    launch,
+    metrics,
+    train,
+    wait_until,
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +47,10 @@ def whole_run(synth_dataset, tmp_path_factory) -> Path:
     return out
 
 
-def test_a_run_leaves_what_reports_read(whole_run):
+def test_a_run_writes_what_reports_read(whole_run):
     records = metrics(whole_run)
     assert [record["epoch"] for record in records] == [1, 2, 3]
-    # 4 classes of 20: 5 whole batches of 16; validation: 5 a class.
+    # 80 training images make 5 whole batches of 16; 20 validation images, 5 of each class.
     assert [record["step"] for record in records] == [5, 10, 15]
     assert all(record["val_images"] == 20 for record in records)
     assert json.loads((whole_run / "summary.json").read_text())["status"] == "finished"
@@ -50,25 +62,20 @@ def test_a_run_leaves_what_reports_read(whole_run):
 def test_a_stopped_run_resumes_bit_for_bit(number, whole_run, synth_dataset, tmp_path):
     out = tmp_path / "run"
     process = launch(command(synth_dataset, out))
-    deadline = time.monotonic() + 120
-    # The first checkpoint within an epoch is that of step 2.
-    while not list((out / "checkpoints").glob("step-*")) and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    assert wait_until(lambda: checkpoints(out), process)  # that of step 2, in the first epoch
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     expected = -signal.SIGKILL if number == signal.SIGKILL else 128 + number
-    assert process.returncode in (expected, 0), errors  # 0: it was done already
+    assert process.returncode in (expected, 0), errors
     if process.returncode == 0:
         pytest.skip("the run ended before the signal arrived")
     train(["--resume", str(out)])
-    assert metrics(out) == metrics(whole_run)
-    assert_same_weights(out, whole_run)
+    assert_same_run(out, whole_run)
 
 
 @pytest.mark.multiprocess
 @pytest.mark.slow
-def test_two_processes_train_as_one(synth_dataset, tmp_path):
+def test_two_processes_give_the_figures_of_one(synth_dataset, tmp_path):
     same = (
         "train.precision=fp64",
         "model.sync_batch_norm=true",
@@ -85,7 +92,7 @@ def test_two_processes_train_as_one(synth_dataset, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--config", "nowhere.toml"], "nowhere.toml"),
         (["--resume", "nowhere"], "nowhere: not a run directory"),
@@ -94,11 +101,11 @@ def test_two_processes_train_as_one(synth_dataset, tmp_path):
         (["--config", "configs/demo.toml", "--set", "data.path=nowhere"], "fastlab convert"),
     ],
 )
-def test_mistakes_get_one_line_and_status_2(arguments, said, capsys, monkeypatch):
+def test_a_mistake_is_reported_in_one_line_with_status_2(arguments, message, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert main(["train", *arguments]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and said in lines[0]
+    assert len(lines) == 1 and message in lines[0]
 
 
 def test_a_finished_run_is_not_overwritten(whole_run, synth_dataset, capsys):
@@ -109,34 +116,35 @@ def test_a_finished_run_is_not_overwritten(whole_run, synth_dataset, capsys):
 
 
 def test_an_evaluation_batch_may_be_larger_than_any_split(synth_dataset, tmp_path, capsys):
-    """Samples and figures are those of the split, and no memory is asked for more."""
+    """No memory is allocated for images that the split does not have."""
     sets = ("train.epochs=1", "train.eval_batch_size=1000000000000")
     assert main(["train", *command(synth_dataset, tmp_path / "run", *sets)]) == 0
     capsys.readouterr()
     assert len(json.loads((tmp_path / "run" / "predictions.json").read_text())) == 12
     (record,) = metrics(tmp_path / "run")
-    found = evaluated(tmp_path / "run", capsys)
-    assert found["images"] == record["val_images"] == 20
-    assert found["loss"] == pytest.approx(record["val_loss"], abs=1e-5)
+    figures = evaluated(tmp_path / "run", capsys)
+    assert figures["images"] == record["val_images"] == 20
+    assert figures["loss"] == pytest.approx(record["val_loss"], abs=1e-5)
 
 
 def evaluated(run: Path, capsys, *arguments: str) -> dict:
+    """The figures that `fastlab evaluate` prints."""
     assert main(["evaluate", str(run), "--json", *arguments]) == 0
     return json.loads(capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("which", ["best", "last"])
-def test_evaluate_agrees_with_training(which, whole_run, capsys):
-    """Which validates the moving average; of the last epoch, it lies beside the weights."""
+def test_evaluate_gives_the_figures_of_the_training(which, whole_run, capsys):
+    """Both use the moving average of the weights. The last checkpoint holds it next to them."""
     records = metrics(whole_run)
     trained = max(records, key=lambda r: r["val_top1"]) if which == "best" else records[-1]
-    found = evaluated(whole_run, capsys, "--checkpoint", which)
-    assert found["images"] == 20
-    assert found["top1"] == trained["val_top1"]
-    assert found["loss"] == pytest.approx(trained["val_loss"], abs=1e-5)
+    figures = evaluated(whole_run, capsys, "--checkpoint", which)
+    assert figures["images"] == 20
+    assert figures["top1"] == trained["val_top1"]
+    assert figures["loss"] == pytest.approx(trained["val_loss"], abs=1e-5)
 
 
-def test_a_run_whose_metrics_are_lost_is_not_gone_on_with(whole_run, tmp_path, capsys):
+def test_a_run_whose_metrics_are_lost_is_not_resumed(whole_run, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(whole_run, run)
     (run / "metrics.jsonl").write_text("")
@@ -146,7 +154,7 @@ def test_a_run_whose_metrics_are_lost_is_not_gone_on_with(whole_run, tmp_path, c
 
 
 def test_evaluate_compiles_what_training_compiled(whole_run, tmp_path, capsys, monkeypatch):
-    """In bf16, a compiled model rounds otherwise."""
+    """In bf16, a compiled model rounds differently from an eager one."""
     run, compiled = tmp_path / "run", []
     shutil.copytree(whole_run, run)
     text = (run / "config.toml").read_text()
@@ -159,14 +167,15 @@ def test_evaluate_compiles_what_training_compiled(whole_run, tmp_path, capsys, m
 
     monkeypatch.setattr(torch, "compile", compile)
     evaluated(run, capsys)
-    assert compiled == [{"dynamic": False}] * 2  # the model, and what normalises images
+    assert compiled == [{"dynamic": False}] * 2  # the model and the normalisation of images
 
 
 def test_images_per_second_leave_out_the_first_steps_of_each_process(
     synth_dataset, tmp_path, monkeypatch
 ):
-    """By a clock that only steps move; the first of a process, which compiles, takes 800 times as
-    long. It is interrupted in the second epoch and goes on after two steps of it."""
+    """Only steps advance the clock. The first step of each process, which compiles, takes 800 times
+    as long as the others. The run is interrupted in the second epoch and resumed after two of its
+    steps."""
     clock, processes, step = [0.0], [[], []], training.train_step
 
     def train_step(trainer, batch):
@@ -177,7 +186,7 @@ def test_images_per_second_leave_out_the_first_steps_of_each_process(
         steps.append(batch)
         return step(trainer, batch)
 
-    monkeypatch.setattr(figures, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(training_metrics, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     monkeypatch.setattr(training, "train_step", train_step)
     run = tmp_path / "run"
     assert main(["train", *command(synth_dataset, run, "train.epochs=2")]) == 130
@@ -189,7 +198,7 @@ def test_images_per_second_leave_out_the_first_steps_of_each_process(
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_activations_have_the_layout_of_the_run(channels_last, synth_dataset, tmp_path):
+def test_activations_have_the_memory_format_of_the_run(channels_last, synth_dataset, tmp_path):
     sets = [
         f"data.path={synth_dataset}",
         *TINY,
@@ -198,25 +207,25 @@ def test_activations_have_the_layout_of_the_run(channels_last, synth_dataset, tm
     cfg = config.load(ROOT / "configs" / "demo.toml", sets)
     trainer = training.Trainer(cfg, RunDir(tmp_path), make_accelerator(cfg))
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    found = []
+    kept_layout = []
     for module in trainer.model.modules():
         if isinstance(module, torch.nn.Conv2d):
             module.register_forward_hook(
-                lambda *rest: found.append(rest[2].is_contiguous(memory_format=layout))
+                lambda *rest: kept_layout.append(rest[2].is_contiguous(memory_format=layout))
             )
     training.train_step(trainer, next(iter(trainer.train_data.epoch(0))))
     evaluate(trainer.net, trainer.val_data, trainer.accelerator)
-    assert found and all(found)
+    assert kept_layout and all(kept_layout)
 
 
 def tf32() -> tuple[bool, bool]:
-    """Whether matrix products and convolutions in fp32 may take it."""
+    """Whether fp32 matrix products, and fp32 convolutions, may use TF32."""
     return torch.get_float32_matmul_precision() != "highest", torch.backends.cudnn.allow_tf32
 
 
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("precision", ["fp32", "fp64", "bf16", "fp16"])
-def test_tf32_is_taken_only_where_precision_is_mixed(precision, before, monkeypatch):
+def test_tf32_is_used_only_with_mixed_precision(precision, before, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", before)
     outside = tf32()
     with torch_settings(config.load(None, [f"train.precision={precision}"])):
@@ -225,7 +234,7 @@ def test_tf32_is_taken_only_where_precision_is_mixed(precision, before, monkeypa
 
 
 def test_evaluate_and_predict_keep_the_precision_of_the_run(whole_run, synth_source, monkeypatch):
-    """A run in fp32, from other settings than its own."""
+    """The run is in fp32; the process allowed TF32 before."""
     inside = []
     for module, name in ((predict, "evaluate"), (predict, "best_five")):
         work = getattr(module, name)
@@ -237,8 +246,8 @@ def test_evaluate_and_predict_keep_the_precision_of_the_run(whole_run, synth_sou
     assert inside == [(False, False)] * 2
 
 
-def test_a_loss_that_is_no_number_stops_the_run(synth_dataset, tmp_path, capsys, monkeypatch):
-    """In the second epoch's third step; the checkpoint before it stays, and nothing after it."""
+def test_a_loss_that_is_not_finite_stops_the_run(synth_dataset, tmp_path, capsys, monkeypatch):
+    """The third step of the second epoch diverges, after the checkpoint of the second."""
     step, seen = training.train_step, []
 
     def diverging(trainer, batch):
@@ -255,10 +264,10 @@ def test_a_loss_that_is_no_number_stops_the_run(synth_dataset, tmp_path, capsys,
     assert json.loads((out / "summary.json").read_text())["status"] == "diverged"
 
 
-def test_a_loss_that_is_no_number_is_seen_two_looks_later(
+def test_a_loss_that_is_not_finite_stops_the_run_within_two_looks(
     synth_dataset, tmp_path, capsys, monkeypatch
 ):
-    """Long before the epoch's end: of its 80 steps the third gives it, and every second looks."""
+    """The third of an epoch's 80 steps diverges, and every second step looks."""
     step, seen = training.train_step, []
 
     def diverging(trainer, batch):
@@ -274,7 +283,7 @@ def test_a_loss_that_is_no_number_is_seen_two_looks_later(
 
 
 def saves(monkeypatch) -> list[int]:
-    """The steps of the checkpoints that are written from now on."""
+    """The step of every checkpoint that is written from now on."""
     steps, save = [], checkpoint.save
 
     def counted(folder, step, *rest):
@@ -289,16 +298,16 @@ def saves(monkeypatch) -> list[int]:
 def test_checkpoints_are_written_by_the_clock_and_at_the_end(
     seconds, steps, synth_dataset, tmp_path, monkeypatch
 ):
-    found = saves(monkeypatch)
+    saved = saves(monkeypatch)
     sets = (f"train.checkpoint_seconds={seconds}", "train.checkpoint_every=0")
     assert main(["train", *command(synth_dataset, tmp_path / "run", *sets)]) == 0
-    assert found == steps
+    assert saved == steps
     assert (tmp_path / "run" / "checkpoints" / "best.safetensors").exists()
 
 
 def test_a_long_epoch_writes_checkpoints_by_the_clock(synth_dataset, tmp_path, monkeypatch):
-    """Ten seconds a step, a look every step: 25 have gone by after three steps, which the fourth
-    step's look tells."""
+    """A step takes ten seconds and is followed by a look. A checkpoint is due after the third step,
+    and the look after the fourth returns that."""
     clock, step = [0.0], training.train_step
 
     def slow_step(trainer, batch):
@@ -307,14 +316,14 @@ def test_a_long_epoch_writes_checkpoints_by_the_clock(synth_dataset, tmp_path, m
 
     monkeypatch.setattr(state, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     monkeypatch.setattr(training, "train_step", slow_step)
-    found = saves(monkeypatch)
+    saved = saves(monkeypatch)
     sets = ("train.checkpoint_seconds=25", "train.log_every=1", "train.epochs=1")
     sets += ("train.checkpoint_every=0", "train.batch_size=8")
     assert main(["train", *command(synth_dataset, tmp_path / "run", *sets)]) == 0
-    assert found == [4, 8, 10]
+    assert saved == [4, 8, 10]
 
 
-def test_wall_time_holds_training_time_and_goes_on_with_the_run(
+def test_wall_time_includes_training_time_and_continues_in_a_resumed_run(
     synth_dataset, tmp_path, monkeypatch
 ):
     run, epoch = tmp_path / "run", training.epoch
@@ -331,38 +340,41 @@ def test_wall_time_holds_training_time_and_goes_on_with_the_run(
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     walls = [line["wall_seconds"] for line in lines]
     assert walls[0] > lines[0]["seconds"]
-    # The second process counts its own start and the whole of the first.
+    # The second process adds its own start-up time to all the time of the first.
     assert walls[1] > 2 * walls[0] and walls[2] > walls[1] + lines[2]["seconds"]
 
 
-def convolutions() -> tuple[bool, bool, bool]:
+def algorithms() -> tuple[bool, bool, bool]:
+    """Whether cuDNN chooses by trial, whether it is deterministic, and whether torch is."""
     cudnn = torch.backends.cudnn
     return cudnn.benchmark, cudnn.deterministic, torch.are_deterministic_algorithms_enabled()
 
 
-def test_deterministic_takes_the_place_of_trials(monkeypatch):
+def test_deterministic_algorithms_replace_those_chosen_by_trial(monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    outside = convolutions()
+    outside = algorithms()
     with torch_settings(config.load(None, ["train.deterministic=true"])):
-        assert convolutions() == (False, True, True)
+        assert algorithms() == (False, True, True)
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     with torch_settings(config.load(None, ["train.deterministic=false"])):
-        assert convolutions() == (True, False, False)
-    assert convolutions() == outside
+        assert algorithms() == (True, False, False)
+    assert algorithms() == outside
 
 
-def test_a_rate_that_diverges_is_refused(synth_dataset, tmp_path, capsys):
+def test_a_rate_that_makes_a_training_diverge_is_reported(synth_dataset, tmp_path, capsys):
     wild = ("optim.name=sgd", "optim.lr=1e30", "model.batch_norm=false", "schedule.name=constant")
     assert main(["train", *command(synth_dataset, tmp_path / "run", *wild)]) == 2
     assert "not a finite number at step" in capsys.readouterr().err
 
 
-SGD = ("optim.name=sgd", "optim.lr=1e38")  # weights of some 1e37: finite, but not their products
-DECAY = ("optim.name=adamw", "optim.lr=1e38", "optim.weight_decay=100")  # weights of 1e40: infinite
+# Weights of about 1e37, which are finite; their products are not.
+SGD = ("optim.name=sgd", "optim.lr=1e38")
+# Weights of 1e40, which are infinite in fp32.
+DECAY = ("optim.name=adamw", "optim.lr=1e38", "optim.weight_decay=100")
 
 
 @pytest.mark.parametrize(
-    ("every", "optimizer", "said"),
+    ("every", "optimizer", "message"),
     [
         ("0", SGD, "the validation loss is not a finite number at the end of epoch 1"),
         ("0", DECAY, "the weights are not finite numbers after step 1 of epoch 1"),
@@ -370,23 +382,23 @@ DECAY = ("optim.name=adamw", "optim.lr=1e38", "optim.weight_decay=100")  # weigh
     ],
 )
 def test_weights_that_are_not_finite_are_not_saved(
-    every, optimizer, said, synth_dataset, tmp_path, capsys
+    every, optimizer, message, synth_dataset, tmp_path, capsys
 ):
-    """After the only update of an epoch, and after one within it; the loss was still finite."""
+    """The update that spoils them is the only one of an epoch, or one within it. Its loss was still
+    finite."""
     batch = "80" if every == "0" else "16"
     sets = (f"train.checkpoint_every={every}", f"train.batch_size={batch}", "train.epochs=1")
     wild = ("train.ema=0", "schedule.name=constant", *optimizer)
     assert main(["train", *command(synth_dataset, tmp_path / "run", *sets, *wild)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert said in line and "no checkpoint yet" in line
+    assert message in line and "no checkpoint yet" in line
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "diverged"
 
 
-def test_a_checkpoint_changes_nothing_of_what_comes_after_it(whole_run, synth_dataset, tmp_path):
+def test_checkpoints_change_nothing_in_a_training(whole_run, synth_dataset, tmp_path):
     train(command(synth_dataset, tmp_path / "run", "train.checkpoint_every=0"))
-    assert metrics(tmp_path / "run") == metrics(whole_run)
-    assert_same_weights(tmp_path / "run", whole_run)
+    assert_same_run(tmp_path / "run", whole_run)
 
 
 def test_bf16_is_slow_only_on_a_cpu_without_instructions_for_it(monkeypatch):
@@ -410,8 +422,8 @@ def test_compiling_on_a_cpu_is_announced(compiled, synth_dataset, tmp_path, caps
     assert ("compiling the first step" in capsys.readouterr().out) == compiled
 
 
-def test_a_dataset_without_arrays_is_trained_on_to_the_end(synth_source, tmp_path):
-    """Sample predictions too come by the engine of the run."""
+def test_a_dataset_without_arrays_is_enough_for_a_training(synth_source, tmp_path):
+    """Sample predictions, too, are read by the engine of the run."""
     convert(synth_source, tmp_path / "data", Options(formats=("tar",)))
     sets = ("data.pipeline=torchvision", "data.workers=1", "train.epochs=1")
     assert main(["train", *command(tmp_path / "data", tmp_path / "run", *sets)]) == 0
@@ -419,8 +431,8 @@ def test_a_dataset_without_arrays_is_trained_on_to_the_end(synth_source, tmp_pat
     files = sorted((synth_source / "val" / "images").iterdir())
     rows = np.linspace(0, len(files) - 1, 12).astype(int)
     for sample, row in zip(samples, rows, strict=True):
-        drawn = Image.open(io.BytesIO(base64.b64decode(sample["png"])))
-        assert np.array_equal(np.asarray(drawn), np.asarray(Image.open(files[row]).convert("RGB")))
+        shown = Image.open(io.BytesIO(base64.b64decode(sample["png"])))
+        assert np.array_equal(np.asarray(shown), np.asarray(Image.open(files[row]).convert("RGB")))
 
 
 def test_sample_predictions_compile_nothing(synth_dataset):
@@ -434,22 +446,21 @@ def test_sample_predictions_compile_nothing(synth_dataset):
     manifest = read_manifest(synth_dataset)
     model = models.build(cfg.model, len(manifest.classes))
     model.forward = torch.compile(model.forward, backend=backend, dynamic=False)
-    found = sample_predictions(model, cfg, manifest, torch.device("cpu"))
-    assert len(found) == 12 and not graphs
+    samples = sample_predictions(model, cfg, manifest, torch.device("cpu"))
+    assert len(samples) == 12 and not graphs
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_a_killed_decoding_worker_is_one_line_and_the_run_goes_on(synth_source, tmp_path):
+def test_a_killed_decoding_worker_is_reported_in_one_line_and_the_run_can_be_resumed(
+    synth_source, tmp_path
+):
     dataset, run = tmp_path / "dataset", tmp_path / "run"
     convert(synth_source, dataset, Options(formats=("array", "tar")))
     sets = ("data.pipeline=torchvision", "data.workers=2", "train.epochs=500")
     process = launch(command(dataset, run, *sets))
     try:
-        deadline = time.monotonic() + 120
-        while not (run / "metrics.jsonl").exists() and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        assert wait_until((run / "metrics.jsonl").exists, process)
         os.kill(forks(process.pid)[-1], signal.SIGKILL)
         _, errors = process.communicate(timeout=120)
     finally:
@@ -460,9 +471,7 @@ def test_a_killed_decoding_worker_is_one_line_and_the_run_goes_on(synth_source, 
     kept = len(metrics(run))
     resumed = launch(["--resume", str(run)])
     try:
-        while len(metrics(run)) <= kept and resumed.poll() is None:
-            assert time.monotonic() < deadline + 120
-            time.sleep(0.05)
+        assert wait_until(lambda: len(metrics(run)) > kept, resumed)
         assert resumed.poll() is None
     finally:
         resumed.kill()
@@ -470,13 +479,14 @@ def test_a_killed_decoding_worker_is_one_line_and_the_run_goes_on(synth_source, 
 
 
 def forks(process: int) -> list[int]:
-    """Children that run what `process` itself runs."""
+    """The children of `process` that have its command line."""
     children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    own = Path(f"/proc/{process}/cmdline").read_bytes()
-    return [int(c) for c in children if Path(f"/proc/{c}/cmdline").read_bytes() == own]
+    words = Path(f"/proc/{process}/cmdline").read_bytes()
+    return [int(c) for c in children if Path(f"/proc/{c}/cmdline").read_bytes() == words]
 
 
-STOPPED_BY_ITSELF = """
+# The main process sends itself a signal in its seventh step.
+SIGNALLED = """
 import os, signal, sys
 from fastlab import train
 
@@ -490,16 +500,19 @@ def signalling(trainer, batch):
 
 train.train_step = signalling
 code = train.main(sys.argv[1:])
-os.write(1, f"exit {code} in epoch {seen[-1] + 1};".encode())  # whole: the other prints, too
+# In one piece: the other process prints, too.
+os.write(1, f"exit {code} in epoch {seen[-1] + 1};".encode())
 """
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_two_processes_stop_by_a_signal_to_one_in_epochs_of_few_steps(synth_dataset, tmp_path):
-    """Five steps an epoch, a look at the signals every fifty: they stop at the epoch's end."""
+def test_a_signal_to_one_of_two_processes_stops_both_at_the_end_of_a_short_epoch(
+    synth_dataset, tmp_path
+):
+    """They look at the signals every fifty steps, and after each epoch of five."""
     script = tmp_path / "script.py"
-    script.write_text(STOPPED_BY_ITSELF)
+    script.write_text(SIGNALLED)
     arguments = command(synth_dataset, tmp_path / "run", "train.epochs=30")
     output, errors = launch(arguments, 2, script=script).communicate(timeout=200)
     assert output.count("exit 143 in epoch 2;") == 2, errors
@@ -508,49 +521,43 @@ def test_two_processes_stop_by_a_signal_to_one_in_epochs_of_few_steps(synth_data
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_what_one_of_two_processes_refuses_ends_both_with_one_line(synth_dataset, tmp_path):
+def test_what_one_of_two_processes_refuses_ends_both_and_is_reported_once(synth_dataset, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     _, errors = launch(command(synth_dataset, tmp_path), 2).communicate(timeout=200)
-    told = [line for line in errors.splitlines() if line.startswith("fastlab: ")]
-    assert len(told) == 1 and "is not empty" in told[0], errors
+    lines = [line for line in errors.splitlines() if line.startswith("fastlab: ")]
+    assert len(lines) == 1 and "is not empty" in lines[0], errors
     assert f'File "{ROOT / "fastlab"}' not in errors, errors
-    # By itself, or as the launcher ends it when the other has left.
+    # -15: the launcher ended the process whose partner had already exited.
     assert {"2"} <= set(re.findall(r"exitcode *: (-?\d+)", errors)) <= {"2", "-15"}, errors
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_processes_that_start_die_with_torchruns_agent(synth_dataset, tmp_path):
-    """They would wait half an hour for the store that it held."""
+def test_processes_that_are_starting_die_with_torchruns_agent(synth_dataset, tmp_path):
+    """Without its store they would wait for each other for half an hour."""
     agent = launch(command(synth_dataset, tmp_path / "run"), 2)
     children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children")
-    deadline = time.monotonic() + 120
     try:
-        while len(children.read_text().split()) < 2:
-            assert time.monotonic() < deadline and agent.poll() is None
-            time.sleep(0.02)
-        time.sleep(1)  # they import for seconds
+        assert wait_until(lambda: len(children.read_text().split()) >= 2, agent)
+        assert agent.poll() is None
+        time.sleep(1)  # their imports take seconds
     finally:
         agent.kill()
-    agent.communicate(timeout=60)  # which ends when the workers have left its pipes
+    agent.communicate(timeout=60)  # returns when the workers, too, have closed its pipes
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_processes_killed_within_an_epoch_resume_bit_for_bit(synth_dataset, tmp_path):
-    """With a moving average: its running statistics differ between the processes by then."""
+    """Within an epoch, the moving averages of running statistics differ between the processes."""
     whole, run = tmp_path / "whole", tmp_path / "run"
     train(command(synth_dataset, whole), 2)
     agent = launch(command(synth_dataset, run), 2)
-    deadline = time.monotonic() + 120
     try:
-        while not (run / "checkpoints" / "step-00000002").exists() and agent.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
+        assert wait_until((run / "checkpoints" / "step-00000002").exists, agent)
     finally:
         agent.kill()
     agent.communicate(timeout=60)
     train(["--resume", str(run)], 2)
-    assert metrics(run) == metrics(whole)
-    assert_same_weights(run, whole)
+    assert_same_run(run, whole)

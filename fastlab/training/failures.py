@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from fastlab.config import Config
@@ -44,7 +45,7 @@ def _memory_suffices(advice: str) -> Generator[None]:
 
 
 @contextmanager
-def batch_fits(cfg: Config, model: nn.Module, device: torch.device) -> Generator[None]:
+def batch_fits(cfg: Config, model: nn.Module, accelerator: Accelerator) -> Generator[None]:
     """A batch of training or evaluation that does not fit into memory becomes a `UserError`."""
     try:
         yield
@@ -52,11 +53,12 @@ def batch_fits(cfg: Config, model: nn.Module, device: torch.device) -> Generator
         if not is_out_of_memory(error):
             raise
         key = "batch_size" if model.training else "eval_batch_size"
-        size = getattr(cfg.train, key)
-        problem = f"out of memory on {device} with train.{key} = {size}"
-        if size == 1:
+        size, world = getattr(cfg.train, key), accelerator.num_processes
+        half = size // 2 // world * world
+        problem = f"out of memory on {accelerator.device} with train.{key} = {size}"
+        if not half:
             raise UserError(f"{problem}: take a smaller model.width, or another device") from None
-        raise UserError(f"{problem}: try half of it, --set train.{key}={size // 2}") from None
+        raise UserError(f"{problem}: try half of it, --set train.{key}={half}") from None
 
 
 @contextmanager

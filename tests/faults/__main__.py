@@ -1,4 +1,4 @@
-"""Inject faults into the real commands and count what they lead to.
+"""Inject faults into the real commands, and count what they lead to.
 
     python -m tests.faults --full      # everything, about an hour on two cores: `make faults`
     python -m tests.faults             # a short version, minutes
@@ -6,11 +6,10 @@
 
 {stages}
 
-Exit status 1 where anything but the correct result or a clear error came of a fault.
+Exits with status 1 where a fault led to anything but the correct result or a clear error.
 """
 
 import argparse
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from pathlib import Path
 from fastlab.console import UserError, run_command
 from tests.faults import disks, endurance, inputs, kills
 from tests.faults.outcomes import Tally
+from tests.faults.prepare import prepare
 from tests.packages import has
 
 STAGES = {
@@ -33,9 +33,9 @@ STAGES = {
     "kills": "SIGKILL of conversions",
     "trainings": "SIGKILL of trainings, on one and two processes",
     "disks": "full disk, unusable output, output removed during training",
-    "endurance": "2,000 epochs, 500 by each other engine; only with --full",
+    "endurance": "2,000 epochs with resident, 500 with each other engine; only with --full",
 }
-# Of each kind: times in a full run, and in a short one.
+# How many inputs of each kind a full run tries, and a short one.
 _INPUTS = {
     "images": (700, 40),
     "zips": (250, 16),
@@ -49,6 +49,8 @@ _INPUTS = {
 
 
 def stages(seed: int, full: bool) -> dict[str, Callable[[Tally, Path, Path], None]]:
+    """Each stage as a function of the tally, the folder of `prepare` and an empty folder."""
+
     def times(many: int, few: int) -> int:
         return many if full else few
 
@@ -86,19 +88,20 @@ def stages(seed: int, full: bool) -> dict[str, Callable[[Tally, Path, Path], Non
 
 
 def _engines() -> dict[str, int]:
-    """Those that are installed, and for how many epochs to train by them."""
-    found = {"resident": 2000, "torchvision": 500}
+    """The engines that are installed, and how many epochs to train with each."""
+    epochs = {"resident": 2000, "torchvision": 500}
     if has("ffcv"):
-        found["ffcv"] = 500
+        epochs["ffcv"] = 500
     if has("nvidia.dali"):
-        found["dali"] = 500
-    return found
+        epochs["dali"] = 500
+    return epochs
 
 
 def run(scratch: Path, seed: int, full: bool, only: list[str]) -> Tally:
+    """Run the stages that are named in `only`, or all, in the empty folder `scratch`."""
     tally = Tally()
     base = scratch / "base"
-    inputs.prepare(base)
+    prepare(base)
     for name, stage in stages(seed, full).items():
         if only and name not in only:
             continue
@@ -108,8 +111,12 @@ def run(scratch: Path, seed: int, full: bool, only: list[str]) -> Tally:
         before, bad = tally.total(), len(tally.unaccepted)
         stage(tally, base, folder)
         count, seconds = tally.total() - before, time.monotonic() - started
-        print(f"{name}: {count} faults, {seconds:.0f} s", *tally.unaccepted[bad:], sep="\n")
-        sys.stdout.flush()
+        print(
+            f"{name}: {count} faults, {seconds:.0f} s",
+            *tally.unaccepted[bad:],
+            sep="\n",
+            flush=True,
+        )
     return tally
 
 

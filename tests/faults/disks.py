@@ -1,4 +1,4 @@
-"""Outputs that cannot be written: full, read-only, gone, in the way."""
+"""Outputs that cannot be written: a full disk, unusable places, a directory that is removed."""
 
 import os
 import resource
@@ -9,16 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.faults.outcomes import Tally, judge
-from tests.trainings import ROOT, command, launch
+from tests.faults.kills import ended
+from tests.faults.outcomes import Tally, call, judge, same_images, same_run
+from tests.trainings import ROOT, checkpoints, command, launch, wait_until
 
-_SECONDS = 120
+_SECONDS = 120  # that a command may take
 
 
 def full(tally: Tally, base: Path, scratch: Path, seed: int, times: int) -> None:
-    """A limit on the size of files stands in for a full disk: the write fails half-way."""
-    from tests.faults.kills import ended
-
+    """A limit on the size of files stands in for a full disk: a write fails half-way."""
     random = np.random.default_rng([seed, 4])
     whole = scratch / "whole"
     ended(launch(command(base / "dataset", whole, "train.epochs=2")))
@@ -32,6 +31,7 @@ def full(tally: Tally, base: Path, scratch: Path, seed: int, times: int) -> None
 
 
 def _conversion(tally: Tally, base: Path, folder: Path, limit: int) -> None:
+    """A conversion writes the whole dataset, or leaves nothing behind."""
     folder.mkdir()
     out = folder / "out"
     process = subprocess.Popen(
@@ -48,18 +48,14 @@ def _conversion(tally: Tally, base: Path, folder: Path, limit: int) -> None:
     _, errors = process.communicate(timeout=_SECONDS)
 
     def correct() -> str:
-        whole = base / "dataset" / "array"
-        same = all((out / "array" / p.name).read_bytes() == p.read_bytes() for p in whole.iterdir())
-        return "" if same else "another dataset"
+        return same_images(out, base / "dataset")
 
     outcome = judge(process.returncode, errors, correct, lambda: str(os.listdir(folder) or ""))
     tally.add("full disk: convert", outcome, f"at {limit} bytes")
 
 
 def _training(tally: Tally, base: Path, folder: Path, whole: Path, limit: int) -> None:
-    """A run that goes on where there is room again ends as if nothing had happened."""
-    from tests.faults.kills import ended, same_run
-
+    """A training fails, and ends as if nothing had happened once it is resumed with enough room."""
     folder.mkdir()
     run = folder / "run"
     arguments = command(base / "dataset", run, "train.epochs=2")
@@ -82,9 +78,7 @@ def _training(tally: Tally, base: Path, folder: Path, whole: Path, limit: int) -
 
 
 def unusable(tally: Tally, base: Path, scratch: Path) -> None:
-    """Every command that writes, to places where it cannot."""
-    from tests.faults.inputs import call
-
+    """Every command that writes is sent to places where it cannot."""
     scratch.mkdir(parents=True, exist_ok=True)
     (scratch / "file").write_text("in the way")
     dataset, run = str(base / "dataset"), str(base / "whole")
@@ -103,14 +97,11 @@ def unusable(tally: Tally, base: Path, scratch: Path) -> None:
 
 
 def vanishing(tally: Tally, base: Path, scratch: Path, times: int) -> None:
-    """The run directory is removed while it is trained in."""
-    from tests.faults.kills import ended
-
+    """The run directory is removed during the training."""
     for _ in range(times):
         run = scratch / "vanishing"
         process = launch(command(base / "dataset", run))
-        while process.poll() is None and not list((run / "checkpoints").glob("step-*")):
-            continue
+        wait_until(lambda run=run: checkpoints(run), process)
         shutil.rmtree(run, ignore_errors=True)
         code, errors = ended(process, check=False)
         outcome = judge(code, errors, lambda: "it was removed", lambda: "")

@@ -1,4 +1,4 @@
-"""A long run: memory, threads, descriptors and step time at its end as at its start.
+"""A long run must end with the memory, threads, descriptors and epoch time that it began with.
 
 python -m tests.faults.endurance BASE SCRATCH EPOCHS ENGINE
 """
@@ -21,39 +21,41 @@ _METRICS = "metrics.jsonl"
 
 class Sample(NamedTuple):
     memory: int
-    """Bytes resident, of the process and its children."""
+    """Resident bytes of the process and its descendants; the other counts are theirs, too."""
     threads: int
     descriptors: int
     processes: int
 
 
-def look(process: int) -> Sample:
+def sample(process: int) -> Sample:
+    """Count what a process and its descendants hold now. Raises OSError or ValueError where one of
+    them is ending."""
     family = [process]
-    for one in family:
-        for task in Path(f"/proc/{one}/task").iterdir():
+    for member in family:
+        for task in Path(f"/proc/{member}/task").iterdir():
             family += [int(child) for child in (task / "children").read_text().split()]
     memory = threads = descriptors = 0
-    for one in family:
-        pages = int(Path(f"/proc/{one}/statm").read_text().split()[1])
+    for member in family:
+        pages = int(Path(f"/proc/{member}/statm").read_text().split()[1])
         memory += pages * os.sysconf("SC_PAGE_SIZE")
-        threads += len(os.listdir(f"/proc/{one}/task"))
-        descriptors += len(os.listdir(f"/proc/{one}/fd"))
+        threads += len(os.listdir(f"/proc/{member}/task"))
+        descriptors += len(os.listdir(f"/proc/{member}/fd"))
     return Sample(memory, threads, descriptors, len(family))
 
 
 def run(tally: Tally, base: Path, scratch: Path, engine: str, epochs: int) -> str:
-    """A training of so many epochs by `engine`, watched; returns what was seen, in a line."""
+    """Watch a training of `epochs` epochs with `engine`. Returns the measurements in one line."""
     out = scratch / f"endurance-{engine}"
     sets = (f"train.epochs={epochs}", f"data.pipeline={engine}", "train.checkpoint_every=0")
     arguments = command(base / "dataset", out, *sets, "data.workers=1")
-    process = launch(arguments, stdout=subprocess.DEVNULL)  # a pipe fills after 500 epochs
+    process = launch(arguments, stdout=subprocess.DEVNULL)  # a pipe is full after 500 epochs
     samples: list[Sample] = []
     while process.poll() is None:
         time.sleep(0.5)
-        if _trained(out) == epochs:  # what it frees at its end would hide a growth
+        if _trained(out) == epochs:  # memory that is freed at the end would hide a growth
             break
         try:
-            samples.append(look(process.pid))
+            samples.append(sample(process.pid))
         except (FileNotFoundError, ProcessLookupError, ValueError):
             continue
     _, errors = process.communicate()
@@ -62,41 +64,42 @@ def run(tally: Tally, base: Path, scratch: Path, engine: str, epochs: int) -> st
         return ""
     lines = (out / _METRICS).read_text().splitlines()
     seconds = [json.loads(line)["seconds"] for line in lines]
-    problem, seen = compare(samples, seconds)
+    problem, measured = compare(samples, seconds)
     tally.add(f"endurance, {epochs} epochs: {engine}", problem or CORRECT)
-    return f"{engine}: {seen}"
+    return f"{engine}: {measured}"
 
 
 def _trained(run: Path) -> int:
-    """Epochs that it has written down."""
+    """How many epochs the run has recorded."""
     file = run / _METRICS
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
 def compare(samples: list[Sample], seconds: list[float]) -> tuple[str, str]:
-    """(What grew, what was seen): the second quarter of the run beside its last."""
+    """Compare the second quarter of a run with its last. Returns what grew, empty where nothing
+    did, and all measurements."""
     quarter = max(1, len(samples) // 4)
     early, late = samples[quarter : 2 * quarter], samples[-quarter:]
-    grown = []
-    seen = []
-    # The fewest of a quarter: each batch on its way from a worker holds descriptors, as it happens.
+    grown, measured = [], []
+    # The minimum of a quarter, since each batch that is on its way from a worker holds descriptors.
     checks = (
         ("memory", statistics.median, 16 * _MEGABYTE),
         ("threads", min, 0),
         ("descriptors", min, 0),
     )
-    for name, of, slack in checks:
-        before, after = (of(getattr(s, name) for s in part) for part in (early, late))
+    for name, summary, slack in checks:
+        before, after = (summary([getattr(s, name) for s in part]) for part in (early, late))
         unit = _MEGABYTE if name == "memory" else 1
-        seen.append(f"{name} {before / unit:.0f} -> {after / unit:.0f}")
+        measured.append(f"{name} {before / unit:.0f} -> {after / unit:.0f}")
         if after > before + slack:
             grown.append(name)
     part = max(1, len(seconds) // 4)
     before, after = statistics.median(seconds[part : 2 * part]), statistics.median(seconds[-part:])
-    seen.append(f"epoch {before * 1e3:.1f} -> {after * 1e3:.1f} ms")
+    measured.append(f"epoch {before * 1e3:.1f} -> {after * 1e3:.1f} ms")
     if after > 1.25 * before:
         grown.append("time of an epoch")
-    return (f"grew: {', '.join(grown)} ({'; '.join(seen)})" if grown else ""), "; ".join(seen)
+    text = "; ".join(measured)
+    return f"grew: {', '.join(grown)} ({text})" if grown else "", text
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Damaged inputs, each given to the real command, many in one process.
 
-    python -m tests.faults.inputs BASE CATEGORY SEED FIRST COUNT    # a line of JSON an input
+    python -m tests.faults.inputs BASE CATEGORY SEED FIRST COUNT SCRATCH
 
-Input number n of a seed is always the same: a line can be looked into alone.
+prints a line of JSON for each input. Input n of a seed is always the same, so each can be tried
+alone.
 """
 
-import contextlib
 import io
 import json
 import os
@@ -13,51 +13,40 @@ import shutil
 import subprocess
 import sys
 import tomllib
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tomli_w
 from PIL import Image, ImageOps
 
 from tests.faults import mutations
-from tests.faults.outcomes import CLEAR, Tally, judge
+from tests.faults.outcomes import (
+    CLEAR,
+    Tally,
+    any_result,
+    call,
+    judge,
+    left_behind,
+    same_images,
+    same_run,
+)
 from tests.packages import has
-from tests.trainings import command, metrics, weights
+from tests.trainings import ROOT, checkpoints
 
-ROOT = Path(__file__).parents[2]
-_SECONDS = 120  # an input may take; nearly all take a fraction of a second
-_BATCH = 100  # inputs a process
-_PIXELS = 64_000_000
-
-
-def call(arguments: list[str]) -> tuple[int, str]:
-    """Exit status and standard error of ``fastlab ARGUMENTS``, here; 70 for a traceback."""
-    from fastlab.cli import main
-
-    if "accelerate" in sys.modules:  # it keeps the precision that a process first asked for
-        sys.modules["accelerate"].state.AcceleratorState._reset_state(reset_partial_state=True)
-    errors = io.StringIO()
-    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
-        try:
-            code = main(arguments)
-        except SystemExit as end:
-            code = end.code
-        except BaseException:
-            return 70, traceback.format_exc()
-    return code, errors.getvalue()
-
-
-def nothing() -> str:
-    return ""
+_SECONDS = 120  # that one input may take; nearly all take a fraction of a second
+_BATCH = 100  # inputs that one process tries
+_PIXELS = 64_000_000  # the converter refuses images with more
 
 
 # Images
 
 
 def images(base: Path, scratch: Path, random: np.random.Generator) -> tuple[str, str]:
+    """An image of an image folder: it is converted as Pillow decodes it, or named as corrupt."""
     kinds = [*mutations.BYTES, *mutations.IMAGES]
     kind = kinds[random.integers(len(kinds))]
     data = mutations.image_file(kind, random)
@@ -67,14 +56,14 @@ def images(base: Path, scratch: Path, random: np.random.Generator) -> tuple[str,
     bad.write_bytes(data)
 
     def correct() -> str:
-        found = np.load(out / "array" / "train-images.npy")[4]
+        converted = np.load(out / "array" / "train-images.npy")[4]
         expected = _by_pillow(data)
         if expected is None:
             return "Pillow cannot read it"
-        return "" if np.array_equal(found, expected) else "other pixels than Pillow's"
+        return "" if np.array_equal(converted, expected) else "other pixels than Pillow's"
 
     def unharmed() -> str:
-        return _left(scratch, {"source"}) or _skipped(source, scratch / "skipped")
+        return left_behind(scratch, {"source"}) or _skipped(source, scratch / "skipped")
 
     convert = ["convert", str(source), "--workers", "1"]
     outcome = judge(*call([*convert, str(out)]), correct, unharmed)
@@ -82,7 +71,7 @@ def images(base: Path, scratch: Path, random: np.random.Generator) -> tuple[str,
 
 
 def _by_pillow(data: bytes) -> np.ndarray | None:
-    """uint8 [64, 64, 3] as Pillow decodes and fits it; None where it refuses."""
+    """The image as Pillow decodes and fits it, uint8 [64, 64, 3]; None where Pillow refuses it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -102,29 +91,27 @@ def _by_pillow(data: bytes) -> np.ndarray | None:
 
 
 def _skipped(source: Path, out: Path) -> str:
-    """What is wrong with converting without the one corrupt image."""
+    """What is wrong with a conversion with ``--on-corrupt skip``."""
     convert = ["convert", str(source), str(out), "--workers", "1", "--on-corrupt", "skip"]
     code, errors = call(convert)
     if code:
         return f"--on-corrupt skip: {code} {errors}"
     manifest = json.loads((out / "manifest.json").read_text())
     named = list(manifest["skipped"]) == ["train/b/0.jpg"]
-    return "" if named and manifest["splits"]["train"]["images"] == 7 else "skipped otherwise"
-
-
-def _left(folder: Path, expected: set[str]) -> str:
-    found = set(os.listdir(folder)) - expected
-    return f"left behind: {sorted(found)}" if found else ""
+    right = named and manifest["splits"]["train"]["images"] == 7
+    return "" if right else "--on-corrupt skip: other images were skipped"
 
 
 # Archives
 
 
 def zips(base: Path, scratch: Path, random: np.random.Generator) -> tuple[str, str]:
+    """A zip of originals: nothing but its intact images is converted, no file leaves the target."""
     return _archive(base, scratch, random, "zip", mutations.ZIPS, mutations.zip_file)
 
 
 def tars(base: Path, scratch: Path, random: np.random.Generator) -> tuple[str, str]:
+    """As `zips`, with a tar."""
     return _archive(base, scratch, random, "tar", mutations.TARS, mutations.tar_file)
 
 
@@ -142,16 +129,14 @@ def _archive(
     path.write_bytes(pack(files, kind, random))
 
     def correct() -> str:
-        whole, found = base / "dataset" / "array", out / "array"
-        same = all((found / p.name).read_bytes() == p.read_bytes() for p in whole.iterdir())
-        return "" if same else "other images or labels than the intact archive's"
+        return same_images(out, base / "dataset")
 
     def unharmed() -> str:
-        return _left(scratch, {path.name})
+        return left_behind(scratch, {path.name})
 
     outcome = judge(*call(["convert", str(path), str(out), "--workers", "1"]), correct, unharmed)
     if Path("/tmp/fastlab-was-here").exists() or set(os.listdir(scratch)) - {path.name, "out"}:
-        outcome = "a file outside of the target"
+        outcome = "a file outside the target"
     return f"{suffix}: {kind}", outcome
 
 
@@ -159,6 +144,7 @@ def _archive(
 
 
 def manifests(base: Path, scratch: Path, random: np.random.Generator) -> tuple[str, str]:
+    """A dataset's manifest: any change of its content is refused."""
     data = scratch / "dataset"
     shutil.copytree(base / "dataset", data)
     path = data / "manifest.json"
@@ -170,14 +156,14 @@ def manifests(base: Path, scratch: Path, random: np.random.Generator) -> tuple[s
         path.write_bytes(mutations.BYTES[kind](before.encode(), random))
 
     def correct() -> str:
-        found = json.loads(path.read_bytes())
-        return "" if found == json.loads(before) else "a changed manifest was taken"
+        after = json.loads(path.read_bytes())
+        return "" if after == json.loads(before) else "a changed manifest was accepted"
 
-    return f"manifest: {kind}", judge(*call(["inspect", str(data)]), correct, nothing)
+    return f"manifest: {kind}", judge(*call(["inspect", str(data)]), correct, any_result)
 
 
 def stored(base: Path, scratch: Path, random: np.random.Generator) -> tuple[str, str]:
-    """A file of a format: `inspect --verify` finds any change, no engine breaks on it."""
+    """A file of a format: `inspect --verify` notices any change, and no engine crashes on it."""
     data = scratch / "dataset"
     shutil.copytree(base / "dataset", data)
     names = sorted(str(p.relative_to(data)) for p in data.glob("*/*"))
@@ -190,14 +176,14 @@ def stored(base: Path, scratch: Path, random: np.random.Generator) -> tuple[str,
     def correct() -> str:
         return "" if (data / name).read_bytes() == before else "--verify did not notice"
 
-    outcome = judge(*call(["inspect", str(data), "--verify"]), correct, nothing)
+    outcome = judge(*call(["inspect", str(data), "--verify"]), correct, any_result)
     if outcome != CLEAR:
         return fault, outcome
     return fault, _read_through(data, name) or outcome
 
 
 def _read_through(data: Path, name: str) -> str:
-    """What is wrong with an epoch over a damaged file; a clear error is not."""
+    """What goes wrong in an epoch over a damaged file; a one-line error is right."""
     import torch
 
     from fastlab.config import DataConfig
@@ -205,7 +191,11 @@ def _read_through(data: Path, name: str) -> str:
     from fastlab.dataset.manifest import read_manifest
     from pipelines import make_pipeline
 
-    engines = {"array": ("resident",), "ffcv": ("ffcv",), "tar": ("torchvision", "dali")}
+    engines: dict[str, tuple[Any, ...]] = {
+        "array": ("resident",),
+        "ffcv": ("ffcv",),
+        "tar": ("torchvision", "dali"),
+    }
     manifest = read_manifest(data)
     split = "val" if "val" in name else "train"
     for engine in engines[name.partition("/")[0]]:
@@ -237,6 +227,7 @@ def _read_through(data: Path, name: str) -> str:
 
 
 def configurations(base: Path, scratch: Path, random: np.random.Generator) -> tuple[str, str]:
+    """A configuration, or an override of one: it is refused in one line, and no run is begun."""
     text = (ROOT / "configs" / "demo.toml").read_text()
     kinds = (*mutations.BYTES, "a value", "an unknown key", "an override")
     kind = kinds[random.integers(len(kinds))]
@@ -245,20 +236,21 @@ def configurations(base: Path, scratch: Path, random: np.random.Generator) -> tu
         path.write_bytes(mutations.BYTES[kind](text.encode(), random))
     else:
         extra = _odd_setting(path, tomllib.loads(text), kind, random)
-    # A configuration that is valid after all ends at the dataset that is not there.
+    # Where the configuration is still valid, the missing dataset is what is refused.
     sets = [part for value in extra for part in ("--set", value)]
     arguments = ["train", "--config", str(path), *sets, "--set", f"data.path={scratch / 'none'}"]
     out = scratch / "run"
 
     def unharmed() -> str:
-        return _left(scratch, {"config.toml"})
+        return left_behind(scratch, {"config.toml"})
 
-    return f"configuration: {kind}", judge(
-        *call([*arguments, "--out", str(out)]), nothing, unharmed
-    )
+    result = call([*arguments, "--out", str(out)])
+    return f"configuration: {kind}", judge(*result, any_result, unharmed)
 
 
 def _odd_setting(path: Path, tables: dict, kind: str, random: np.random.Generator) -> list[str]:
+    """Write `tables` to `path` with one odd value or key. Returns an odd override, if `kind` asks
+    for one instead."""
     odd = [v for v in mutations.ODD_VALUES if v is not None and v not in (2**63, 2**70)]
     section = list(tables)[random.integers(len(tables))]
     key = list(tables[section])[random.integers(len(tables[section]))]
@@ -277,31 +269,27 @@ def _odd_setting(path: Path, tables: dict, kind: str, random: np.random.Generato
 # Runs
 
 
-def checkpoints(base: Path, scratch: Path, random: np.random.Generator) -> tuple[str, str]:
-    """A file of the checkpoint: the resumed run ends as the undisturbed one, or is refused."""
+def stopped_runs(base: Path, scratch: Path, random: np.random.Generator) -> tuple[str, str]:
+    """A file of a checkpoint: the resumed run ends as the undisturbed one did, or is refused."""
     run = scratch / "run"
     shutil.copytree(base / "stopped", run)
-    files = sorted((run / "checkpoints").glob("step-*/*"))
+    files = sorted(file for folder in checkpoints(run) for file in folder.iterdir())
     path = files[random.integers(len(files))]
     kind = list(mutations.BYTES)[random.integers(len(mutations.BYTES))]
     path.write_bytes(damaged := mutations.BYTES[kind](path.read_bytes(), random))
 
     def correct() -> str:
-        if metrics(run) != metrics(base / "whole"):
-            return "other metrics than the undisturbed run's"
-        whole, found = weights(base / "whole"), weights(run)
-        same = all(found[name].equal(whole[name]) for name in whole)
-        return "" if same else "other weights than the undisturbed run's"
+        return same_run(run, base / "whole")
 
     def unharmed() -> str:
-        return "" if path.read_bytes() == damaged else "the checkpoint was touched"
+        return "" if path.read_bytes() == damaged else "the checkpoint was changed"
 
     outcome = judge(*call(["train", "--resume", str(run)]), correct, unharmed)
     return f"checkpoint: {kind}", outcome
 
 
 def runs(base: Path, scratch: Path, random: np.random.Generator) -> tuple[str, str]:
-    """A file that reports and evaluations read."""
+    """A file that `report` or `evaluate` reads: changed weights are refused."""
     run, out = scratch / "run", scratch / "report.html"
     shutil.copytree(base / "whole", run)
     names = ("config.toml", "environment.json", "metrics.jsonl", "predictions.json")
@@ -311,13 +299,14 @@ def runs(base: Path, scratch: Path, random: np.random.Generator) -> tuple[str, s
     before = path.read_bytes()
     path.write_bytes(mutations.BYTES[kind](before, random))
     if path.suffix != ".safetensors":
-        arguments = ["report", str(run), "--out", str(out)]
-        return f"run: {kind}", judge(*call(arguments), nothing, lambda: _left(scratch, {"run"}))
+        result = call(["report", str(run), "--out", str(out)])
+        unharmed = partial(left_behind, scratch, {"run"})
+        return f"run: {kind}", judge(*result, any_result, unharmed)
 
     def correct() -> str:
-        return "" if path.read_bytes() == before else "changed weights were taken"
+        return "" if path.read_bytes() == before else "changed weights were accepted"
 
-    return f"run: {kind}", judge(*call(["evaluate", str(run)]), correct, nothing)
+    return f"run: {kind}", judge(*call(["evaluate", str(run)]), correct, any_result)
 
 
 CATEGORIES: dict[str, Callable[[Path, Path, np.random.Generator], tuple[str, str]]] = {
@@ -327,53 +316,15 @@ CATEGORIES: dict[str, Callable[[Path, Path, np.random.Generator], tuple[str, str
     "manifests": manifests,
     "stored": stored,
     "configurations": configurations,
-    "checkpoints": checkpoints,
+    "checkpoints": stopped_runs,
     "runs": runs,
 }
-
-
-def prepare(base: Path) -> None:
-    """What all inputs are made from: an image folder, a generated source, its dataset in all
-    formats, a run, and the same run as a kill left it. In a process of its own, as the resumed
-    runs are: what a process did before may change the last bits of its sums."""
-    subprocess.run([sys.executable, "-m", "tests.faults.inputs", str(base)], cwd=ROOT, check=True)
-
-
-def _prepare(base: Path) -> None:
-    from fastlab.dataset.synth import synthesise
-    from fastlab.training import checkpoint
-
-    base.mkdir(parents=True)
-    random = np.random.default_rng(0)
-    for split in ("train", "val"):
-        for name in ("a", "b"):
-            (base / "folder" / split / name).mkdir(parents=True)
-            for number in range(4):
-                data = mutations.jpeg(mutations.picture(random))
-                (base / "folder" / split / name / f"{number}.jpg").write_bytes(data)
-    synthesise(base / "tiny", classes=3, per_class=12)
-    formats = "array,tar" + (",ffcv" if has("ffcv") else "")
-    convert = ["convert", str(base / "tiny"), str(base / "dataset"), "--formats", formats]
-    assert call(convert) == (0, "")
-    save = checkpoint.save
-
-    def save_and_copy(folder: Path, step: int, *rest) -> None:
-        save(folder, step, *rest)
-        if step == 3:
-            shutil.copytree(base / "whole", base / "stopped")
-
-    checkpoint.save = save_and_copy
-    arguments = command(
-        base / "dataset", base / "whole", *("train.epochs=2", "train.checkpoint_every=1")
-    )
-    assert call(["train", *arguments]) == (0, "")
-    checkpoint.save = save
 
 
 def try_all(
     base: Path, scratch: Path, category: str, seed: int, first: int, count: int
 ) -> Iterator[str]:
-    """A line before and after each input; so one that ends the process is known."""
+    """A line of JSON before and after each input, so that one that ends the process is known."""
     for number in range(first, first + count):
         yield json.dumps({"number": number})
         random = np.random.default_rng([seed, list(CATEGORIES).index(category), number])
@@ -384,18 +335,18 @@ def try_all(
 
 
 def run(tally: Tally, base: Path, scratch: Path, category: str, seed: int, count: int) -> None:
-    """Inputs 0 to `count` of a category, in processes that may crash or hang."""
+    """Try the first `count` inputs of a category, in processes that may crash or hang."""
     first = 0
     while first < count:
         size = min(_BATCH, count - first)
-        lines, ended = _in_process(base, scratch, category, seed, first, size)
+        lines, failure = _in_process(base, scratch, category, seed, first, size)
         for line in lines:
             if "fault" in line:
                 where = f"({category} {seed} {line['number']})"
                 tally.add(line["fault"], line["outcome"], where)
         begun = lines[-1]["number"] if lines else first
-        if ended:
-            tally.add(category, ended, f"({category} {seed} {begun})")
+        if failure:
+            tally.add(category, failure, f"({category} {seed} {begun})")
         first = begun + 1
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -403,7 +354,7 @@ def run(tally: Tally, base: Path, scratch: Path, category: str, seed: int, count
 def _in_process(
     base: Path, scratch: Path, category: str, seed: int, first: int, count: int
 ) -> tuple[list[dict], str]:
-    """The lines, and how the process ended where it should not have."""
+    """The lines of a process that tries `count` inputs, and how it ended where it was too early."""
     arguments = [base, category, seed, first, count, scratch]
     started = [sys.executable, "-m", "tests.faults.inputs", *map(str, arguments)]
     log = scratch.with_name(f"{scratch.name}.log")
@@ -421,9 +372,6 @@ def _in_process(
 
 
 def main() -> None:
-    if len(sys.argv) == 2:
-        _prepare(Path(sys.argv[1]))
-        return
     base, category, seed, first, count, scratch = sys.argv[1:7]
     numbers = (int(seed), int(first), int(count))
     for line in try_all(Path(base), Path(scratch), category, *numbers):

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments of a conversion and of a training; then the same command again."""
+"""SIGKILL at a random moment of a conversion or a training, then the same command again."""
 
 import json
 import os
@@ -12,19 +12,19 @@ from pathlib import Path
 import numpy as np
 from xxhash import xxh3_128
 
-from tests.faults.outcomes import CORRECT, Tally
+from tests.faults.outcomes import CORRECT, Tally, same_run
 from tests.packages import has
-from tests.trainings import ROOT, command, launch, metrics, weights
+from tests.trainings import ROOT, checkpoints, command, launch, wait_until
 
-_SECONDS = 300  # that anything here may take
+_SECONDS = 300  # that any command here may take
 _FORMATS = ["array,tar"] * 4
 if has("ffcv"):
     _FORMATS[3] = "array,tar,ffcv"
 
 
 def conversions(tally: Tally, base: Path, scratch: Path, seed: int, times: int) -> None:
-    """A new dataset, formats added to an existing one, and a dataset replaced, in turn. Each fourth
-    time with `ffcv` too, whose import takes most of such a conversion."""
+    """Kill, in turn, a new conversion, one that adds formats and one that replaces a dataset. Each
+    fourth has the format `ffcv` too, whose import takes most of the time."""
     random = np.random.default_rng([seed, 1])
     _converted(base, scratch / "array")
     _converted(base, scratch / "other", "--limit-per-class", "3")
@@ -41,6 +41,7 @@ def conversions(tally: Tally, base: Path, scratch: Path, seed: int, times: int) 
 
 
 def _killed_conversion(base: Path, scratch: Path, formats: str, way: str, moment: float) -> str:
+    """The outcome of a conversion that is killed after `moment` seconds, and repeated."""
     folder = scratch / "killed"
     folder.mkdir()
     out, options = folder / "out", ["--formats", formats]
@@ -79,7 +80,7 @@ def _convert(base: Path, out: Path, *options: str) -> subprocess.Popen:
 
 
 def _converted(base: Path, out: Path, *options: str) -> float:
-    """Seconds that it took."""
+    """Convert. Returns the seconds that it took."""
     started = time.monotonic()
     process = _convert(base, out, *options)
     _, errors = process.communicate(timeout=_SECONDS)
@@ -88,42 +89,43 @@ def _converted(base: Path, out: Path, *options: str) -> float:
 
 
 def _survivors(argument: str) -> list[int]:
-    """Processes with `argument` on their command line, a second after it should have ended."""
+    """Processes that still have `argument` on their command line after five seconds."""
     deadline = time.monotonic() + 5
-    while (found := _running(argument)) and time.monotonic() < deadline:
+    while (processes := _running(argument)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    return found
+    return processes
 
 
 def _running(argument: str) -> list[int]:
-    found = []
+    """Processes that have `argument` on their command line."""
+    processes = []
     for folder in Path("/proc").iterdir():
         try:
             words = (folder / "cmdline").read_bytes().decode().split("\0")
         except (OSError, UnicodeDecodeError):
             continue
         if argument in words:
-            found.append(int(folder.name))
-    return found
+            processes.append(int(folder.name))
+    return processes
 
 
 def digest(dataset: Path) -> dict[str, str]:
-    """Of every file, but for what says when a dataset was made."""
-    found = {}
+    """The hash of every file, without the manifest's creation date."""
+    hashes = {}
     for path in sorted(p for p in dataset.rglob("*") if p.is_file()):
         data = path.read_bytes()
         if path.name == "manifest.json":
             values = json.loads(data)
             dated = ("created", "checksum")
             data = json.dumps({k: v for k, v in values.items() if k not in dated}).encode()
-        found[str(path.relative_to(dataset))] = xxh3_128(data).hexdigest()
-    return found
+        hashes[str(path.relative_to(dataset))] = xxh3_128(data).hexdigest()
+    return hashes
 
 
 def trainings(
     tally: Tally, base: Path, scratch: Path, seed: int, times: int, processes: int
 ) -> None:
-    """Killed as a whole; resumed, it ends as if nothing had happened."""
+    """Kill all processes of a training: the resumed run ends as if nothing had happened."""
     random = np.random.default_rng([seed, 2, processes])
     whole = scratch / f"whole-{processes}"
     started = time.monotonic()
@@ -152,29 +154,23 @@ def _killed_training(base: Path, run: Path, whole: Path, moment: float, processe
 
 
 def kill_group(process: subprocess.Popen) -> list[int]:
-    """Kill what `launch` started, as a scheduler does; return what of the training outlived that.
-    Workers of torchrun are not in its group."""
+    """Kill what `launch` started, as a scheduler does. Returns the processes of the training that
+    outlived that; torchrun's workers are not in its process group."""
     if os.getpgid(process.pid) == process.pid:
         os.killpg(process.pid, signal.SIGKILL)
     process.kill()
-    option = "--resume" if "--resume" in process.args else "--out"
-    survivors = _survivors(process.args[process.args.index(option) + 1])
+    assert isinstance(process.args, list)
+    words = [str(word) for word in process.args]
+    option = "--resume" if "--resume" in words else "--out"
+    survivors = _survivors(words[words.index(option) + 1])
     for child in survivors:
         os.kill(child, signal.SIGKILL)
     process.communicate(timeout=_SECONDS)
     return survivors
 
 
-def same_run(run: Path, whole: Path) -> str:
-    if metrics(run) != metrics(whole):
-        return "other metrics"
-    first, second = weights(run), weights(whole)
-    same = first.keys() == second.keys() and all(first[k].equal(second[k]) for k in first)
-    return "" if same else "other weights"
-
-
 def ended(process: subprocess.Popen, check: bool = True) -> tuple[int, str]:
-    """Exit status and standard error."""
+    """Wait for a command. Returns its exit status and its standard error."""
     try:
         _, errors = process.communicate(timeout=_SECONDS)
     except subprocess.TimeoutExpired:
@@ -185,7 +181,7 @@ def ended(process: subprocess.Popen, check: bool = True) -> tuple[int, str]:
 
 
 def ranks(tally: Tally, base: Path, scratch: Path, seed: int, times: int) -> None:
-    """One of two processes is killed: the other stops within a minute, and the run can go on."""
+    """Kill one of two processes: the other ends within a minute, and the run can be resumed."""
     random = np.random.default_rng([seed, 3])
     whole = scratch / "whole-2"
     if not whole.exists():
@@ -199,11 +195,9 @@ def ranks(tally: Tally, base: Path, scratch: Path, seed: int, times: int) -> Non
 
 def _killed_rank(base: Path, run: Path, whole: Path, victim: int, later: float) -> str:
     process = launch(command(base / "dataset", run, "train.epochs=3"), 2, start_new_session=True)
-    deadline = time.monotonic() + _SECONDS
-    while not list((run / "checkpoints").glob("step-*")) and process.poll() is None:
-        if time.monotonic() > deadline:
-            return "did not start"
-        time.sleep(0.02)
+    if not wait_until(lambda: checkpoints(run), process, _SECONDS):
+        kill_group(process)
+        return "no checkpoint was written"
     time.sleep(later)
     if process.poll() is None:
         for child in _of_rank(victim):
@@ -212,18 +206,19 @@ def _killed_rank(base: Path, run: Path, whole: Path, victim: int, later: float) 
             process.communicate(timeout=60)
         except subprocess.TimeoutExpired:
             kill_group(process)
-            return "the others went on for a minute"
+            return "the other process ran on for a minute"
     code, errors = ended(launch(["--resume", str(run)], 2), check=False)
     return same_run(run, whole) or CORRECT if code == 0 else f"resuming: {code} {errors[-3000:]}"
 
 
 def _of_rank(rank: int) -> list[int]:
-    found = []
+    """The processes of this rank in all trainings that run now."""
+    processes = []
     for child in _running(str(ROOT / "fastlab" / "train.py")):
         words = Path(f"/proc/{child}/environ").read_bytes().decode().split("\0")
         if f"RANK={rank}" in words:
-            found.append(child)
-    return found
+            processes.append(child)
+    return processes
 
 
 def _processes(count: int) -> str:

@@ -1,4 +1,4 @@
-"""Seeded damage: to bytes, to JPEGs, to archives, to JSON."""
+"""Seeded damage to bytes, images, archives and JSON."""
 
 import io
 import json
@@ -22,14 +22,14 @@ def truncated(data: bytes, random: Random) -> bytes:
 
 
 def bit_flipped(data: bytes, random: Random) -> bytes:
-    found = bytearray(data)
+    flipped = bytearray(data)
     for _ in range(random.integers(1, 4)):
-        found[random.integers(len(found))] ^= 1 << random.integers(8)
-    return bytes(found)
+        flipped[random.integers(len(flipped))] ^= 1 << random.integers(8)
+    return bytes(flipped)
 
 
 def block_lost(data: bytes, random: Random) -> bytes:
-    """A stretch of zeros, as of a download with holes."""
+    """Overwrite a stretch with zeros, as in a download with holes."""
     start = int(random.integers(0, len(data)))
     size = int(random.integers(1, max(2, len(data) // 4)))
     hole = bytes(min(size, len(data) - start))
@@ -59,7 +59,7 @@ BYTES: dict[str, Callable[[bytes, Random], bytes]] = {
 
 
 def picture(random: Random) -> np.ndarray:
-    """uint8 [64, 64, 3], smooth enough for JPEG."""
+    """A random image, uint8 [64, 64, 3], smooth enough for JPEG."""
     coarse = Image.fromarray(random.integers(0, 256, (6, 6, 3), dtype=np.uint8))
     return np.asarray(coarse.resize((64, 64), Image.Resampling.BICUBIC))
 
@@ -75,7 +75,8 @@ def _saved(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 def image_file(kind: str, random: Random) -> bytes:
-    """The bytes of an image, of one of `IMAGES`, to be called ``.jpg`` whatever it is."""
+    """The bytes of a damaged JPEG (`kind` is in `BYTES`), or of an unusual image (in `IMAGES`) that
+    is to be named ``.jpg``."""
     pixels = picture(random)
     if kind in BYTES:
         options = {"progressive": bool(random.integers(2)), "subsampling": int(random.integers(3))}
@@ -84,7 +85,7 @@ def image_file(kind: str, random: Random) -> bytes:
 
 
 def _png_bomb(image: Image.Image, random: Random) -> bytes:
-    """20,000 x 20,000 pixels in some hundred bytes."""
+    """A PNG of 20,000 x 20,000 pixels in some hundred bytes."""
     header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
     packed = zlib.compress(bytes(10_000))
     chunks = [(b"IHDR", header), (b"IDAT", packed), (b"IEND", b"")]
@@ -95,6 +96,7 @@ def _png_bomb(image: Image.Image, random: Random) -> bytes:
 
 
 def _jpeg_bomb(image: Image.Image, random: Random) -> bytes:
+    """A small JPEG whose header claims 20,000 x 20,000 pixels."""
     data = bytearray(_saved(image, "JPEG"))
     frame = data.index(b"\xff\xc0")
     data[frame + 5 : frame + 9] = struct.pack(">HH", 20_000, 20_000)
@@ -102,8 +104,8 @@ def _jpeg_bomb(image: Image.Image, random: Random) -> bytes:
 
 
 def _other_size(image: Image.Image, random: Random) -> bytes:
-    size = tuple(int(v) for v in random.integers(1, 200, 2))
-    return _saved(image.resize(size), "JPEG")
+    width, height = (int(v) for v in random.integers(1, 200, 2))
+    return _saved(image.resize((width, height)), "JPEG")
 
 
 def _wrong_size_in_header(image: Image.Image, random: Random) -> bytes:
@@ -151,14 +153,14 @@ def zip_file(files: dict[str, bytes], kind: str, random: Random) -> bytes:
 
 
 def _encrypted(data: bytes, random: Random) -> bytes:
-    """With the flag that says so set on every member, here and in the directory."""
-    found = bytearray(data)
+    """Flag every member of a zip as encrypted, in its own header and in the central directory."""
+    flagged = bytearray(data)
     for mark, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
-        at = found.find(mark)
+        at = flagged.find(mark)
         while at >= 0:
-            found[at + flags] |= 1
-            at = found.find(mark, at + 4)
-    return bytes(found)
+            flagged[at + flags] |= 1
+            at = flagged.find(mark, at + 4)
+    return bytes(flagged)
 
 
 def tar_file(files: dict[str, bytes], kind: str, random: Random) -> bytes:
@@ -177,10 +179,10 @@ def tar_file(files: dict[str, bytes], kind: str, random: Random) -> bytes:
             archive.addfile(link)
     data = stream.getvalue()
     if kind == "header damaged":
-        found = bytearray(data)
+        damaged = bytearray(data)
         headers = [at for at in range(0, len(data), 512) if data[at + 257 : at + 262] == b"ustar"]
-        found[_any(headers, random) + int(random.integers(500))] ^= 1 << random.integers(8)
-        return bytes(found)
+        damaged[_any(headers, random) + int(random.integers(500))] ^= 1 << random.integers(8)
+        return bytes(damaged)
     return BYTES[kind](data, random) if kind in BYTES else data
 
 
@@ -196,7 +198,7 @@ TARS = ("truncated", "header damaged", "empty", "noise", "path traversal", "link
 
 
 def json_damaged(text: str, random: Random) -> str:
-    """One value replaced, one key renamed, or one taken away, anywhere."""
+    """Replace one value, or rename or remove one key, anywhere in a JSON document."""
     root = json.loads(text)
     places = list(_places(root))
     holder, key = places[random.integers(len(places))]
@@ -211,6 +213,7 @@ def json_damaged(text: str, random: Random) -> str:
 
 
 def _places(node: Any) -> Any:
+    """Every (container, key or index) in a JSON document."""
     keys = list(node) if isinstance(node, dict) else range(len(node))
     for key in keys:
         yield node, key
@@ -225,7 +228,7 @@ ODD_VALUES: list[Any] = [
 
 
 def tree_files(folder: Path) -> dict[str, bytes]:
-    """Path in `folder` -> bytes."""
+    """The bytes of every file below `folder`, by its relative path."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))

@@ -12,8 +12,8 @@ STAGES = [name for name in stages(0, False) if name != "endurance"]
 
 
 @pytest.fixture(autouse=True)
-def unmeasured(monkeypatch):
-    """A command whose disk is full, or that is killed, cannot write down its coverage as well."""
+def without_coverage(monkeypatch):
+    """Measure no coverage: a command that is killed, or whose disk is full, cannot record it."""
     for name in [name for name in os.environ if name.startswith("COVERAGE_PROCESS")]:
         monkeypatch.delenv(name)
 
@@ -27,7 +27,7 @@ def test_a_fault_leads_to_the_correct_result_or_one_clear_line(stage, tmp_path):
     assert tally.counts and not tally.unaccepted, "\n".join(tally.unaccepted)
 
 
-def test_the_judge_accepts_nothing_else():
+def test_only_the_correct_result_and_one_clear_line_are_accepted():
     def fine():
         return ""
 
@@ -50,12 +50,12 @@ def test_the_judge_accepts_nothing_else():
         assert tally.unaccepted
 
 
-def test_growth_is_noticed():
+def test_growth_of_memory_descriptors_or_time_is_noticed():
     level = [Sample(100 * 2**20, 5, 9, 1)] * 40
     rising = [Sample((100 + n) * 2**20, 5, 9, 1) for n in range(40)]
     assert not compare(level, [0.1] * 40)[0]
     assert "memory" in compare(rising, [0.1] * 40)[0]
     assert "descriptors" in compare(level[:20] + [Sample(0, 5, 10, 1)] * 20, [0.1] * 40)[0]
-    in_flight = [Sample(0, 5, 9, 1), Sample(0, 5, 11, 1)]
+    in_flight = [Sample(0, 5, 9, 1), Sample(0, 5, 11, 1)]  # two descriptors come and go
     assert not compare(in_flight * 10 + in_flight[1:] * 19 + in_flight[:1], [0.1] * 40)[0]
     assert "time" in compare(level, [0.1] * 20 + [0.2] * 20)[0]

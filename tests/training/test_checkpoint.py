@@ -1,13 +1,13 @@
-"""Checkpoints: bit for bit, whole or absent, and never a way to run code."""
+"""Checkpoints are exact to the bit, whole or absent, and never a way to run code."""
 
 import copy
 import itertools
 import os
 import shutil
 import sys
-import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,13 +19,15 @@ from fastlab.models import build
 from fastlab.models.dropout import DropoutKeys
 from fastlab.training import checkpoint
 from fastlab.training.optim import make_optimizer
+from tests.training.ranks import on_ranks
 
-ALONE = SimpleNamespace(
+ALONE: Any = SimpleNamespace(
     is_main_process=True, process_index=0, num_processes=1, wait_for_everyone=lambda: None
 )
 
 
-def small(value: float = 0.0) -> nn.Module:
+def small(value: float = 0.0) -> Any:
+    """A linear layer and a batch norm, filled with `value`."""
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     with torch.no_grad():
         for tensor in model.state_dict().values():
@@ -34,13 +36,19 @@ def small(value: float = 0.0) -> nn.Module:
 
 
 def content(model: nn.Module) -> float:
-    """The one value that `small` filled a model with, which a torn checkpoint would not have."""
+    """The value that `small` filled a model with. A torn checkpoint would hold several."""
     (value,) = {v for t in model.state_dict().values() for v in t.double().flatten().tolist()}
     return value
 
 
+def newest(folder: Path) -> Path:
+    path = checkpoint.last(folder)
+    assert path is not None
+    return path
+
+
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
-    """Steps whose images and dropout follow from their numbers."""
+    """Take steps whose images and dropout follow from their numbers."""
     model.train()
     dropout = DropoutKeys(model, seed=7, rank=0, device=torch.device("cpu"))
     for step in steps:
@@ -51,12 +59,12 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> N
         optimizer.zero_grad()
 
 
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return list(one) == list(other) and all(torch.equal(one[key], other[key]) for key in one)
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return list(first) == list(second) and all(first[k].equal(second[k]) for k in first)
 
 
 @pytest.mark.parametrize("name", ["adam", "sgd"])
-def test_training_goes_on_bit_for_bit(tmp_path, name):
+def test_a_training_resumes_bit_for_bit(tmp_path, name):
     def fresh():
         model = build(ModelConfig(name="resnet11", width=4), 5).to(
             memory_format=torch.channels_last
@@ -70,53 +78,41 @@ def test_training_goes_on_bit_for_bit(tmp_path, name):
     saved = copy.deepcopy(model.state_dict())
     train(model, optimizer, range(2, 4))
 
-    resumed, other = fresh()
-    found, own = checkpoint.load(checkpoint.last(tmp_path), resumed, 0)
-    assert len(own) == 0
-    assert found["progress"] == {"epoch": 3, "rates": [1.5, 2.25]}
+    resumed, resumed_optimizer = fresh()
+    loaded, rank_tensors = checkpoint.load(newest(tmp_path), resumed, 0)
+    assert len(rank_tensors) == 0
+    assert loaded["progress"] == {"epoch": 3, "rates": [1.5, 2.25]}
     assert same(resumed.state_dict(), saved)
-    other.load_state_dict(found["optimizer"])
-    train(resumed, other, range(2, 4))
+    resumed_optimizer.load_state_dict(loaded["optimizer"])
+    train(resumed, resumed_optimizer, range(2, 4))
     assert same(resumed.state_dict(), model.state_dict())
     assert not same(resumed.state_dict(), saved)
 
 
 def save_by_two(folder: Path, models: list[nn.Module]) -> None:
-    """Two processes, as threads that meet where processes would."""
-    barrier = threading.Barrier(2, timeout=60)
+    """Save with two ranks."""
 
-    def save(rank: int) -> None:
-        process = SimpleNamespace(
-            is_main_process=rank == 0,
-            process_index=rank,
-            num_processes=2,
-            wait_for_everyone=barrier.wait,
-        )
-        checkpoint.save(folder, 1, models[rank], {}, process)
+    def save(rank: Any) -> None:
+        checkpoint.save(folder, 1, models[rank.process_index], {}, rank)
 
-    threads = [threading.Thread(target=save, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    assert on_ranks(save) == [None, None]
 
 
-def test_each_process_gets_its_own_statistics_back(tmp_path):
-    """A third one comes too late."""
+def test_each_rank_gets_its_own_statistics_and_a_new_rank_those_of_the_main_process(tmp_path):
     models = [small(1.0), small(1.0)]
     models[1][1].running_mean.fill_(7.0)
     save_by_two(tmp_path, models)
     for rank, mean in ((0, 1.0), (1, 7.0), (2, 1.0)):
         model = small()
-        checkpoint.load(checkpoint.last(tmp_path), model, rank)
+        checkpoint.load(newest(tmp_path), model, rank)
         assert model[1].running_mean.tolist() == [mean] * 3
         assert model[0].weight.tolist() == [[1.0] * 2] * 3
 
 
 @pytest.mark.parametrize("lost", [0, 1])
-def test_a_process_whose_state_is_lost_is_missed_by_all(tmp_path, lost):
+def test_all_ranks_refuse_a_checkpoint_that_lacks_the_file_of_one(tmp_path, lost):
     save_by_two(tmp_path, [small(1.0), small(1.0)])
-    path = checkpoint.last(tmp_path)
+    path = newest(tmp_path)
     (path / f"rank-{lost}.pt").unlink()
     for rank in range(3):
         with pytest.raises(UserError, match=f"damaged checkpoint .rank-{lost}.pt is missing"):
@@ -133,25 +129,25 @@ def test_the_newest_step_is_the_last(tmp_path):
         checkpoint.save(tmp_path / str(step), step, small(step), {}, ALONE)
         shutil.copytree(tmp_path / str(step), tmp_path / "all", dirs_exist_ok=True)
     model = small()
-    checkpoint.load(checkpoint.last(tmp_path / "all"), model, 0)
+    checkpoint.load(newest(tmp_path / "all"), model, 0)
     assert content(model) == 1000
 
 
-def test_a_save_drops_older_checkpoints(tmp_path):
+def test_a_save_removes_older_checkpoints(tmp_path):
     for step in (1, 2, 3):
         checkpoint.save(tmp_path, step, small(step), {}, ALONE)
-    assert list(tmp_path.iterdir()) == [checkpoint.last(tmp_path)]
+    assert list(tmp_path.iterdir()) == [newest(tmp_path)]
 
 
-def test_a_torn_save_is_no_checkpoint_and_is_cleared_away(tmp_path):
+def test_a_torn_save_is_no_checkpoint_and_is_removed_by_the_next(tmp_path):
     torn = tmp_path / "partial"
     torn.mkdir()
     (torn / "model.safetensors").write_bytes(b"half")
     (torn / "rank-5.pt").write_bytes(b"of a larger run")
     assert checkpoint.last(tmp_path) is None
     checkpoint.save(tmp_path, 4, small(4), {}, ALONE)
-    assert list(tmp_path.iterdir()) == [checkpoint.last(tmp_path)]
-    assert not (checkpoint.last(tmp_path) / "rank-5.pt").exists()
+    assert list(tmp_path.iterdir()) == [newest(tmp_path)]
+    assert not (newest(tmp_path) / "rank-5.pt").exists()
 
 
 class Killed(BaseException):
@@ -159,7 +155,7 @@ class Killed(BaseException):
 
 
 class Killer:
-    """Ends the process, as far as Python can, at the n-th change of the file system in a folder."""
+    """Raises `Killed` at the n-th change of the file system in a folder, as a kill would end it."""
 
     def __init__(self) -> None:
         self.left = 0
@@ -191,14 +187,14 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_path, kill
             break
         except Killed:
             model = small()
-            state, _ = checkpoint.load(checkpoint.last(folder), model, 0)
+            state, _ = checkpoint.load(newest(folder), model, 0)
             assert content(model) == state["value"] in (70, 80)
             checkpoint.save(folder, 9, small(90), {}, ALONE)
-            assert list(folder.iterdir()) == [checkpoint.last(folder)]
+            assert list(folder.iterdir()) == [newest(folder)]
         finally:
             killer.left = 0
-    assert moment > 5  # the last one is past the end of a save
-    checkpoint.load(checkpoint.last(folder), model, 0)
+    assert moment > 5  # at the last one, the save was over
+    checkpoint.load(newest(folder), model, 0)
     assert content(model) == 80
 
 
@@ -213,9 +209,9 @@ def break_file(path: Path, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["missing", "empty", "cut", "noise"])
 @pytest.mark.parametrize("name", ["model.safetensors", "state.pt", "rank-0.pt"])
-def test_a_damaged_file_is_told_in_one_line(tmp_path, name, how):
+def test_a_damaged_file_is_reported_in_one_line(tmp_path, name, how):
     checkpoint.save(tmp_path, 1, small(1), {"value": torch.ones(300)}, ALONE)
-    path = checkpoint.last(tmp_path)
+    path = newest(tmp_path)
     break_file(path / name, how)
     with pytest.raises(UserError) as caught:
         checkpoint.load(path, small(), 0)
@@ -227,7 +223,7 @@ def test_weights_of_another_model_are_refused(tmp_path):
     checkpoint.save(tmp_path, 1, small(), {}, ALONE)
     for other in (nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4)), nn.Linear(2, 3)):
         with pytest.raises(UserError, match="another model") as caught:
-            checkpoint.load(checkpoint.last(tmp_path), other, 0)
+            checkpoint.load(newest(tmp_path), other, 0)
         assert "\n" not in str(caught.value)
 
 
@@ -244,13 +240,13 @@ class Exploit:
 @pytest.mark.parametrize("name", ["state.pt", "rank-0.pt"])
 def test_a_pickle_that_would_run_code_is_refused(tmp_path, name):
     checkpoint.save(tmp_path / "run", 1, small(), {}, ALONE)
-    path, trace = checkpoint.last(tmp_path / "run"), tmp_path / "trace"
+    path, trace = newest(tmp_path / "run"), tmp_path / "trace"
     torch.save({"cpu": Exploit(trace), "buffers": {}}, path / name)
     with pytest.raises(UserError, match="damaged checkpoint") as caught:
         checkpoint.load(path, small(), 0)
     assert "\n" not in str(caught.value)
     assert not trace.exists()
-    torch.load(path / name, weights_only=False)  # it was a working one
+    torch.load(path / name, weights_only=False)  # the exploit works where pickles are trusted
     assert trace.is_dir()
 
 

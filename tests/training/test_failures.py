@@ -1,13 +1,19 @@
+"""Exhausted memory, a full disk and dead workers: one line each, which says what to do."""
+
+import errno
+from pathlib import Path
+
 import pytest
 import torch
 
 from fastlab import train
 from fastlab.cli import main
-from fastlab.training.failures import is_out_of_memory
+from fastlab.console import UserError
+from fastlab.training.failures import failures_explained, is_out_of_memory
 from tests.trainings import command
 
 
-def test_the_hosts_allocator_is_known():
+def test_an_error_of_the_hosts_allocator_is_out_of_memory():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)
@@ -16,10 +22,10 @@ def test_the_hosts_allocator_is_known():
 
 
 @pytest.mark.parametrize(("key", "half"), [("batch_size", 8), ("eval_batch_size", 3)])
-def test_a_batch_that_does_not_fit_is_refused_with_a_smaller_one(
+def test_a_batch_that_does_not_fit_is_reported_with_half_its_size(
     key, half, synth_dataset, tmp_path, monkeypatch, capsys
 ):
-    """A device runs out of memory in training (16 images a batch), or in validation (7)."""
+    """The device runs out of memory in training, 16 images a batch, or in validation, 7 a batch."""
     name = "train_step" if key == "batch_size" else "evaluate"
 
     def fail(first, *_):
@@ -47,15 +53,17 @@ def test_a_single_image_that_does_not_fit_asks_for_a_smaller_model(
 
 
 @pytest.mark.parametrize("width", [2_000_000, 4 * 10**18])
-def test_a_model_that_fits_nowhere_is_one_line(width, synth_dataset, tmp_path, capsys):
-    """144 TB, which no machine allocates; and more than 64 bits count."""
+def test_a_model_that_fits_nowhere_is_reported_in_one_line(width, synth_dataset, tmp_path, capsys):
+    """It has 144 TB, which no machine allocates, or more bytes than 64 bits can count."""
     assert main(["train", *command(synth_dataset, tmp_path / "run", f"model.width={width}")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"model.width = {width}" in line
     assert not (tmp_path / "run").exists()
 
 
-def test_images_that_do_not_fit_are_one_line(synth_dataset, tmp_path, monkeypatch, capsys):
+def test_images_that_do_not_fit_are_reported_in_one_line(
+    synth_dataset, tmp_path, monkeypatch, capsys
+):
     def place(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -64,3 +72,27 @@ def test_images_that_do_not_fit_are_one_line(synth_dataset, tmp_path, monkeypatc
     (line,) = capsys.readouterr().err.splitlines()
     assert 'data.placement = "auto": the images do not fit' in line and '"stream"' in line
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "(No space left on device)"),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed\nby a signal"),
+            "worker (pid 7) is killed",
+        ),
+    ],
+)
+def test_a_full_disk_or_a_dead_worker_is_reported_with_the_command_to_resume(error, message):
+    with pytest.raises(UserError) as caught, failures_explained(Path("runs/a")):
+        raise error
+    (line,) = str(caught.value).splitlines()
+    assert message in line and line.endswith("resume with: --resume runs/a")
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), RuntimeError("a defect"), ValueError("too")])
+def test_other_errors_keep_their_traceback(error):
+    with pytest.raises(type(error)) as caught, failures_explained(Path("runs/a")):
+        raise error
+    assert caught.value is error

@@ -1,4 +1,4 @@
-"""Optimizers, schedules and the moving average against arithmetic by hand."""
+"""Optimizers, schedules and the moving average, compared with arithmetic by hand."""
 
 import copy
 import io
@@ -15,13 +15,11 @@ from fastlab.config import ModelConfig, OptimConfig, ScheduleConfig
 from fastlab.models import build
 from fastlab.training.optim import Rate, WeightAverage, make_optimizer, schedule_factor
 
-# 21 steps: up from 1/25 in the first four, then down to a tenth in the sixteen after the peak.
-EDGES = ScheduleConfig(name="cosine", warmup=0.2, final=0.1)
-
 
 @pytest.mark.parametrize(
     ("name", "step", "expected"),
     [
+        # Of 21 steps, four rise from 1/25 to the peak at step 4; 16 fall from there to a tenth.
         ("onecycle", 0, 0.04),
         ("onecycle", 2, 0.52),
         ("onecycle", 4, 1.0),
@@ -40,7 +38,7 @@ EDGES = ScheduleConfig(name="cosine", warmup=0.2, final=0.1)
         ("constant", 20, 1.0),
     ],
 )
-def test_rate_at_points_computed_by_hand(name, step, expected):
+def test_the_rate_is_that_of_arithmetic_by_hand(name, step, expected):
     config = ScheduleConfig(name=name, warmup=0.2, final=0.1)
     assert schedule_factor(config, step, 21) == pytest.approx(expected)
 
@@ -52,7 +50,7 @@ def test_rate_at_points_computed_by_hand(name, step, expected):
     warmup=st.floats(0, 0.999),
     final=st.floats(0, 0.99),
 )
-def test_rate_rises_to_the_peak_once_then_falls_to_its_final_share(name, steps, warmup, final):
+def test_the_rate_rises_to_its_peak_once_and_falls_to_its_final_share(name, steps, warmup, final):
     config = ScheduleConfig(name=name, warmup=warmup, final=final)
     rates = [schedule_factor(config, step, steps) for step in range(steps)]
     peak = rates.index(max(rates))
@@ -68,6 +66,7 @@ def test_rate_rises_to_the_peak_once_then_falls_to_its_final_share(name, steps, 
 def one_weight(**settings) -> tuple[nn.Parameter, torch.optim.Optimizer]:
     model = nn.Linear(1, 1, bias=False)
     nn.init.ones_(model.weight)
+    assert isinstance(model.weight, nn.Parameter)
     return model.weight, make_optimizer(OptimConfig(**settings), model)
 
 
@@ -89,7 +88,7 @@ def test_cosine_without_warmup_is_torchs_cosine_annealing():
         annealing.step()
 
 
-def test_schedule_sets_the_rate_of_every_group():
+def test_a_schedule_sets_the_rate_of_every_group():
     model = nn.Linear(2, 2)
     optimizer = make_optimizer(OptimConfig(lr=1.0), model)
     rate = Rate(ScheduleConfig(name="onecycle", warmup=0.2, final=0.1), 2.0, 21, "cpu")
@@ -99,8 +98,9 @@ def test_schedule_sets_the_rate_of_every_group():
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
-def test_a_step_takes_the_rate_that_was_set_last(name):
-    """Whatever the gradient, the first step of Adam is the rate; that of SGD is its product."""
+def test_a_step_uses_the_rate_that_was_set_last(name):
+    """Adam's first step is the rate, whatever the gradient. SGD's is the rate times the gradient,
+    which is 1 here."""
     weight, optimizer = one_weight(name=name, momentum=0.0)
     rate = Rate(ScheduleConfig(name="onecycle", warmup=0.2, final=0.1), 0.5, 21, "cpu")
     rate.attach(optimizer)
@@ -111,7 +111,7 @@ def test_a_step_takes_the_rate_that_was_set_last(name):
 
 
 def plateau_rates(top1: list[float], **settings) -> list[float]:
-    """The rate after each epoch, from the report's own 0.015."""
+    """The rate after each epoch. It starts at 0.015, the rate of the reference report."""
     _, optimizer = one_weight()
     rate = Rate(ScheduleConfig(**settings), 0.015, 1000, "cpu")
     rate.attach(optimizer)
@@ -123,7 +123,7 @@ def plateau_rates(top1: list[float], **settings) -> list[float]:
     return rates
 
 
-def test_a_plateau_goes_on_from_its_saved_state():
+def test_a_plateau_resumes_from_its_saved_state():
     settings = ScheduleConfig(name="plateau", patience=1)
     undisturbed = Rate(settings, 0.5, 1000, "cpu")
     for top1 in (0.3, 0.3):
@@ -136,7 +136,7 @@ def test_a_plateau_goes_on_from_its_saved_state():
 
 
 @pytest.mark.parametrize("name", ["plateau", "cosine"])
-def test_a_rate_that_restarts_is_a_fresh_one(name):
+def test_a_restarted_rate_is_that_of_a_new_schedule(name):
     settings = ScheduleConfig(name=name, patience=0)
     used, fresh = Rate(settings, 0.5, 21, "cpu"), Rate(settings, 0.5, 21, "cpu")
     optimizers = [one_weight()[1] for _ in range(2)]
@@ -154,27 +154,27 @@ def test_a_rate_that_restarts_is_a_fresh_one(name):
 @pytest.mark.parametrize(
     ("top1", "rates"),
     [
-        # The best epoch, two that are waited out, the third lowers; then it counts anew.
+        # Two epochs after the best are waited out, the third lowers the rate. The count restarts.
         ([0.3] * 7, [0.015] * 3 + [0.0015] * 3 + [0.00015]),
-        # Better is higher, by a ten-thousandth of the best.
+        # Only a rise by more than a ten-thousandth of the best is an improvement.
         ([0.3, 0.30002, 0.30002, 0.30002], [0.015] * 3 + [0.0015]),
         ([0.3, 0.30004, 0.30004, 0.30004], [0.015] * 4),
         ([0.3, 0.29, 0.28, 0.31, 0.30, 0.30], [0.015] * 6),
         ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [0.015] * 6),
     ],
 )
-def test_plateau_lowers_the_rate_after_two_bad_epochs_are_waited_out(top1, rates):
+def test_a_plateau_waits_for_two_epochs_and_lowers_the_rate_after_the_third(top1, rates):
     assert plateau_rates(top1) == pytest.approx(rates)
 
 
-def test_plateau_follows_its_own_factor_patience_and_floor():
+def test_a_plateau_has_the_factor_patience_and_floor_of_its_configuration():
     rates = plateau_rates([0.3] * 6, factor=0.5, patience=0, min_lr=0.004)
     assert rates == pytest.approx([0.015, 0.0075, 0.004, 0.004, 0.004, 0.004])
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
 @pytest.mark.parametrize("model_name", ["resnet11", "cnn8"])
-def test_decay_moves_weights_but_no_bias_and_no_norm(name, model_name):
+def test_weight_decay_moves_weights_but_no_bias_and_no_norm_parameter(name, model_name):
     model = build(ModelConfig(name=model_name, width=4), 5)
     settings = OptimConfig(name=name, lr=0.01, weight_decay=0.1, momentum=0.0)
     optimizer = make_optimizer(settings, model)
@@ -187,7 +187,7 @@ def test_decay_moves_weights_but_no_bias_and_no_norm(name, model_name):
     decayed = {f"{name}.weight" for name in layers}
     moved = {key for key, p in model.named_parameters() if not torch.equal(p, before[key])}
     assert moved == decayed
-    if name != "adam":  # without a gradient both shrink a weight by rate times decay
+    if name != "adam":  # without a gradient, the others shrink a weight by rate times decay
         for key in decayed:
             torch.testing.assert_close(model.get_parameter(key), before[key] * (1 - 0.01 * 0.1))
 
@@ -195,7 +195,7 @@ def test_decay_moves_weights_but_no_bias_and_no_norm(name, model_name):
 @pytest.mark.parametrize(
     ("momentum", "decay", "weights"),
     [
-        # Gradients 1, then 2; the rate 0.1.
+        # The gradient is 1, then 2; the rate is 0.1.
         (0.0, 0.0, [1 - 0.1 * 1, 0.9 - 0.1 * 2]),
         # Velocity 1: 1 + 0.5 * 1 = 1.5. Velocity 0.5 * 1 + 2 = 2.5: 2 + 0.5 * 2.5 = 3.25.
         (0.5, 0.0, [1 - 0.1 * 1.5, 0.85 - 0.1 * 3.25]),
@@ -204,24 +204,24 @@ def test_decay_moves_weights_but_no_bias_and_no_norm(name, model_name):
         (0.5, 0.2, [1 - 0.1 * 1.8, 0.82 - 0.1 * 3.546]),
     ],
 )
-def test_two_steps_of_sgd_by_hand(momentum, decay, weights):
+def test_two_steps_of_sgd_are_those_of_arithmetic_by_hand(momentum, decay, weights):
     weight, optimizer = one_weight(name="sgd", lr=0.1, momentum=momentum, weight_decay=decay)
-    found = []
+    after_each_step = []
     for grad in (1.0, 2.0):
         weight.grad = torch.full_like(weight, grad)
         optimizer.step()
-        found.append(weight.item())
-    assert found == pytest.approx(weights)
+        after_each_step.append(weight.item())
+    assert after_each_step == pytest.approx(weights)
 
 
-def test_first_step_of_adam_is_the_rate_whatever_the_gradient():
+def test_the_first_step_of_adam_is_the_rate_whatever_the_gradient():
     weight, optimizer = one_weight(name="adam", lr=0.1)
     weight.grad = torch.full_like(weight, 37.0)
     optimizer.step()
     assert weight.item() == pytest.approx(0.9)
 
 
-def test_adam_takes_its_own_settings():
+def test_adam_has_the_settings_of_its_configuration():
     _, optimizer = one_weight(name="adamw", lr=0.1, beta1=0.8, beta2=0.95, eps=1e-4)
     for group in optimizer.param_groups:
         assert (group["betas"], group["eps"]) == ((0.8, 0.95), 1e-4)
@@ -233,7 +233,7 @@ def averaged_model() -> nn.Sequential:
 
 
 def move(model: nn.Module, step: int) -> None:
-    """What an optimizer's step and a forward pass do to a model: in place."""
+    """Change all parameters and buffers in place, as a forward pass and an update do."""
     with torch.no_grad():
         for tensor in model.state_dict().values():
             tensor += step + 1 if tensor.is_floating_point() else 1
@@ -244,22 +244,22 @@ def floats(model: nn.Module) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.15, 0.9])
-def test_average_equals_a_plain_loop(decay):
+def test_the_average_is_that_of_a_plain_loop(decay):
     model = averaged_model()
     average = WeightAverage(model, decay)
     expected = [t.double() for t in floats(model)]
     for step in range(8):
         move(model, step)
         average.update(torch.tensor([step]))
-        held = min(decay, [0.1, 2 / 11, 3 / 12, 4 / 13, 5 / 14, 6 / 15, 7 / 16, 8 / 17][step])
+        limited = min(decay, [0.1, 2 / 11, 3 / 12, 4 / 13, 5 / 14, 6 / 15, 7 / 16, 8 / 17][step])
         pairs = zip(expected, floats(model), strict=True)
-        expected = [held * old + (1 - held) * new.double() for old, new in pairs]
+        expected = [limited * old + (1 - limited) * new.double() for old, new in pairs]
     with average.applied():
-        found = floats(model)
-    torch.testing.assert_close(found, [t.float() for t in expected])
+        averaged = floats(model)
+    torch.testing.assert_close(averaged, [t.float() for t in expected])
 
 
-def test_applied_average_leaves_the_model_as_it_was_even_after_an_error():
+def test_the_model_has_its_trained_weights_again_after_the_average_even_after_an_error():
     model = averaged_model()
     average = WeightAverage(model, 0.9)
     move(model, 3)
@@ -274,7 +274,7 @@ def test_applied_average_leaves_the_model_as_it_was_even_after_an_error():
     assert all(torch.equal(after[key], before[key]) for key in before)
 
 
-def test_average_goes_on_from_its_saved_state():
+def test_an_average_resumes_from_its_saved_state():
     model = averaged_model()
     average = WeightAverage(model, 0.9)
     for step in range(3):
@@ -284,14 +284,14 @@ def test_average_goes_on_from_its_saved_state():
     torch.save([average.state_dict(), model.state_dict()], stored)
     stored.seek(0)
     state, weights = torch.load(stored, weights_only=True)
-    other = averaged_model()
-    other.load_state_dict(weights)
-    resumed = WeightAverage(other, 0.9)
+    resumed_model = averaged_model()
+    resumed_model.load_state_dict(weights)
+    resumed = WeightAverage(resumed_model, 0.9)
     resumed.load_state_dict(state)
-    found = []
-    for each, averaging in ((model, average), (other, resumed)):
+    averages = []
+    for each, averaging in ((model, average), (resumed_model, resumed)):
         move(each, 5)
         averaging.update(torch.tensor([3]))
         with averaging.applied():
-            found.append(floats(each))
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+            averages.append(floats(each))
+    assert all(torch.equal(a, b) for a, b in zip(*averages, strict=True))

@@ -1,4 +1,5 @@
-"""The captured step, without a GPU: what it repeats must be the same each time, and enough."""
+"""The captured step, without a GPU: what it replays must be all that a step does, and the same in
+each step."""
 
 import signal
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastlab import config
 from fastlab import train as training
@@ -15,9 +17,9 @@ from fastlab.runs import RunDir
 from fastlab.training import setup, step
 from fastlab.training.setup import make_accelerator
 from pipelines.resident import ResidentPipeline
-from tests.trainings import ROOT, TINY, assert_same_weights, command, metrics
+from tests.trainings import ROOT, TINY, assert_same_run, command, same_weights
 
-# The host would have to wait for the device, or to send it something.
+# For these operators the host would wait for the device, or send it data.
 READS = ("_local_scalar_dense", "item", "nonzero", "equal", "masked_select", "lift_fresh")
 SETTINGS = {
     "plateau, adam": ("schedule.name=plateau", "schedule.patience=0", "optim.lr=0.01"),
@@ -40,8 +42,8 @@ SETTINGS = {
 
 
 class Recorder(TorchDispatchMode):
-    """Every operator with its constants and its tensors: one made since `calls` was emptied is
-    named by the call that made it, any other by its address."""
+    """Records every operator with its constants and its tensors. A tensor that was made since
+    `start` is named by the call that made it, any other by its address."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,18 +52,18 @@ class Recorder(TorchDispatchMode):
     def start(self) -> None:
         self.calls: list[tuple] = []
         self._makers: dict[int, str] = {}
-        self._kept: list[torch.Tensor] = []  # so that no address is used twice
+        self._kept: list[torch.Tensor] = []  # alive, so that no address is used twice
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None) -> Any:
-        call = (str(function), self._show(args), self._show(kwargs or {}))
-        out = function(*args, **(kwargs or {}))
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
+        call = (str(func), self._show(args), self._show(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
         known = {tensor.untyped_storage().data_ptr() for tensor in tensors((args, kwargs))}
         for number, tensor in enumerate(tensors(out)):
             self._kept.append(tensor)
             address = tensor.untyped_storage().data_ptr()
             if address not in known:
                 self._makers[address] = f"output {number} of call {len(self.calls)}"
-        if not call[0].startswith("profiler."):  # their handle is a new object each time
+        if not call[0].startswith("profiler."):  # a handle of theirs is a new object each time
             self.calls.append(call)
         return out
 
@@ -78,7 +80,7 @@ class Recorder(TorchDispatchMode):
 
 
 def tensors(value: Any) -> list[torch.Tensor]:
-    return [v for v in torch.utils._pytree.tree_leaves(value) if isinstance(v, torch.Tensor)]
+    return [v for v in tree_leaves(value) if isinstance(v, torch.Tensor)]
 
 
 def reads(calls: list[tuple]) -> list[str]:
@@ -86,7 +88,7 @@ def reads(calls: list[tuple]) -> list[str]:
 
 
 class StandIn:
-    """A graph for devices without any: the capture does nothing, each replay runs `body`."""
+    """Stands in for `CUDAGraph` where there is no GPU: each replay runs `body`."""
 
     replays = 0
 
@@ -106,7 +108,7 @@ def capturing(monkeypatch):
 
 
 def place(self: ResidentPipeline, placement: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """All images "on the device", which is the CPU."""
+    """Place all images on the device, which is the CPU here."""
     return torch.from_numpy(self._images.copy()), torch.from_numpy(self._labels)
 
 
@@ -146,20 +148,20 @@ def test_two_steps_in_a_row_issue_the_same_operators_on_the_same_memory(
 
 
 def test_the_recorder_notices_constants_that_change_and_values_that_are_read():
-    value, found = torch.ones(3), []
+    value, recorded = torch.ones(3), []
     with Recorder() as recorder:
         for factor in (2.0, 2.0, 3.0):
             recorder.start()
             value.mul_(factor)
-            found.append(recorder.calls)
-        assert found[0] == found[1] != found[2]
+            recorded.append(recorder.calls)
+        assert recorded[0] == recorded[1] != recorded[2]
         recorder.start()
         value.sum().item()
     assert reads(recorder.calls) == ["aten._local_scalar_dense.default"]
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_captured_training_stopped_and_resumed_has_the_weights_of_the_loop(
+def test_a_captured_training_that_was_stopped_and_resumed_has_the_weights_of_an_eager_one(
     name, batches, capturing, synth_dataset, tmp_path, monkeypatch
 ):
     runs = {kind: tmp_path / kind for kind in ("eager", "captured")}
@@ -179,11 +181,10 @@ def test_a_captured_training_stopped_and_resumed_has_the_weights_of_the_loop(
     assert stopped == 128 + signal.SIGTERM
     assert main(["train", "--resume", str(runs["captured"])]) == 0
     assert StandIn.replays == 15 - 2 * 3  # each process takes three steps before it captures
-    assert_same_weights(runs["eager"], runs["captured"])
-    assert metrics(runs["eager"]) == metrics(runs["captured"])
+    assert_same_run(runs["eager"], runs["captured"])
 
 
-def test_a_step_that_cannot_be_captured_goes_on_uncaptured_and_says_why(
+def test_a_step_that_cannot_be_captured_stays_eager_and_the_reason_is_reported(
     capturing, synth_dataset, tmp_path, monkeypatch, capsys
 ):
     runs = [tmp_path / name for name in ("eager", "refused")]
@@ -200,7 +201,7 @@ def test_a_step_that_cannot_be_captured_goes_on_uncaptured_and_says_why(
     assert main(["train", *command(synth_dataset, runs[1])]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "cannot be captured" in line]
     assert len(lines) == 1 and "(operation not permitted when stream is capturing)" in lines[0]
-    assert_same_weights(*runs)
+    assert same_weights(*runs)
 
 
 def test_a_capture_that_runs_out_of_memory_names_a_batch_size(
@@ -212,17 +213,17 @@ def test_a_capture_that_runs_out_of_memory_names_a_batch_size(
     monkeypatch.setattr(step, "CUDAGraph", fail)
     assert main(["train", *command(synth_dataset, tmp_path / "run")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "--set train.batch_size=8" in line  # half of it
+    assert "--set train.batch_size=8" in line  # half of what did not fit
 
 
 def test_steps_are_not_captured_while_a_trace_is_recorded(capturing, synth_dataset, tmp_path):
-    """Five steps an epoch: the trace ends with the first, the second captures."""
+    """An epoch has five steps. The trace ends with the first epoch; the second captures."""
     sets = ("profile.wait=1", "profile.warmup=2", "profile.active=2", "train.epochs=4")
     assert main(["train", *command(synth_dataset, tmp_path / "run", *sets), "--profile"]) == 0
     assert StandIn.replays == 15 - 3
 
 
-def test_a_step_that_was_asked_for_and_is_not_possible_says_so(synth_dataset, tmp_path, capsys):
+def test_a_capture_that_is_not_possible_is_reported(synth_dataset, tmp_path, capsys):
     run = tmp_path / "run"
     assert main(["train", *command(synth_dataset, run, "train.step=captured")]) == 0
     assert (
@@ -231,7 +232,7 @@ def test_a_step_that_was_asked_for_and_is_not_possible_says_so(synth_dataset, tm
 
 
 def test_training_draws_nothing_from_torchs_generator(synth_dataset, tmp_path):
-    """Whose state is in no checkpoint."""
+    """No checkpoint holds its state."""
     trainer = trainer_of(synth_dataset, tmp_path, "model.name=resnet11")
     before = torch.get_rng_state()
     for batch in trainer.step.batches(trainer.train_data, 0, 0, capture=False):
@@ -241,11 +242,11 @@ def test_training_draws_nothing_from_torchs_generator(synth_dataset, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["plateau, adam", "onecycle, adamw, no average, augmented"])
-def test_what_is_compiled_around_a_step_is_one_graph_and_changes_nothing(
+def test_what_is_compiled_around_a_step_is_one_graph_that_computes_the_same(
     name, synth_dataset, tmp_path, monkeypatch
 ):
-    """By a simpler compiler than on a GPU, which would take long here."""
-    compile, found = torch.compile, []
+    """With a simpler compiler than a GPU's, which would take minutes here."""
+    compile, results = torch.compile, []
     monkeypatch.setattr(torch, "compile", lambda f: compile(f, backend="aot_eager", fullgraph=True))
     for compiled in (False, True):
         torch.manual_seed(0)
@@ -262,19 +263,25 @@ def test_what_is_compiled_around_a_step_is_one_graph_and_changes_nothing(
         trainer.step.done = launched.done
         for batch in launched.batches(trainer.train_data, 1, 0, capture=False):
             launched(batch)
-        found.append([*trainer.model.state_dict().values(), trainer.sums.values, launched.done])
-    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
-    assert found[0][-1] == 10 and found[0][-2][3] == 5 * 16  # images of the five steps
+        results.append([*trainer.model.state_dict().values(), trainer.sums.values, launched.done])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    assert results[0][-1] == 10 and results[0][-2][3] == 5 * 16  # images of the five steps
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_the_first_step_with_a_loss_that_is_not_finite_is_kept(compiled, monkeypatch):
+def test_the_first_step_whose_loss_is_not_finite_is_remembered(compiled, monkeypatch):
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f: compile(f, backend="aot_eager", fullgraph=True))
     end = torch.compile(step._end) if compiled else step._end
     done, diverged = torch.tensor([7]), torch.zeros(1, dtype=torch.int64)
     seen = []
-    for loss in (1.0, 2.0, float("inf"), 3.0, float("nan")):  # steps 3 to 7 of epochs of ten
+    for loss in (
+        1.0,
+        2.0,
+        float("inf"),
+        3.0,
+        float("nan"),
+    ):  # steps 3 to 5 of an epoch of five, 1 and 2 of the next
         end(done, diverged, torch.tensor(loss), 5)
         seen.append(int(diverged))
     assert seen == [0, 0, 5, 5, 5] and int(done) == 12
