@@ -19,7 +19,7 @@ from fastlab.dataset.manifest import Manifest, check_sizes, fingerprint, read_ma
 from fastlab.runs import RunDir
 from fastlab.training import checkpoint
 from fastlab.training.optim import WeightAverage
-from pipelines import FORMATS, make_pipeline
+from pipelines import FORMATS, PipelineSpec, make_pipeline
 from pipelines.augment import make_augmenter
 
 SAMPLES = 12
@@ -70,7 +70,7 @@ def evaluate_run(directory: Path, split: str, which: str, as_json: bool) -> str:
     models.set_memory_format(model, cfg.train.channels_last)
     if cfg.train.compile:
         compile_forward(model, cfg.train)
-    data = make_pipeline(
+    spec = PipelineSpec(
         cfg.data,
         None,
         manifest,
@@ -79,6 +79,7 @@ def evaluate_run(directory: Path, split: str, which: str, as_json: bool) -> str:
         device=accelerator.device,
         dtype=DTYPES[cfg.train.precision],
     )
+    data = make_pipeline(spec)
     net = accelerator.prepare_model(model, evaluation_mode=True)
     with torch_settings(cfg):
         found = evaluate(net, data, accelerator)
@@ -125,9 +126,10 @@ def sample_predictions(
     count, size = manifest.splits["val"].images, cfg.train.eval_batch_size
     wanted = np.unique(np.linspace(0, count - 1, SAMPLES).astype(np.int64))
     # By the run's own engine: the dataset may have no other format.
-    data = make_pipeline(
+    spec = PipelineSpec(
         cfg.data, None, manifest, "val", batch_size=size, device=device, dtype=torch.float32
     )
+    data = make_pipeline(spec)
     found = []
     for number, batch in enumerate(data.epoch(0)):
         rows = wanted[wanted // size == number] % size

@@ -47,7 +47,7 @@ from fastlab.training.delayed import DelayedRead
 from fastlab.training.metrics import Figures, Sums, loss_and_sums
 from fastlab.training.optim import Rate, WeightAverage, make_optimizer
 from fastlab.training.step import Step
-from pipelines import FORMATS, make_pipeline
+from pipelines import FORMATS, PipelineSpec, make_pipeline
 from pipelines.base import Batch, Pipeline, Shard
 
 DTYPES = {
@@ -152,7 +152,7 @@ class Trainer:
 
     def pipeline(self, split: str, train: bool) -> Pipeline:
         cfg, accelerator = self.cfg, self.accelerator
-        return make_pipeline(
+        spec = PipelineSpec(
             cfg.data,
             cfg.augment if train else None,
             self.manifest,
@@ -165,6 +165,7 @@ class Trainer:
             train=train,
             compile=cfg.train.compile,
         )
+        return make_pipeline(spec)
 
     def make_step(self) -> Step:
         return Step(

@@ -30,7 +30,7 @@ from fastlab.dataset.synth import synthesise
 from fastlab.models.dropout import DropoutKeys
 from fastlab.runs import RunDir
 from fastlab.traces.page import look
-from pipelines import make_pipeline
+from pipelines import PipelineSpec, make_pipeline
 from pipelines.augment import device_augmenter, make_augmenter
 from pipelines.augment_cpu import augment_on_cpu
 from pipelines.resident import open_array
@@ -161,7 +161,7 @@ def test_augmentation_gives_the_bits_of_the_cpu_kernel(settings, dtype, compiled
 
 
 def resident(dataset: Path, split: str, placement: str, device: str):
-    return make_pipeline(
+    spec = PipelineSpec(
         DataConfig(path=str(dataset), placement=placement),
         AUGMENTATIONS[1] if split == "train" else None,
         read_manifest(dataset),
@@ -172,6 +172,7 @@ def resident(dataset: Path, split: str, placement: str, device: str):
         seed=3,
         train=split == "train",
     )
+    return make_pipeline(spec)
 
 
 @both_devices

@@ -203,7 +203,7 @@ def _read_through(data: Path, name: str) -> str:
     from fastlab.config import DataConfig
     from fastlab.console import UserError
     from fastlab.dataset.manifest import read_manifest
-    from pipelines import make_pipeline
+    from pipelines import PipelineSpec, make_pipeline
 
     engines = {"array": ("resident",), "ffcv": ("ffcv",), "tar": ("torchvision", "dali")}
     manifest = read_manifest(data)
@@ -212,7 +212,7 @@ def _read_through(data: Path, name: str) -> str:
         if engine == "dali" and not has("nvidia.dali"):
             continue
         try:
-            pipeline = make_pipeline(
+            spec = PipelineSpec(
                 DataConfig(path=str(data), pipeline=engine, workers=1),
                 None,
                 manifest,
@@ -221,6 +221,7 @@ def _read_through(data: Path, name: str) -> str:
                 device=torch.device("cpu"),
                 dtype=torch.float32,
             )
+            pipeline = make_pipeline(spec)
             images = sum(int(batch.mask.sum()) for batch in pipeline.epoch(0))
         except UserError as error:
             if "\n" in str(error):

@@ -19,10 +19,9 @@ from fastlab.console import UserError
 from fastlab.dataset.convert import Options, convert
 from fastlab.dataset.formats import Settings
 from fastlab.dataset.manifest import read_manifest
-from pipelines import make_pipeline
-from pipelines.base import Shard
 from pipelines.dali import open_engine
 from pipelines.resident import open_array
+from tests.pipelines.specs import pipeline
 
 needs_dali = pytest.mark.usefixtures("dali")
 CPU = torch.device("cpu")
@@ -50,21 +49,6 @@ def dataset(synth_source, tmp_path_factory) -> Path:
 def engine(dataset, split="train", device=CPU, workers=2):
     config = DataConfig(path=str(dataset), pipeline="dali", workers=workers)
     return open_engine(config, read_manifest(dataset), split, device)
-
-
-def pipeline(dataset, name, split, batch, rank=0, world=1, augment=None):
-    return make_pipeline(
-        DataConfig(path=str(dataset), pipeline=name, workers=2),
-        augment,
-        read_manifest(dataset),
-        split,
-        batch_size=batch,
-        device=CPU,
-        dtype=torch.float32,
-        shard=Shard(rank, world),
-        seed=3,
-        train=split == "train",
-    )
 
 
 def pixels(dataset, split="train"):

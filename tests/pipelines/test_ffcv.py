@@ -20,10 +20,10 @@ from fastlab.console import UserError
 from fastlab.dataset.convert import Options, convert
 from fastlab.dataset.formats import Settings
 from fastlab.dataset.manifest import FileInfo, read_manifest
-from pipelines import ffcv, make_pipeline
-from pipelines.base import Shard
+from pipelines import ffcv
 from pipelines.ffcv import open_engine, open_samples
 from tests.packages import forget
+from tests.pipelines.specs import pipeline
 
 pytestmark = pytest.mark.ffcv
 CPU = torch.device("cpu")
@@ -97,21 +97,6 @@ def arrays(dataset, split):
 def engine(dataset, split="train", workers=2):
     config = DataConfig(path=str(dataset), pipeline="ffcv", workers=workers)
     return open_engine(config, read_manifest(dataset), split, CPU)
-
-
-def pipeline(dataset, name, split, batch, rank=0, world=1, augment=None):
-    return make_pipeline(
-        DataConfig(path=str(dataset), pipeline=name, workers=2),
-        augment,
-        read_manifest(dataset),
-        split,
-        batch_size=batch,
-        device=CPU,
-        dtype=torch.float32,
-        shard=Shard(rank, world),
-        seed=3,
-        train=split == "train",
-    )
 
 
 def assert_equal(found, expected):
