@@ -8,6 +8,7 @@ decoder.
 
 import itertools
 from collections.abc import Generator, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -77,9 +78,9 @@ class NvjpegEngine:
         """int8 [images]: whether each is a JPEG that nvJPEG decodes as the converter would."""
 
     def batches(self, rows: np.ndarray) -> Generator[Decoded]:
-        gathered = ahead(self._read, 1, rows)
-        for (encoded, labels), row in zip(gathered, rows, strict=True):
-            yield self._decode(encoded, row), labels.to(self._device, non_blocking=True)
+        with closing(ahead(self._read, 1, rows)) as gathered:
+            for (encoded, labels), row in zip(gathered, rows, strict=True):
+                yield self._decode(encoded, row), labels.to(self._device, non_blocking=True)
 
     def _read(self, rows: np.ndarray) -> tuple[list[torch.Tensor], torch.Tensor]:
         labels = torch.from_numpy(self._shards.labels[rows])
