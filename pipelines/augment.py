@@ -8,7 +8,6 @@ the same bits for the same (seed, epoch, image), in any batch, on any number of 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,21 +33,11 @@ class Augmenter:
     All tensors lie on the device: a step copies nothing there, for which it would have to wait.
     """
 
-    flip: bool
-    translate: int
-    """Largest shift, pixels; 0: off."""
-    reflect: bool
-    """Whether a shift brings the reflected image into view, not the channel mean."""
-    cutout: int
-    """Side of the hole, pixels; 0: off."""
-    sizes: np.ndarray
-    """int64 [K, 2]: heights and widths to crop, in 1/256 pixel; K = 0: no crop."""
-    fill: np.ndarray
+    config: AugmentConfig
+    sizes: torch.Tensor
+    """int32 [K, 2]: heights and widths to crop, in 1/256 pixel; K = 0: no crop."""
+    fill: torch.Tensor
     """uint8 [3]: the channel mean."""
-    sizes_tensor: torch.Tensor
-    """`sizes`, int32."""
-    fill_tensor: torch.Tensor
-    """`fill`, uint8."""
     offsets: torch.Tensor
     """int32 [8]: what distinguishes the words of an image's draws."""
     spans: torch.Tensor
@@ -85,18 +74,12 @@ def make_augmenter(
     spread = torch.tensor(std, dtype=torch.float64).clamp(min=1e-6)
     levels = torch.arange(256, dtype=torch.float64)[:, None] / 255
     sizes = _crop_sizes(config.crop_scale, side)
-    fill = np.rint(np.array(mean) * 255).astype(np.uint8)
     offsets = [signed(number * GOLDEN) for number in range(8)]
     shifts = 2 * config.translate + 1
     return Augmenter(
-        flip=config.flip,
-        translate=config.translate,
-        reflect=config.padding == "reflect",
-        cutout=config.cutout,
-        sizes=sizes,
-        fill=fill,
-        sizes_tensor=torch.from_numpy(sizes).int().to(device),
-        fill_tensor=torch.from_numpy(fill).to(device),
+        config=config,
+        sizes=torch.from_numpy(sizes).int().to(device),
+        fill=(centre * 255).round().byte().to(device),
         offsets=torch.tensor(offsets, dtype=torch.int32, device=device),
         spans=torch.tensor([2, shifts, shifts, side, side, len(sizes)], device=device),
         table=((levels - centre) / spread).to(dtype).to(device),
@@ -152,52 +135,45 @@ def augment_on_device(
     Each pixel is computed in int32, the type that GPUs compute fast. Only `rows` stays int64, so
     that addresses in more than 2^31 bytes of images do not wrap.
     """
-    side, device = images.shape[1], images.device
+    config, side, device = augmenter.config, images.shape[1], images.device
     base = mix_tensor(key.int() ^ ids.int())
     draws = _draws(base, augmenter.offsets[:TOP], augmenter.spans)
     line = torch.arange(side, dtype=torch.int32, device=device)[None, :]
-    y, x, outside = _sources(augmenter, draws, line)
+    y, x, outside = _sources(config, draws, line)
     if len(augmenter.sizes):
-        size = augmenter.sizes_tensor[draws[:, SIZE]]
+        size = augmenter.sizes[draws[:, SIZE]]
         start = _draws(base, augmenter.offsets[TOP:], UNIT * side - size + 1)
         pixels = _crop(images, rows, start, size, y, x)
     else:
         pixels = images[rows[:, None, None], y[:, :, None], x[:, None, :]]
-    if augmenter.translate and not augmenter.reflect:
-        pixels = torch.where(outside[..., None], augmenter.fill_tensor, pixels)
-    if augmenter.cutout:
-        in_y = _in_hole(line, draws[:, HOLE_Y, None], augmenter.cutout)
-        in_x = _in_hole(line, draws[:, HOLE_X, None], augmenter.cutout)
+    if config.translate and config.padding == "mean":
+        pixels = torch.where(outside[..., None], augmenter.fill, pixels)
+    if config.cutout:
+        in_y = _in_hole(line, draws[:, HOLE_Y, None], config.cutout)
+        in_x = _in_hole(line, draws[:, HOLE_X, None], config.cutout)
         hole = in_y[:, :, None] & in_x[:, None, :]
-        pixels = torch.where(hole[..., None], augmenter.fill_tensor, pixels)
+        pixels = torch.where(hole[..., None], augmenter.fill, pixels)
     channels = torch.arange(3, dtype=torch.int32, device=device)
     return augmenter.table[pixels.int(), channels].permute(0, 3, 1, 2)
 
 
-class _Sources(NamedTuple):
-    """Where the pixels of each output image come from; b is 1 where all images agree."""
-
-    y: torch.Tensor
-    """int32 [b, S], rows of the image."""
-    x: torch.Tensor
-    """int32 [b, S], columns of the image."""
-    outside: torch.Tensor
-    """bool [b, S, S]: the pixels that a translation takes from outside the image."""
-
-
-def _sources(augmenter: Augmenter, draws: torch.Tensor, line: torch.Tensor) -> _Sources:
-    """Translation, then a flip. `draws` is int32 [b, 6]; `line` counts the pixels: int32 [1, S]."""
+def _sources(
+    config: AugmentConfig, draws: torch.Tensor, line: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where a translation and then a flip take the pixels of each output image from: (y, x),
+    int32 [b, S], and whether that is outside the image, bool [b, S, S]. `draws` is int32 [b, 6],
+    `line` counts the pixels of a side: int32 [1, S]."""
     side, y, x = line.shape[1], line, line
     outside = torch.zeros((1, 1, 1), dtype=torch.bool, device=line.device)
-    if augmenter.translate:
-        y = y + draws[:, SHIFT_Y, None] - augmenter.translate
-        x = x + draws[:, SHIFT_X, None] - augmenter.translate
+    if config.translate:
+        y = y + draws[:, SHIFT_Y, None] - config.translate
+        x = x + draws[:, SHIFT_X, None] - config.translate
         outside_y, outside_x = (y < 0) | (y >= side), (x < 0) | (x >= side)
         outside = outside_y[:, :, None] | outside_x[:, None, :]
         y, x = _reflect(y, side), _reflect(x, side)
-    if augmenter.flip:
+    if config.flip:
         x = torch.where(draws[:, FLIP, None] == 1, side - 1 - x, x)
-    return _Sources(y, x, outside)
+    return y, x, outside
 
 
 def _draws(base: torch.Tensor, offsets: torch.Tensor, spans: torch.Tensor) -> torch.Tensor:

@@ -190,7 +190,7 @@ def augment_on_cpu(
     (int64 [b]), and the `key` of the epoch decide the draws. The interpreter lock is released
     meanwhile.
     """
-    count, side = len(rows), images.shape[1]
+    config, count, side = augmenter.config, len(rows), images.shape[1]
     dtype = torch.uint8 if raw else augmenter.table.dtype
     out = torch.empty((count, side, side, 3), dtype=dtype)
     if raw:
@@ -205,12 +205,12 @@ def augment_on_cpu(
             rows,
             ids,
             key,
-            augmenter.flip,
-            augmenter.translate,
-            augmenter.reflect,
-            augmenter.cutout,
-            augmenter.sizes,
-            augmenter.fill,
+            config.flip,
+            config.translate,
+            config.padding == "reflect",
+            config.cutout,
+            augmenter.sizes.numpy(),
+            augmenter.fill.numpy(),
             table,
             bits.reshape(count, side, side * 3),
         )

@@ -98,7 +98,9 @@ class _Decoder:
     ) -> None:
         """At most `batch` images are decoded at a time. `resize` allows for images that do not have
         the dataset's size."""
-        dali = _dali()
+        dali: Any = importlib.import_module(
+            "nvidia.dali"
+        )  # made at import: untyped
         self.batch, self.resize = batch, resize
         self._images, self._device = images, device
         self._source, self._failed = _Source(images), False
@@ -120,7 +122,7 @@ class _Decoder:
                 self._source, dtype=dali.types.UINT8, ndim=1, no_copy=True
             )
             pixels = dali.fn.decoders.image(encoded, output_type=dali.types.RGB, **decoding)
-            self._pipeline.set_outputs(_fit(pixels, images.side) if resize else pixels)
+            self._pipeline.set_outputs(_fit(dali, pixels, images.side) if resize else pixels)
 
     def batches(self, rows: np.ndarray) -> Iterator[torch.Tensor | None]:
         """The images of each row of `rows`, uint8 [b, S, S, 3]; None where sizes differ."""
@@ -192,11 +194,6 @@ class _Images:
         )
 
 
-def _dali() -> Any:
-    """The package, whose operators and types are generated: a type checker does not see them."""
-    return importlib.import_module("nvidia.dali")
-
-
 def _has_header(data: np.ndarray) -> bool:
     from nvidia.nvimgcodec import CodeStream  # ty: ignore[missing-module-member]  (compiled)
 
@@ -225,9 +222,8 @@ class _Source:
         return [TensorCPU(self._images.shards[row]) for row in rows]
 
 
-def _fit(images: Any, side: int) -> Any:
+def _fit(dali: Any, images: Any, side: int) -> Any:
     """The graph's `images`, their central square resized to `side`, as `ImageOps.fit` of Pillow."""
-    dali = _dali()
     size = images.shape(dtype=dali.types.FLOAT)[:2]
     shorter = dali.fn.reductions.min(size)
     return dali.fn.resize(

@@ -7,13 +7,13 @@ decoder.
 """
 
 import itertools
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_image, decode_jpeg
 from torchvision.transforms import v2
 
@@ -44,11 +44,12 @@ class TorchvisionEngine:
     """An `Engine` of a DataLoader, whose worker processes live as long as the engine."""
 
     def __init__(self, shards: Shards, side: int, workers: int, where: str) -> None:
-        self._sampler, self._where = _Rows(), where
+        self._rows: list[np.ndarray] = []
+        self._where = where
         self._loader = DataLoader(
             _Batches(shards, side),
             batch_size=None,
-            sampler=self._sampler,
+            sampler=self._rows,
             num_workers=workers,
             persistent_workers=True,
             timeout=_TIMEOUT,
@@ -58,7 +59,7 @@ class TorchvisionEngine:
         )
 
     def batches(self, rows: np.ndarray) -> Generator[Decoded]:
-        self._sampler.rows = rows
+        self._rows[:] = rows
         try:
             for images, labels, problem in self._loader:
                 if problem:
@@ -105,7 +106,8 @@ class NvjpegEngine:
         except torch.OutOfMemoryError:  # a RuntimeError, but no fault of the images
             raise
         except (RuntimeError, CorruptImage):
-            problem = _first_problem(self._shards, self._side, rows)
+            _, _, problem = _Batches(self._shards, self._side)[rows]
+            problem = problem or "nvJPEG failed on a batch that the CPU decodes"
             raise UserError(f"{self._where}: {problem}; convert again with --force") from None
         return torch.stack([image.permute(1, 2, 0) for image in images])
 
@@ -114,19 +116,6 @@ class NvjpegEngine:
             data = self._shards[row].tobytes()
             self._plain[row] = data[:2] == b"\xff\xd8" and is_plain(data)
         return self._plain[row] == 1
-
-
-class _Rows(Sampler):
-    """Yields the rows that are set when an epoch begins."""
-
-    def __init__(self) -> None:
-        self.rows = np.zeros((0, 0), dtype=np.int64)
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return iter(self.rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
 
 class _Batches(Dataset):
@@ -170,12 +159,3 @@ def _fit(image: torch.Tensor, side: int) -> torch.Tensor:
         return image
     image = v2.functional.resize(image, [side], v2.InterpolationMode.BICUBIC, antialias=True)
     return v2.functional.center_crop(image, [side, side])
-
-
-def _first_problem(shards: Shards, side: int, rows: np.ndarray) -> str:
-    for row in rows:
-        try:
-            _decode(_encoded(shards, row), side)
-        except (RuntimeError, CorruptImage) as error:
-            return f"image {row}: {first_line(error)}"
-    return "nvJPEG failed on a batch that the CPU decodes"
