@@ -146,7 +146,7 @@ def augment_on_device(
         pixels = _crop(images, rows, start, size, y, x)
     else:
         pixels = images[rows[:, None, None], y[:, :, None], x[:, None, :]]
-    if config.translate and config.padding == "mean":
+    if outside is not None:
         pixels = torch.where(outside[..., None], augmenter.fill, pixels)
     if config.cutout:
         in_y = _in_hole(line, draws[:, HOLE_Y, None], config.cutout)
@@ -159,17 +159,17 @@ def augment_on_device(
 
 def _sources(
     config: AugmentConfig, draws: torch.Tensor, line: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Where a translation and then a flip take the pixels of each output image from: (y, x),
-    int32 [b, S], and whether that is outside the image, bool [b, S, S]. `draws` is int32 [b, 6],
-    `line` counts the pixels of a side: int32 [1, S]."""
-    side, y, x = line.shape[1], line, line
-    outside = torch.zeros((1, 1, 1), dtype=torch.bool, device=line.device)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(y, x, outside): where a translation and then a flip take each output pixel from, int32
+    [b, S] or [1, S], and which pixels to fill with the mean since that is outside the image, bool
+    [b, S, S]. `draws` is int32 [b, 6]; `line` counts the pixels of a side, int32 [1, S]."""
+    side, y, x, outside = line.shape[1], line, line, None
     if config.translate:
         y = y + draws[:, SHIFT_Y, None] - config.translate
         x = x + draws[:, SHIFT_X, None] - config.translate
-        outside_y, outside_x = (y < 0) | (y >= side), (x < 0) | (x >= side)
-        outside = outside_y[:, :, None] | outside_x[:, None, :]
+        if config.padding == "mean":
+            outside_y, outside_x = (y < 0) | (y >= side), (x < 0) | (x >= side)
+            outside = outside_y[:, :, None] | outside_x[:, None, :]
         y, x = _reflect(y, side), _reflect(x, side)
     if config.flip:
         x = torch.where(draws[:, FLIP, None] == 1, side - 1 - x, x)

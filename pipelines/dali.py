@@ -98,9 +98,7 @@ class _Decoder:
     ) -> None:
         """At most `batch` images are decoded at a time. `resize` allows for images that do not have
         the dataset's size."""
-        dali: Any = importlib.import_module(
-            "nvidia.dali"
-        )  # made at import: untyped
+        dali: Any = importlib.import_module("nvidia.dali")  # made at import: untyped
         self.batch, self.resize = batch, resize
         self._images, self._device = images, device
         self._source, self._failed = _Source(images), False
