@@ -58,17 +58,17 @@ class PipelineSpec:
     seed: int = 0
     """From 0 to 2^31 - 1; with the epoch it decides the order of images and every augmentation."""
     train: bool = False
-    """True: shuffled, whole batches only. False: each image once, in order, the last batch padded.
-    """
+    """True: in random order, whole batches only. False: each image once, in order, with padding."""
     compile: bool = False
-    """Whether `torch.compile` fuses augmentation on a device that is no CPU."""
+    """Whether augmentation goes through `torch.compile`. On a CPU it never does: numba compiles it.
+    """
 
 
 class DeviceEpoch(Protocol):
-    """An epoch whose batches are made from what lies on the device, without the host."""
+    """An epoch whose batches are made on the device from data that lies there."""
 
     def batch(self, step: torch.Tensor) -> Batch:
-        """The batch of number `step`, an int64 [1] on the device that the host does not read."""
+        """The batch of number `step`, int64 [1] on the device, without reading it on the host."""
 
     def become(self, other: Self) -> None:
         """Copy the contents of `other`, another epoch of the same pipeline, into this one's memory:
@@ -116,9 +116,9 @@ def epoch_order(images: int, seed: int, epoch: int) -> np.ndarray:
 class BatchPlan:
     """Which images each step of one process takes.
 
-    A training epoch is a permutation of the split, cut into whole batches: less than a batch is
-    left over, and which images those are differs from epoch to epoch. Evaluation takes each image
-    once, in order, over all processes and steps.
+    A training epoch cuts a permutation of the split into whole batches; the images left over, less
+    than a batch, differ from epoch to epoch. Evaluation takes each image once, in order, over all
+    processes and steps.
     """
 
     images: int
@@ -134,8 +134,11 @@ class BatchPlan:
         return -(-self.images // (self._share() * self.shard.world))
 
     def rows(self, epoch: int, start: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """(rows, masks) of the steps of `epoch` from number `start` on, both [steps, b]: int64
-        numbers of images in the split, and bool, False on padding, which repeats image 0."""
+        """(rows, masks) of the steps of `epoch` from number `start` on, both [steps, b].
+
+        `rows` are numbers of images in the split, int64; `masks` is bool, False on padding, where
+        the row is 0.
+        """
         shape = self.steps(), self.shard.world, self._share()
         count = math.prod(shape)
         order = epoch_order(self.images, self.seed, epoch) if self.train else np.arange(count)
