@@ -62,7 +62,7 @@ class EnginePipeline:
         rows, masks = self._plan.rows(epoch, start)
         key = epoch_key(self._spec.seed, epoch)
         finish = self._on_cpu if self._spec.device.type == "cpu" else self._on_device
-        with closing(self._engine.batches(rows)) as decoded:  # also where the epoch is left early
+        with closing(self._engine.batches(rows)) as decoded:  # even if left early
             yield from finish(decoded, rows, masks, key)
 
     def device_epoch(self, epoch: int) -> None:
@@ -73,9 +73,9 @@ class EnginePipeline:
     ) -> Iterator[Batch]:
         from pipelines.augment_cpu import augment_on_cpu  # imports numba: only a CPU needs it
 
-        here = np.arange(rows.shape[1])
+        positions = np.arange(rows.shape[1])
         for (images, labels), ids, mask in zip(decoded, rows, masks, strict=True):
-            pixels = augment_on_cpu(self._augmenter, images.numpy(), here, ids, key)
+            pixels = augment_on_cpu(self._augmenter, images.numpy(), positions, ids, key)
             yield Batch(pixels, labels.clone(), torch.from_numpy(mask))
 
     def _on_device(
@@ -85,10 +85,10 @@ class EnginePipeline:
         # One transfer an epoch: each from pageable memory waits for the device.
         parts = (torch.as_tensor(part, device=device) for part in (rows, masks, key))
         all_ids, all_masks, key_tensor = parts
-        here = torch.arange(rows.shape[1], device=device)
+        positions = torch.arange(rows.shape[1], device=device)
         for (images, labels), ids, mask in zip(decoded, all_ids, all_masks, strict=True):
             images, labels = (part.to(device, non_blocking=True) for part in (images, labels))
-            pixels = self._augment(self._augmenter, images, here, ids, key_tensor)
+            pixels = self._augment(self._augmenter, images, positions, ids, key_tensor)
             yield Batch(pixels, labels.clone(), mask)
 
 
@@ -104,5 +104,5 @@ def ahead(job: Callable[..., _Result], threads: int, *arguments: Iterable) -> Ge
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-    finally:  # also where the generator is closed early
+    finally:  # and even where the generator is closed early
         pool.shutdown(wait=True, cancel_futures=True)

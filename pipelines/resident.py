@@ -85,7 +85,7 @@ class ResidentPipeline:
     def _streamed_batches(self, rows: np.ndarray, masks: np.ndarray, key: int) -> Iterator[Batch]:
         device = self._spec.device
         key_tensor = torch.tensor(key, device=device)
-        here = torch.arange(rows.shape[1], device=device)
+        positions = torch.arange(rows.shape[1], device=device)
 
         def pinned(rows: np.ndarray, mask: np.ndarray) -> list[torch.Tensor]:
             parts = self._images[rows], rows, self._labels[rows], mask
@@ -93,7 +93,7 @@ class ResidentPipeline:
 
         for parts in ahead(pinned, _threads(), rows, masks):
             pixels, ids, labels, mask = (part.to(device, non_blocking=True) for part in parts)
-            pixels = self._augment(self._augmenter, pixels, here, ids, key_tensor)
+            pixels = self._augment(self._augmenter, pixels, positions, ids, key_tensor)
             yield Batch(pixels, labels, mask)
 
 
