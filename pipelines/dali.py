@@ -74,7 +74,7 @@ class DaliEngine:
                         break
                     yield images, labels[done]
                     done += 1
-            finally:  # and even where the epoch is left early
+            finally:  # runs even where the epoch is left early
                 self._idle = decoder if decoder.drain() else None
 
     def _take_decoder(self, batch: int) -> "_Decoder":

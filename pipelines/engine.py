@@ -62,7 +62,7 @@ class EnginePipeline:
         rows, masks = self._plan.rows(epoch, start)
         key = epoch_key(self._spec.seed, epoch)
         finish = self._on_cpu if self._spec.device.type == "cpu" else self._on_device
-        with closing(self._engine.batches(rows)) as decoded:  # even if left early
+        with closing(self._engine.batches(rows)) as decoded:  # even if the epoch is left early
             yield from finish(decoded, rows, masks, key)
 
     def device_epoch(self, epoch: int) -> None:
@@ -104,5 +104,5 @@ def ahead(job: Callable[..., _Result], threads: int, *arguments: Iterable) -> Ge
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-    finally:  # and even where the generator is closed early
+    finally:  # runs even where the generator is closed early
         pool.shutdown(wait=True, cancel_futures=True)

@@ -87,7 +87,7 @@ class FfcvEngine:
                     yield from self._oldest(waiting, free)
             while waiting:
                 yield from self._oldest(waiting, free)
-        finally:  # and even where an epoch is left early
+        finally:  # runs even where an epoch is left early
             wait([future for future in waiting if not future.cancel()], _TIMEOUT)
 
     def _buffer(self, images: int) -> torch.Tensor:
