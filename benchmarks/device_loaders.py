@@ -45,7 +45,7 @@ from fastlab.config import AugmentConfig, DataConfig
 from fastlab.console import UserError, first_line, positive_int, positive_ints, run_command
 from fastlab.dataset.formats.tar import Shards, open_shards
 from fastlab.dataset.manifest import read_manifest
-from pipelines import make_pipeline
+from pipelines import PipelineSpec, make_pipeline
 from pipelines.augment import device_augmenter, epoch_key, make_augmenter
 from pipelines.resident import ResidentEpoch, open_array, upload
 
@@ -264,7 +264,7 @@ def _rows(images: int, batches: int, batch: int) -> np.ndarray:
 def _nvjpeg(data: Data, batch: int) -> Work:
     _check_gpu(data.device)
     encoded = data.shards.where[:, 2].mean()
-    pipeline = make_pipeline(
+    spec = PipelineSpec(
         DataConfig(path=str(data.path), pipeline="torchvision"),
         _FLIP_AND_TRANSLATE,
         data.manifest,
@@ -275,6 +275,7 @@ def _nvjpeg(data: Data, batch: int) -> Work:
         train=True,
         compile=True,
     )
+    pipeline = make_pipeline(spec)
     forever = (made for epoch in itertools.count() for made in pipeline.epoch(epoch))
     written = data.pixels * _DTYPE.itemsize
     return Work(lambda number: itertools.islice(forever, number), float(encoded) + written)

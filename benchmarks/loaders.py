@@ -194,7 +194,7 @@ def _fastlab(engine: str) -> Callable:
 
         import pipelines.augment_cpu
         from fastlab.config import AugmentConfig, DataConfig
-        from pipelines import make_pipeline
+        from pipelines import PipelineSpec, make_pipeline
 
         raw = pipelines.augment_cpu.augment_on_cpu
 
@@ -202,7 +202,7 @@ def _fastlab(engine: str) -> Callable:
             return raw(*arguments, raw=True)
 
         pipelines.augment_cpu.augment_on_cpu = as_bytes
-        data = make_pipeline(
+        spec = PipelineSpec(
             DataConfig(path=str(args.dataset), pipeline=engine, workers=cores),
             AugmentConfig(flip=True, translate=TRANSLATE),
             read_manifest(args.dataset),
@@ -212,6 +212,7 @@ def _fastlab(engine: str) -> Callable:
             dtype=torch.float32,
             train=True,
         )
+        data = make_pipeline(spec)
         return (batch.images for batch in _forever(data.epoch))
 
     return batches
@@ -222,9 +223,9 @@ def _normalised(dtype: str) -> Callable:
         import torch
 
         from fastlab.config import AugmentConfig, DataConfig
-        from pipelines import make_pipeline
+        from pipelines import PipelineSpec, make_pipeline
 
-        data = make_pipeline(
+        spec = PipelineSpec(
             DataConfig(path=str(args.dataset)),
             AugmentConfig(flip=True, translate=TRANSLATE),
             read_manifest(args.dataset),
@@ -234,6 +235,7 @@ def _normalised(dtype: str) -> Callable:
             dtype=getattr(torch, dtype),
             train=True,
         )
+        data = make_pipeline(spec)
         return (batch.images for batch in _forever(data.epoch))
 
     return batches

@@ -1,28 +1,24 @@
-"""How images reach the device: one file an engine, one contract, one augmentation module."""
+"""How images reach the device: one contract, one augmentation, one file for each engine."""
 
 import importlib
-from typing import Any
 
-from fastlab.config import DataConfig
-from pipelines.base import Pipeline
+from pipelines.base import Pipeline, PipelineSpec
 from pipelines.engine import EnginePipeline
 from pipelines.resident import ResidentPipeline
 
-# Modules with an `open_engine`, imported when asked for: each needs packages that may be missing.
-ENGINES = {
-    "dali": "pipelines.dali",
-    "ffcv": "pipelines.ffcv",
-    "torchvision": "pipelines.torchvision",
-}
-
-
 FORMATS = {"resident": "array", "ffcv": "ffcv", "dali": "tar", "torchvision": "tar"}
-"""The format of a dataset that each engine reads."""
+"""Each value of `data.pipeline` and the format of a dataset that it reads. All but "resident" are
+engines, each the `open_engine` of a module of its name."""
 
 
-def make_pipeline(config: DataConfig, *args: Any, **kwargs: Any) -> Pipeline:
-    """The pipeline that `config` names; the arguments are those of every pipeline's constructor."""
-    if config.pipeline == "resident":
-        return ResidentPipeline(config, *args, **kwargs)
-    engine = importlib.import_module(ENGINES[config.pipeline])
-    return EnginePipeline(engine.open_engine, config, *args, **kwargs)
+def make_pipeline(spec: PipelineSpec) -> Pipeline:
+    """The pipeline that `spec.data.pipeline` names.
+
+    Raises `UserError` where the dataset lacks the split or the format, the split has no full
+    training batch, or the engine is not installed.
+    """
+    if spec.data.pipeline == "resident":
+        return ResidentPipeline(spec)
+    # Imported only now: an engine needs packages that may be missing.
+    engine = importlib.import_module(f"pipelines.{spec.data.pipeline}")
+    return EnginePipeline(spec, engine.open_engine)

@@ -1,9 +1,10 @@
-"""The CPU's augmentation: numba kernels over the bytes, bit for bit `augment_on_device`.
+"""Augmentation on a CPU: numba kernels over the bytes, bit for bit equal to `augment_on_device`.
 
-Apart from `pipelines.augment`, so that a training on an accelerator does not import numba.
+A module of its own, so that training on an accelerator does not import numba.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numba
 import numpy as np
@@ -29,8 +30,8 @@ from pipelines.augment import (
 
 
 def _compiled(function: Callable) -> Callable:
-    """Kept on disk where numba finds a place for it: none in a read-only installation of a user
-    without a home."""
+    """`function` compiled, and cached on disk where numba finds a place: it finds none in a
+    read-only installation of a user without a home directory."""
     try:
         return numba.njit(nogil=True, cache=True)(function)
     except RuntimeError:
@@ -46,7 +47,7 @@ def _mix_word(x):
 
 @numba.njit(inline="always")
 def _draw(base, number, span):
-    """A whole number in [0, span), uniform up to span / 2^32."""
+    """A whole number in [0, span). Its distribution is uniform up to span / 2^32."""
     word = _mix_word((base + np.uint64(number * GOLDEN)) & np.uint64(WORD))
     return np.int64((word * np.uint64(span)) >> np.uint64(32))
 
@@ -58,8 +59,8 @@ def _reflect(at, side):
 
 
 @intrinsic
-def _copy(typing_context, to, source, count):
-    """memcpy between addresses: numba's slice assignment costs some hundred nanoseconds a row."""
+def _memcpy(typing_context, to, source, count):
+    """memcpy between addresses: numba's slice assignment takes some hundred nanoseconds a row."""
 
     def generate(context, builder, signature, args):
         to, source = (builder.inttoptr(address, cgutils.voidptr_t) for address in args[:2])
@@ -67,6 +68,9 @@ def _copy(typing_context, to, source, count):
         return context.get_dummy_value()
 
     return types.void(types.uintp, types.uintp, types.intp), generate
+
+
+_copy: Any = _memcpy  # kernels call it without the typing context, which its type does not say
 
 
 @_compiled
@@ -78,7 +82,7 @@ def _fill(out, y, start, stop, fill):
 
 @_compiled
 def _shift_flip(image, out, dy, dx, flip, reflect, fill):
-    """`out` [H, W * 3] = `image` moved by (-dy, -dx) and mirrored; both contiguous."""
+    """`out` = `image` moved by (-dy, -dx) and mirrored; uint8 [H, W * 3], both contiguous."""
     height, width = out.shape[0], out.shape[1] // 3
     low, high = max(0, -dx), min(width, width - dx)  # columns that no padding touches
     for y in range(height):
@@ -104,8 +108,8 @@ def _shift_flip(image, out, dy, dx, flip, reflect, fill):
 
 @_compiled
 def _mirror(to, source, low, high, last):
-    """Pixels ``last - x`` to x, for x in [low, high). Four bytes at a time, of which the next
-    pixel overwrites one; the first and the last pixel take three, to stay within the row."""
+    """Copy pixel ``last - x`` to x, for x in [low, high). Four bytes at a time, one of which the
+    next pixel overwrites; the first and the last pixel take three, to stay within the row."""
     _copy(to + np.uintp(3 * low), source + np.uintp(3 * (last - low)), 3)
     for x in range(low + 1, high - 1):
         _copy(to + np.uintp(3 * x), source + np.uintp(3 * (last - x)), 4)
@@ -114,7 +118,7 @@ def _mirror(to, source, low, high, last):
 
 @_compiled
 def _crop(image, out, top, left, crop_h, crop_w):
-    """`out` [H, W * 3] = the box of `image`, in 1/256 pixel, stretched by bilinear sampling."""
+    """`out` = a box of `image` (uint8 [H, W * 3]), in 1/256 pixel, stretched bilinearly."""
     height, width = out.shape[0], out.shape[1] // 3
     for y in range(height):
         sy = max(0, top + (2 * y + 1) * crop_h // (2 * height) - UNIT // 2)
@@ -137,7 +141,7 @@ def _crop(image, out, top, left, crop_h, crop_w):
 
 @_compiled
 def _augment(images, rows, ids, key, flip, translate, reflect, cutout, sizes, fill, table, out):
-    """Augment ``images[rows]`` into `out`: uint8 if `table` is empty, else looked up in it."""
+    """Augment ``images[rows]`` into `out`: the bytes if `table` is empty, else their entries."""
     side = images.shape[1]
     cropped = np.empty((side, side * 3), np.uint8)
     scratch = np.empty((side, side * 3), np.uint8)
@@ -180,17 +184,18 @@ def augment_on_cpu(
     key: int,
     raw: bool = False,
 ) -> torch.Tensor:
-    """``images[rows]`` augmented: [b, 3, H, W], channels-last, compute dtype (uint8 if `raw`).
+    """``images[rows]`` augmented: [b, 3, S, S], channels-last, compute dtype (uint8 if `raw`).
 
-    `images` is uint8 [N, H, W, 3]; `ids` are the images' numbers in the dataset, which, with the
-    `key` of the epoch, decide the draws. The interpreter lock is released meanwhile.
+    `images` is uint8 [N, S, S, 3] and `rows` int64 [b]; `ids`, the images' numbers in the split
+    (int64 [b]), and the `key` of the epoch decide the draws. The interpreter lock is released
+    meanwhile.
     """
-    count, side = len(rows), images.shape[1]
+    config, count, side = augmenter.config, len(rows), images.shape[1]
     dtype = torch.uint8 if raw else augmenter.table.dtype
     out = torch.empty((count, side, side, 3), dtype=dtype)
     if raw:
         table, bits = _NO_TABLE, out.numpy()
-    else:  # numba knows no bfloat16: copy bit patterns
+    else:  # bit patterns: numba knows no bfloat16
         kind, signed = _BITS[dtype.itemsize]
         table = augmenter.table.view(signed).numpy().view(kind)
         bits = out.view(signed).numpy().view(kind)
@@ -200,12 +205,12 @@ def augment_on_cpu(
             rows,
             ids,
             key,
-            augmenter.flip,
-            augmenter.translate,
-            augmenter.reflect,
-            augmenter.cutout,
-            augmenter.sizes,
-            augmenter.fill,
+            config.flip,
+            config.translate,
+            config.padding == "reflect",
+            config.cutout,
+            augmenter.sizes.numpy(),
+            augmenter.fill.numpy(),
             table,
             bits.reshape(count, side, side * 3),
         )

@@ -1,21 +1,25 @@
 """The contract of every pipeline: what a batch is, and which images it holds.
 
-Order is a pure function of (seed, epoch), so that a run on any number of processes with the same
-global batch sees the same batches, and a resumed run goes on at the batch where it stopped.
+The order of images is a pure function of (seed, epoch): a run on any number of processes with the
+same global batch size sees the same batches, and a resumed run continues at the batch where it
+stopped.
 """
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from dataclasses import KW_ONLY, dataclass
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
 
+from fastlab.config import AugmentConfig, DataConfig
 from fastlab.console import UserError
+from fastlab.dataset.manifest import Manifest
 
 
 class Batch(NamedTuple):
-    """One step's images on the device; shapes never change within an epoch."""
+    """The images of one step, on the device. Shapes never change within an epoch."""
 
     images: torch.Tensor
     """[b, 3, H, W], compute dtype, channels-last memory format, normalised."""
@@ -33,28 +37,58 @@ class Shard:
     world: int = 1
 
 
+@dataclass(frozen=True)
+class PipelineSpec:
+    """The images that a pipeline reads, and the batches that it makes of them."""
+
+    data: DataConfig
+    augment: AugmentConfig | None
+    """None: normalisation alone."""
+    manifest: Manifest
+    """The manifest of the dataset at `data.path`."""
+    split: str
+    _: KW_ONLY
+    batch_size: int
+    """Images a step over all processes; in training a multiple of their number."""
+    device: torch.device
+    """Where batches lie."""
+    dtype: torch.dtype
+    """The compute dtype, that of `Batch.images`."""
+    shard: Shard = Shard()
+    seed: int = 0
+    """From 0 to 2^31 - 1; with the epoch it decides the order of images and every augmentation."""
+    train: bool = False
+    """True: in random order, whole batches only. False: each image once, in order, with padding."""
+    compile: bool = False
+    """Whether augmentation goes through `torch.compile`. On a CPU it never does: numba compiles it.
+    """
+
+
 class DeviceEpoch(Protocol):
-    """What the batches of an epoch are made from, all of it on the device."""
+    """An epoch whose batches are made on the device from data that lies there."""
 
     def batch(self, step: torch.Tensor) -> Batch:
-        """The one with the number `step`: int64 [1] on the device, which the host does not read."""
+        """The batch of number `step`, int64 [1] on the device, without reading it on the host."""
 
-    def become(self, other: "DeviceEpoch") -> None:
-        """Take the contents of `other`, another epoch of the same pipeline, in place."""
+    def become(self, other: Self) -> None:
+        """Copy the contents of `other`, another epoch of the same pipeline, into this one's memory:
+        a captured step reads the same addresses in every epoch."""
 
 
 class Pipeline(Protocol):
     """Batches of one split for one process."""
 
     def steps(self) -> int:
-        """Batches an epoch, the same on every process."""
+        """Batches in an epoch, the same on every process."""
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of `epoch` from number `start` on. A batch stays valid until the next is
-        asked for."""
+        """The batches of `epoch` from number `start` on. Each is valid until the next is asked for.
+
+        Raises `UserError` where an image cannot be read.
+        """
 
     def device_epoch(self, epoch: int) -> DeviceEpoch | None:
-        """What makes the batches of `epoch` without the host; None where they come from it."""
+        """The whole of `epoch` on the device; None where its batches come from the host."""
 
 
 _MASK64 = (1 << 64) - 1
@@ -70,7 +104,7 @@ def _mix64(x: np.ndarray) -> np.ndarray:
 def epoch_order(images: int, seed: int, epoch: int) -> np.ndarray:
     """A permutation of range(images), int64: a pure function of its arguments.
 
-    Sorting hashed counters depends on no library's random stream, which may change by version.
+    It sorts hashed counters: a library's random stream may change from version to version.
     """
     start = ((seed << 32) ^ epoch) * 0x9E3779B97F4A7C15 & _MASK64
     key = _mix64(np.array([start], dtype=np.uint64))
@@ -78,39 +112,18 @@ def epoch_order(images: int, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(_mix64(counters + key), kind="stable")
 
 
-def train_rows(order: np.ndarray, step: int, batch: int, shard: Shard) -> np.ndarray:
-    """This process's images of global batch `step`; `batch` is a multiple of the world size."""
-    each = batch // shard.world
-    start = step * batch + shard.rank * each
-    return order[start : start + each]
-
-
-def eval_rows(images: int, step: int, batch: int, shard: Shard) -> tuple[np.ndarray, np.ndarray]:
-    """(rows, mask) of this process in evaluation batch `step`: each image once, in order, over all
-    processes and steps. Padding repeats image 0 with a mask of False."""
-    each = -(-batch // shard.world)
-    start = (step * shard.world + shard.rank) * each
-    rows = np.arange(start, start + each)
-    mask = rows < images
-    return np.where(mask, rows, 0), mask
-
-
-def eval_steps(images: int, batch: int, shard: Shard) -> int:
-    each = -(-batch // shard.world)
-    return -(-images // (each * shard.world))
-
-
 @dataclass(frozen=True)
-class Schedule:
+class BatchPlan:
     """Which images each step of one process takes.
 
-    Training epochs are permutations of whole batches (the rest of the split, less than a batch,
-    is left out and differs from epoch to epoch); evaluation takes each image once, in order.
+    A training epoch cuts a permutation of the split into whole batches; the images left over, less
+    than a batch, differ from epoch to epoch. Evaluation takes each image once, in order, over all
+    processes and steps.
     """
 
     images: int
     batch_size: int
-    """Over all processes."""
+    """Over all processes; in training a multiple of their number."""
     shard: Shard
     seed: int
     train: bool
@@ -118,33 +131,38 @@ class Schedule:
     def steps(self) -> int:
         if self.train:
             return self.images // self.batch_size
-        return eval_steps(self.images, self.batch_size, self.shard)
+        return -(-self.images // (self._share() * self.shard.world))
 
-    def rows(self, epoch: int, start: int) -> tuple[np.ndarray, np.ndarray]:
-        """(rows, mask) of the epoch's steps from `start` on: int64 and bool, [steps, b]."""
-        steps = range(start, self.steps())
-        if self.train:
-            order = epoch_order(self.images, self.seed, epoch)
-            parts = [train_rows(order, step, self.batch_size, self.shard) for step in steps]
-            rows = np.stack(parts) if parts else np.zeros((0, 0), dtype=np.int64)
-            return rows, np.ones(rows.shape, dtype=bool)
-        both = [eval_rows(self.images, step, self.batch_size, self.shard) for step in steps]
-        if not both:
-            return np.zeros((0, 0), dtype=np.int64), np.zeros((0, 0), dtype=bool)
-        rows, masks = zip(*both, strict=True)
-        return np.stack(rows), np.stack(masks)
+    def rows(self, epoch: int, start: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """(rows, masks) of the steps of `epoch` from number `start` on, both [steps, b].
+
+        `rows` are numbers of images in the split, int64; `masks` is bool, False on padding, where
+        the row is 0.
+        """
+        shape = self.steps(), self.shard.world, self._share()
+        count = math.prod(shape)
+        order = epoch_order(self.images, self.seed, epoch) if self.train else np.arange(count)
+        rows = order[:count].reshape(shape)[start:, self.shard.rank]
+        mask = rows < self.images
+        return np.where(mask, rows, 0), mask
+
+    def _share(self) -> int:
+        """Images of each process in a batch."""
+        return -(-self.batch_size // self.shard.world)
 
 
-def make_schedule(
-    where: str, split: str, images: int, batch_size: int, shard: Shard, seed: int, train: bool
-) -> Schedule:
-    """Raises `UserError` where the split has no full training batch. An evaluation batch larger
-    than the split would be padding, of any size that somebody may write."""
-    if not train:
-        batch_size = min(batch_size, images)
-    if train and images < batch_size:
+def plan_batches(spec: PipelineSpec) -> BatchPlan:
+    """Raises `UserError` where the dataset has no such split, or the split is smaller than one
+    training batch."""
+    if spec.split not in spec.manifest.splits:
+        known = ", ".join(spec.manifest.splits)
+        raise UserError(f"{spec.data.path}: has no split {spec.split!r}; it has: {known}")
+    images, batch_size = spec.manifest.splits[spec.split].images, spec.batch_size
+    if spec.train and images < batch_size:
         raise UserError(
-            f"train.batch_size = {batch_size}: split {split} of {where} has only "
+            f"train.batch_size = {batch_size}: split {spec.split} of {spec.data.path} has only "
             f"{images} images; take a smaller batch"
         )
-    return Schedule(images, batch_size, shard, seed, train)
+    if not spec.train:  # all beyond the split would be padding
+        batch_size = min(batch_size, images)
+    return BatchPlan(images, batch_size, spec.shard, spec.seed, spec.train)

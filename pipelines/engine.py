@@ -1,33 +1,42 @@
-"""What FFCV, DALI and torchvision have in common: they read and decode, all else is shared.
+"""What FFCV, DALI and torchvision have in common: an engine reads and decodes, all else is shared.
 
-Order, sharding, labels' masks, augmentation and normalisation are those of `resident`, so that the
-engine that fed a training does not show in its result.
+Order, sharding, masks, augmentation and normalisation are those of `resident`, so that the result
+of a training does not depend on the engine that fed it.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 
-from fastlab.config import AugmentConfig, DataConfig
-from fastlab.console import UserError
+from fastlab.config import DataConfig
 from fastlab.dataset.manifest import Manifest
 from pipelines.augment import device_augmenter, epoch_key, make_augmenter
-from pipelines.base import Batch, Shard, make_schedule
+from pipelines.base import Batch, PipelineSpec, plan_batches
+
+Decoded = tuple[torch.Tensor, torch.Tensor]
+"""A batch of images, uint8 [b, S, S, 3], contiguous, and their labels, int64 [b]. Both lie on the
+CPU or both on the device."""
+
+_Result = TypeVar("_Result")
 
 
 class Engine(Protocol):
     """Reads and decodes the images of one split."""
 
-    def batches(self, rows: np.ndarray) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """For each row of `rows` (int64 [steps, b], numbers of images in the split, repeats
-        allowed) the decoded images, uint8 [b, S, S, 3], contiguous, and labels, int64 [b].
+    def batches(self, rows: np.ndarray) -> Generator[Decoded]:
+        """The decoded images of each row of `rows`: int64 [steps, b], numbers of images in the
+        split, which may repeat.
 
-        Both on the CPU or both on the device; valid until the next are asked for. Leaving the
-        iterator early (its `close`) frees its threads, processes and memory. Raises `UserError`
-        within seconds where an image cannot be read or a worker died.
+        A batch is valid until the next is asked for. Closing the generator early frees its threads,
+        processes and memory. Raises `UserError`, within seconds, where an image cannot be read or a
+        worker died.
         """
+        ...
 
 
 class EnginePipeline:
@@ -35,72 +44,65 @@ class EnginePipeline:
 
     def __init__(
         self,
+        spec: PipelineSpec,
         open_engine: Callable[[DataConfig, Manifest, str, torch.device], Engine],
-        config: DataConfig,
-        augment: AugmentConfig | None,
-        manifest: Manifest,
-        split: str,
-        *,
-        batch_size: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        shard: Shard = Shard(),  # noqa: B008  (frozen)
-        seed: int = 0,
-        train: bool = False,
-        compile: bool = False,
     ) -> None:
-        """`batch_size` is over all processes. Raises `UserError` where the split has no full
-        training batch, the dataset no such split or not the engine's format, or where the engine
-        is not installed."""
-        if split not in manifest.splits:
-            known = ", ".join(manifest.splits)
-            raise UserError(f"{config.path}: has no split {split!r}; it has: {known}")
-        self._schedule = make_schedule(
-            config.path, split, manifest.splits[split].images, batch_size, shard, seed, train
-        )
-        self._engine = open_engine(config, manifest, split, device)
+        """Raises `UserError` as `pipelines.make_pipeline` does."""
+        self._spec, self._plan, manifest = spec, plan_batches(spec), spec.manifest
+        self._engine = open_engine(spec.data, manifest, spec.split, spec.device)
         self._augmenter = make_augmenter(
-            augment, manifest.image_size, manifest.mean, manifest.std, dtype, device
+            spec.augment, manifest.image_size, manifest.mean, manifest.std, spec.dtype, spec.device
         )
-        self._seed, self._device = seed, device
-        self._apply = device_augmenter(compile)
+        self._augment = device_augmenter(spec.compile)
 
     def steps(self) -> int:
-        return self._schedule.steps()
+        return self._plan.steps()
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        key = epoch_key(self._seed, epoch)
-        rows, masks = self._schedule.rows(epoch, start)
-        make, decoded = self._cpu_batch, self._engine.batches(rows)
-        if self._device.type != "cpu":
-            make = self._device_batch
-            # One transfer an epoch: from pageable memory, each waits for the device.
-            rows, masks, key = (torch.as_tensor(p, device=self._device) for p in (rows, masks, key))
-        try:
-            for (images, labels), row, mask in zip(decoded, rows, masks, strict=True):
-                yield make(images, labels, row, mask, key)
-        finally:  # also where the epoch is left early
-            decoded.close()
+    def epoch(self, epoch: int, start: int = 0) -> Generator[Batch]:
+        rows, masks = self._plan.rows(epoch, start)
+        key = epoch_key(self._spec.seed, epoch)
+        finish = self._on_cpu if self._spec.device.type == "cpu" else self._on_device
+        with closing(self._engine.batches(rows)) as decoded:  # even if the epoch is left early
+            yield from finish(decoded, rows, masks, key)
 
     def device_epoch(self, epoch: int) -> None:
-        """The engine decodes each batch anew."""
+        """None: the engine decodes each batch anew."""
 
-    def _cpu_batch(self, images, labels, row: np.ndarray, mask: np.ndarray, key: int) -> Batch:
-        from pipelines.augment_cpu import augment_on_cpu  # and numba: only for batches of a CPU
+    def _on_cpu(
+        self, decoded: Iterable[Decoded], rows: np.ndarray, masks: np.ndarray, key: int
+    ) -> Iterator[Batch]:
+        from pipelines.augment_cpu import augment_on_cpu  # imports numba: only a CPU needs it
 
-        here = np.arange(len(row))
-        pixels = augment_on_cpu(self._augmenter, images.numpy(), here, row, key)
-        return Batch(pixels, labels.clone(), torch.from_numpy(mask))
+        positions = np.arange(rows.shape[1])
+        for (images, labels), ids, mask in zip(decoded, rows, masks, strict=True):
+            pixels = augment_on_cpu(self._augmenter, images.numpy(), positions, ids, key)
+            yield Batch(pixels, labels.clone(), torch.from_numpy(mask))
 
-    def _device_batch(
-        self,
-        images: torch.Tensor,
-        labels: torch.Tensor,
-        ids: torch.Tensor,
-        mask: torch.Tensor,
-        key: torch.Tensor,
-    ) -> Batch:
-        images, labels = (p.to(self._device, non_blocking=True) for p in (images, labels))
-        here = torch.arange(len(ids), device=self._device)
-        pixels = self._apply(self._augmenter, images, here, ids, key)
-        return Batch(pixels, labels.clone(), mask)
+    def _on_device(
+        self, decoded: Iterable[Decoded], rows: np.ndarray, masks: np.ndarray, key: int
+    ) -> Iterator[Batch]:
+        device = self._spec.device
+        # One transfer an epoch: each from pageable memory waits for the device.
+        parts = (torch.as_tensor(part, device=device) for part in (rows, masks, key))
+        all_ids, all_masks, key_tensor = parts
+        positions = torch.arange(rows.shape[1], device=device)
+        for (images, labels), ids, mask in zip(decoded, all_ids, all_masks, strict=True):
+            images, labels = (part.to(device, non_blocking=True) for part in (images, labels))
+            pixels = self._augment(self._augmenter, images, positions, ids, key_tensor)
+            yield Batch(pixels, labels.clone(), mask)
+
+
+def ahead(job: Callable[..., _Result], threads: int, *arguments: Iterable) -> Generator[_Result]:
+    """``map(job, *arguments)``, computed by `threads` ahead of use: two results for each thread
+    are under way or wait. Closing the generator ends the threads."""
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="pipeline")
+    waiting: deque[Future[_Result]] = deque()
+    try:
+        for each in zip(*arguments, strict=True):
+            waiting.append(pool.submit(job, *each))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:  # runs even where the generator is closed early
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,20 +1,19 @@
-"""FFCV: its file, its reader and its decoder, compiled; order and threads are ours.
+"""FFCV: its file format, reader and compiled decoder; order and threads are this module's.
 
-Reads the ``ffcv`` format, ``ffcv/<split>.beton``: sample i is image i of the split, field "image"
-an RGBImageField of raw pixels or JPEG bytes, field "label" an IntField. Raw pixels are exact. JPEGs
-go through FFCV's fast DCT: 0.96 of 255 away from the ``array`` format on average, at most 6 (all
-110,000 images of Tiny ImageNet; FFCV 1.0.2, November 2026).
+It reads the ``ffcv`` format, ``ffcv/<split>.beton``: sample i is image i of the split, its field
+"image" an RGBImageField of raw pixels or JPEG bytes, its field "label" an IntField. Raw pixels are
+exact. JPEGs are decoded by FFCV's fast DCT: 0.96 of 255 away from the ``array`` format on average,
+at most 6 (all 110,000 images of Tiny ImageNet; FFCV 1.0.2, November 2026).
 
-FFCV's Loader is left out: it waits for ever where its thread fails, keeps the thread and buffers of
-an epoch left early, says nothing of a JPEG that it cannot decode, and may fill a buffer anew that a
-copy to a GPU still reads.
+FFCV's own Loader is not used: it waits for ever where its thread fails, keeps the thread and the
+buffers of an epoch left early, does not report a JPEG that it cannot decode, and may refill a
+buffer that a copy to a GPU still reads.
 """
 
 import functools
-import os
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,10 +26,11 @@ from numba import types
 from fastlab.config import DataConfig
 from fastlab.console import UserError, first_line
 from fastlab.dataset.manifest import Manifest
-from fastlab.machine import FFCV_MISSING
+from fastlab.machine import FFCV_MISSING, cores
+from pipelines.engine import Decoded
 
 _AHEAD = 2  # batches that wait for use while every thread fills another
-_TIMEOUT = 60.0  # seconds after which a batch is given up; a slow disk may take ten
+_TIMEOUT = 60.0  # seconds to wait for a batch; a slow disk may take ten
 _JPEG, _RAW = 0, 1  # FFCV's numbers
 # FFCV's reader believes every number that it finds.
 _UNREADABLE = (OSError, ValueError, LookupError, ArithmeticError, AssertionError, MemoryError)
@@ -58,27 +58,27 @@ def open_engine(
     if "ffcv" not in manifest.formats:
         raise UserError(f"{config.path}: has no ffcv format; convert with --formats ffcv")
     samples = open_samples(Path(config.path) / "ffcv" / f"{split}.beton", manifest, split)
-    threads = config.workers or len(os.sched_getaffinity(0))
+    threads = config.workers or cores()
     where = f"{config.path}, split {split}"
     return FfcvEngine(samples, manifest.image_size, threads, where, pinned=device.type == "cuda")
 
 
 class FfcvEngine:
-    """Threads that live as long as the engine read batches ahead of use, each a whole one."""
+    """An `Engine` whose threads read batches ahead of use, each thread a whole batch."""
 
     def __init__(
         self, samples: Samples, side: int, threads: int, where: str, *, pinned: bool = False
     ) -> None:
-        """`pinned`: what is yielded will be copied to a GPU."""
+        """`pinned` allocates batches in pinned memory, to be copied to a GPU."""
         self._samples, self._side, self._where, self._pinned = samples, side, where, pinned
         self._decode = _decoder()
         self._ahead = threads + _AHEAD
-        # Kept from epoch to epoch: FFCV never frees what a thread decodes JPEGs with, 10 kB.
+        # Threads are kept from epoch to epoch: FFCV never frees a thread's JPEG decoder, 10 kB.
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ffcv")
 
-    def batches(self, rows: np.ndarray) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        waiting: deque[Future] = deque()
-        free: list[torch.Tensor] = []  # new memory for each batch took a quarter of the time
+    def batches(self, rows: np.ndarray) -> Generator[Decoded]:
+        waiting: deque[Future[Decoded]] = deque()
+        free: list[torch.Tensor] = []  # buffers: allocating each batch took a quarter of the time
         try:
             for batch in rows:
                 images = free.pop() if free else self._buffer(len(batch))
@@ -87,14 +87,15 @@ class FfcvEngine:
                     yield from self._oldest(waiting, free)
             while waiting:
                 yield from self._oldest(waiting, free)
-        finally:  # also where an epoch is left early
+        finally:  # runs even where an epoch is left early
             wait([future for future in waiting if not future.cancel()], _TIMEOUT)
 
     def _buffer(self, images: int) -> torch.Tensor:
         shape = (images, self._side, self._side, 3)
         return torch.empty(shape, dtype=torch.uint8, pin_memory=self._pinned)
 
-    def _read(self, rows: np.ndarray, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _read(self, rows: np.ndarray, images: torch.Tensor) -> Decoded:
+        """Decode the images of `rows` into `images`."""
         content, starts, sizes, jpeg, labels = self._samples
         bad = self._decode(content, starts[rows], sizes[rows], jpeg[rows], images.numpy())
         if bad >= 0:
@@ -102,25 +103,27 @@ class FfcvEngine:
                 f"{self._where}: image {rows[bad]}: FFCV cannot decode it; convert with "
                 f"--ffcv-encoding raw"
             )
-        found = torch.from_numpy(labels[rows])
-        return images, found.pin_memory() if self._pinned else found
+        classes = torch.from_numpy(labels[rows])
+        return images, classes.pin_memory() if self._pinned else classes
 
-    def _oldest(self, waiting: deque[Future], free: list[torch.Tensor]) -> Iterator[tuple]:
+    def _oldest(
+        self, waiting: deque[Future[Decoded]], free: list[torch.Tensor]
+    ) -> Iterator[Decoded]:
         images, labels = self._result(waiting.popleft())
         yield images, labels
-        if not self._pinned:  # a copy to the GPU may still read it; torch knows when it is done
+        if not self._pinned:  # a pinned buffer, which a copy to the GPU may still read, is torch's
             free.append(images)
 
-    def _result(self, future: Future) -> tuple[torch.Tensor, torch.Tensor]:
+    def _result(self, future: Future[Decoded]) -> Decoded:
         try:
             return future.result(_TIMEOUT)
         except UserError:
             raise
         except TimeoutError:
             raise UserError(
-                f"{self._where}: no batch within {_TIMEOUT:g} s; check the storage it lies on"
+                f"{self._where}: no batch within {_TIMEOUT:g} s; check the storage that holds it"
             ) from None
-        except Exception as error:  # whatever ended the thread's work must be heard
+        except Exception as error:  # the thread itself reports nothing
             raise UserError(f"{self._where}: a reading thread failed ({error!r})") from error
 
 
@@ -207,9 +210,9 @@ def _import_ffcv() -> None:
 
 @functools.cache
 def _decoder() -> Callable[..., int]:
-    """A function (content, starts, sizes, jpeg, images) that fills uint8 `images` [b, S, S, 3] and
-    returns the position of the first that cannot be decoded, or -1. Takes a third of a second to
-    compile; the interpreter lock is released while it runs."""
+    """A function (content, starts, sizes, jpeg, images) that fills `images`, uint8 [b, S, S, 3],
+    and returns the position of the first that cannot be decoded, or -1. It takes a third of a
+    second to compile, and releases the interpreter lock while it runs."""
     from ffcv.libffcv import imdecode, memcpy
 
     imdecode, memcpy = numba.njit(nogil=True)(imdecode), numba.njit(nogil=True)(memcpy)

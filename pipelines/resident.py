@@ -1,121 +1,100 @@
-"""The default pipeline: the decoded array, on the device where it fits, gathered there.
+"""The default pipeline: the decoded array, kept on the device where it fits, gathered there.
 
 Where it does not fit (or on a CPU, where host memory is the device) the array stays mapped into
 memory: threads gather and augment ahead of use, and an accelerator gets pinned copies.
 """
 
 import os
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
 
-from fastlab.config import AugmentConfig, DataConfig
 from fastlab.console import UserError
 from fastlab.dataset.manifest import Manifest
+from fastlab.machine import cores
 from pipelines.augment import Augmenter, device_augmenter, epoch_key, make_augmenter
-from pipelines.base import Batch, Shard, make_schedule
+from pipelines.base import Batch, PipelineSpec, plan_batches
+from pipelines.engine import ahead
 
-# Of the device's free memory, what the images of one split may take.
-_SHARE = 0.5
-# The images on each device by their file, as long as a pipeline has them: pipelines of one split in
-# one process share them.
+_SHARE = 0.5  # of the device's free memory: what the images of one split may take
+_THREADS = 4  # at most, which gather and augment
+# The uploaded images by their file and device, kept as long as a pipeline uses them: the pipelines
+# of one split in a process share them.
 _uploaded: WeakValueDictionary[tuple, torch.Tensor] = WeakValueDictionary()
 
 
 class ResidentPipeline:
-    """One split of a dataset directory's ``array`` format, for one process."""
+    """A `Pipeline` over the ``array`` format of a dataset."""
 
-    def __init__(
-        self,
-        config: DataConfig,
-        augment: AugmentConfig | None,
-        manifest: Manifest,
-        split: str,
-        *,
-        batch_size: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        shard: Shard = Shard(),  # noqa: B008  (frozen)
-        seed: int = 0,
-        train: bool = False,
-        compile: bool = False,
-    ) -> None:
-        """`batch_size` is over all processes. Raises `UserError` where the split has no full
-        training batch, or the dataset no ``array`` format or no such split."""
-        self._images, self._labels = open_array(Path(config.path), manifest, split)
-        self._schedule = make_schedule(
-            config.path, split, len(self._labels), batch_size, shard, seed, train
-        )
-        self._seed, self._device = seed, device
+    def __init__(self, spec: PipelineSpec) -> None:
+        """Raises `UserError` as `pipelines.make_pipeline` does."""
+        self._spec, self._plan, manifest = spec, plan_batches(spec), spec.manifest
+        self._images, self._labels = open_array(Path(spec.data.path), manifest, spec.split)
         self._augmenter = make_augmenter(
-            augment, manifest.image_size, manifest.mean, manifest.std, dtype, device
+            spec.augment, manifest.image_size, manifest.mean, manifest.std, spec.dtype, spec.device
         )
-        self._on_device = self._place(config.placement)
-        self._apply = device_augmenter(compile)
+        self._on_device = self._place(spec.data.placement)
+        self._augment = device_augmenter(spec.compile)
 
     def steps(self) -> int:
-        return self._schedule.steps()
+        return self._plan.steps()
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        if self._on_device is not None:
-            return self._resident(epoch, start).batches()
-        rows, masks = self._schedule.rows(epoch, start)
-        return self._host_batches(rows, masks, epoch_key(self._seed, epoch))
+        if resident := self.device_epoch(epoch, start):
+            return resident.batches()
+        rows, masks = self._plan.rows(epoch, start)
+        batches = self._cpu_batches if self._spec.device.type == "cpu" else self._streamed_batches
+        return batches(rows, masks, epoch_key(self._spec.seed, epoch))
 
-    def device_epoch(self, epoch: int) -> "ResidentEpoch | None":
-        return self._resident(epoch, 0) if self._on_device is not None else None
-
-    def _resident(self, epoch: int, start: int) -> "ResidentEpoch":
-        rows, masks = self._schedule.rows(epoch, start)
-        key = epoch_key(self._seed, epoch)
-        return ResidentEpoch(self._apply, self._augmenter, *self._on_device, rows, masks, key)
+    def device_epoch(self, epoch: int, start: int = 0) -> "ResidentEpoch | None":
+        if self._on_device is None:
+            return None
+        rows, masks = self._plan.rows(epoch, start)
+        key = epoch_key(self._spec.seed, epoch)
+        return ResidentEpoch(self._augment, self._augmenter, *self._on_device, rows, masks, key)
 
     def _place(self, placement: str) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(images, labels) on the accelerator, or None where batches come from the host."""
-        if self._device.type == "cpu" or placement == "stream":
+        device = self._spec.device
+        if device.type == "cpu" or placement == "stream":
             return None
+        assert isinstance(self._images, np.memmap) and self._images.filename
         file = os.stat(self._images.filename)
-        key = file.st_dev, file.st_ino, file.st_mtime_ns, self._device
+        key = file.st_dev, file.st_ino, file.st_mtime_ns, device
         images = _uploaded.get(key)
         if images is None:
-            if placement == "auto" and self._images.nbytes > _SHARE * _free_memory(self._device):
-                return None
-            images = _uploaded[key] = upload(self._images, self._device)
-        return images, torch.from_numpy(self._labels).to(self._device)
+            if placement == "auto":
+                free, _ = torch.cuda.mem_get_info(device)
+                if self._images.nbytes > _SHARE * free:
+                    return None
+            images = _uploaded[key] = upload(self._images, device)
+        return images, torch.from_numpy(self._labels).to(device)
 
-    def _host_batches(self, rows: np.ndarray, masks: np.ndarray, key: int) -> Iterator[Batch]:
-        on_cpu = self._device.type == "cpu"
-        make = self._cpu_batch if on_cpu else self._pinned_batch
-        key_tensor = torch.tensor(key, device=self._device)
-        jobs = (
-            lambda row=row, mask=mask: make(row, mask, key)
-            for row, mask in zip(rows, masks, strict=True)
-        )
-        for batch in _ahead(jobs, _threads()):
-            yield batch if on_cpu else self._finish(*batch, key_tensor)
+    def _cpu_batches(self, rows: np.ndarray, masks: np.ndarray, key: int) -> Iterator[Batch]:
+        from pipelines.augment_cpu import augment_on_cpu  # imports numba: only a CPU needs it
 
-    def _cpu_batch(self, rows: np.ndarray, mask: np.ndarray, key: int) -> Batch:
-        from pipelines.augment_cpu import augment_on_cpu  # and numba: only for batches of a CPU
+        def batch(rows: np.ndarray, mask: np.ndarray) -> Batch:
+            pixels = augment_on_cpu(self._augmenter, self._images, rows, rows, key)
+            return Batch(pixels, torch.from_numpy(self._labels[rows]), torch.from_numpy(mask))
 
-        pixels = augment_on_cpu(self._augmenter, self._images, rows, rows, key)
-        return Batch(pixels, torch.from_numpy(self._labels[rows]), torch.from_numpy(mask))
+        yield from ahead(batch, _threads(), rows, masks)
 
-    def _pinned_batch(self, rows: np.ndarray, mask: np.ndarray, key: int) -> tuple:
-        pixels = torch.from_numpy(self._images[rows]).pin_memory()
-        parts = (rows, self._labels[rows], mask)
-        return pixels, *(torch.from_numpy(part).pin_memory() for part in parts)
+    def _streamed_batches(self, rows: np.ndarray, masks: np.ndarray, key: int) -> Iterator[Batch]:
+        device = self._spec.device
+        key_tensor = torch.tensor(key, device=device)
+        positions = torch.arange(rows.shape[1], device=device)
 
-    def _finish(self, pixels, ids, labels, mask, key: torch.Tensor) -> Batch:
-        pixels, ids, labels, mask = (
-            part.to(self._device, non_blocking=True) for part in (pixels, ids, labels, mask)
-        )
-        rows = torch.arange(len(ids), device=self._device)
-        return Batch(self._apply(self._augmenter, pixels, rows, ids, key), labels, mask)
+        def pinned(rows: np.ndarray, mask: np.ndarray) -> list[torch.Tensor]:
+            parts = self._images[rows], rows, self._labels[rows], mask
+            return [torch.from_numpy(part).pin_memory() for part in parts]
+
+        for parts in ahead(pinned, _threads(), rows, masks):
+            pixels, ids, labels, mask = (part.to(device, non_blocking=True) for part in parts)
+            pixels = self._augment(self._augmenter, pixels, positions, ids, key_tensor)
+            yield Batch(pixels, labels, mask)
 
 
 def open_array(directory: Path, manifest: Manifest, split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -146,18 +125,18 @@ def open_array(directory: Path, manifest: Manifest, split: str) -> tuple[np.ndar
 def upload(images: np.ndarray, device: torch.device) -> torch.Tensor:
     """A copy of the images of `open_array` on `device`: uint8 [N, H, W, 3]."""
     copy = torch.empty(images.shape, dtype=torch.uint8, device=device)
-    for first in range(0, len(images), 8192):  # the map is read once, not copied whole first
+    for first in range(0, len(images), 8192):  # block by block: the host never holds a whole copy
         block = np.array(images[first : first + 8192])
         copy[first : first + len(block)] = torch.from_numpy(block).to(device)
     return copy
 
 
 class ResidentEpoch:
-    """Batches of one epoch, gathered from images on the device and augmented there."""
+    """A `DeviceEpoch`: batches gathered from images on the device and augmented there."""
 
     def __init__(
         self,
-        apply: Callable[..., torch.Tensor],
+        augment: Callable[..., torch.Tensor],
         augmenter: Augmenter,
         images: torch.Tensor,
         labels: torch.Tensor,
@@ -165,11 +144,12 @@ class ResidentEpoch:
         masks: np.ndarray,
         key: int,
     ) -> None:
-        """`apply` is one of `device_augmenter`, `images` those of `upload`; `rows` (int64
-        [steps, b]) and `masks` (bool [steps, b]) say what each step takes."""
-        self._apply, self._augmenter = apply, augmenter
+        """`augment` comes from `device_augmenter`, `images` (uint8 [N, S, S, 3]) from `upload`,
+        `key` from `epoch_key`; `labels` is int64 [N]; `rows` and `masks` are those of
+        `BatchPlan.rows`."""
+        self._augment, self._augmenter = augment, augmenter
         self._images, self._labels = images, labels
-        # One transfer an epoch: nothing in a step waits for the host.
+        # One transfer an epoch, so that no step waits for the host.
         self._rows, self._masks = (torch.from_numpy(p).to(images.device) for p in (rows, masks))
         self._key = torch.tensor(key, device=images.device)
 
@@ -179,9 +159,9 @@ class ResidentEpoch:
         self._key.copy_(other._key)
 
     def batch(self, step: torch.Tensor) -> Batch:
-        # `self._rows[step]` would read the number on the host.
+        # Indexing by `step` itself would read the number on the host.
         rows, mask = (part.index_select(0, step)[0] for part in (self._rows, self._masks))
-        pixels = self._apply(self._augmenter, self._images, rows, rows, self._key)
+        pixels = self._augment(self._augmenter, self._images, rows, rows, self._key)
         return Batch(pixels, self._labels[rows], mask)
 
     def batches(self) -> Iterator[Batch]:
@@ -189,24 +169,5 @@ class ResidentEpoch:
         return (self.batch(steps[i : i + 1]) for i in range(len(steps)))
 
 
-def _ahead(jobs: Iterator[Callable], threads: int) -> Iterator:
-    """Results of `jobs` in order, computed by `threads` ahead of use."""
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="resident")
-    waiting: deque[Future] = deque()
-    try:
-        for job in jobs:
-            waiting.append(pool.submit(job))
-            if len(waiting) > 2 * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:  # also where the epoch is left early
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
 def _threads() -> int:
-    return min(4, len(os.sched_getaffinity(0)))
-
-
-def _free_memory(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0]
+    return min(_THREADS, cores())

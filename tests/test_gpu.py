@@ -32,7 +32,7 @@ from fastlab.runs import RunDir
 from fastlab.traces.review import review_run
 from fastlab.training.evaluate import evaluate
 from fastlab.training.setup import DTYPES, compile_forward, make_accelerator, torch_settings
-from pipelines import make_pipeline
+from pipelines import PipelineSpec, make_pipeline
 from pipelines.augment import device_augmenter, make_augmenter
 from pipelines.augment_cpu import augment_on_cpu
 from pipelines.resident import open_array
@@ -159,7 +159,7 @@ def test_augmentation_on_a_device_gives_the_bits_of_the_cpu_kernel(
 
 
 def resident(dataset: Path, split: str, placement: str, device: str):
-    return make_pipeline(
+    spec = PipelineSpec(
         DataConfig(path=str(dataset), placement=placement),
         AUGMENTATIONS[1] if split == "train" else None,
         read_manifest(dataset),
@@ -170,6 +170,7 @@ def resident(dataset: Path, split: str, placement: str, device: str):
         seed=3,
         train=split == "train",
     )
+    return make_pipeline(spec)
 
 
 @both_devices

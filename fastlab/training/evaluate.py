@@ -13,7 +13,7 @@ from torch import nn
 from fastlab.config import Config
 from fastlab.dataset.manifest import Manifest
 from fastlab.training.metrics import Figures, Sums
-from pipelines import make_pipeline
+from pipelines import PipelineSpec, make_pipeline
 from pipelines.base import Pipeline
 
 SAMPLES = 12
@@ -59,9 +59,10 @@ def sample_predictions(
     count, size = manifest.splits["val"].images, cfg.train.eval_batch_size
     wanted = np.unique(np.linspace(0, count - 1, SAMPLES).astype(np.int64))
     # Read by the run's own engine: the dataset may have no other format.
-    data = make_pipeline(
+    spec = PipelineSpec(
         cfg.data, None, manifest, "val", batch_size=size, device=device, dtype=torch.float32
     )
+    data = make_pipeline(spec)
     samples = []
     for number, batch in enumerate(data.epoch(0)):
         rows = wanted[wanted // size == number] % size

@@ -23,7 +23,7 @@ from fastlab.models.norm import synchronise
 from fastlab.runs import RunDir
 from fastlab.training.distributed import agreed
 from fastlab.training.optim import make_optimizer
-from pipelines import make_pipeline
+from pipelines import PipelineSpec, make_pipeline
 from pipelines.base import Pipeline, Shard
 
 DTYPES = {
@@ -124,7 +124,7 @@ def open_split(
     cfg: Config, manifest: Manifest, accelerator: Accelerator, split: str, *, train: bool = False
 ) -> Pipeline:
     """This rank's share of a split, for training or for evaluation."""
-    return make_pipeline(
+    spec = PipelineSpec(
         cfg.data,
         cfg.augment if train else None,
         manifest,
@@ -137,6 +137,7 @@ def open_split(
         train=train,
         compile=cfg.train.compile,
     )
+    return make_pipeline(spec)
 
 
 def prepare(

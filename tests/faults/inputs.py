@@ -189,7 +189,7 @@ def _read_through(data: Path, name: str) -> str:
     from fastlab.config import DataConfig
     from fastlab.console import UserError
     from fastlab.dataset.manifest import read_manifest
-    from pipelines import make_pipeline
+    from pipelines import PipelineSpec, make_pipeline
 
     engines: dict[str, tuple[Any, ...]] = {
         "array": ("resident",),
@@ -202,7 +202,7 @@ def _read_through(data: Path, name: str) -> str:
         if engine == "dali" and not has("nvidia.dali"):
             continue
         try:
-            pipeline = make_pipeline(
+            spec = PipelineSpec(
                 DataConfig(path=str(data), pipeline=engine, workers=1),
                 None,
                 manifest,
@@ -211,6 +211,7 @@ def _read_through(data: Path, name: str) -> str:
                 device=torch.device("cpu"),
                 dtype=torch.float32,
             )
+            pipeline = make_pipeline(spec)
             images = sum(int(batch.mask.sum()) for batch in pipeline.epoch(0))
         except UserError as error:
             if "\n" in str(error):

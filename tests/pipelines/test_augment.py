@@ -1,3 +1,5 @@
+"""Augmentation: both implementations against each other and against plain numpy."""
+
 from functools import partial
 
 import numba
@@ -7,12 +9,7 @@ import torch
 
 from fastlab.config import AugmentConfig
 from fastlab.console import UserError
-from pipelines.augment import (
-    augment_on_device,
-    device_augmenter,
-    epoch_key,
-    make_augmenter,
-)
+from pipelines.augment import augment_on_device, device_augmenter, epoch_key, make_augmenter
 from pipelines.augment_cpu import _compiled, augment_on_cpu
 
 SIDE = 16
@@ -53,7 +50,7 @@ def test_both_implementations_give_the_same_bits(config, dtype, images):
 
 
 def assert_same_bits(apply, config, side, key, count=12):
-    """Of images with numbers up to the largest of an int32."""
+    """`apply` and `augment_on_cpu` agree, for image numbers up to the largest int32."""
     generator = np.random.default_rng(side)
     images = generator.integers(0, 256, (5, side, side, 3), dtype=np.uint8)
     rows = generator.integers(0, len(images), count)
@@ -86,8 +83,8 @@ def test_the_compiled_function_gives_the_same_bits_on_a_cpu():
     assert_same_bits(device_augmenter(compile=True), STRONG[-1], 15, 2**32 - 1)
 
 
-def test_a_second_shape_is_compiled_for_itself(images, monkeypatch):
-    """As validation is after training."""
+def test_a_second_shape_is_compiled_separately(images, monkeypatch):
+    """Validation follows training with other shapes."""
     graphs = []
 
     def backend(graph, inputs):
@@ -106,17 +103,17 @@ def test_a_second_shape_is_compiled_for_itself(images, monkeypatch):
 
 
 def test_without_augmentation_it_is_plain_normalisation(images):
-    found = on_cpu(AugmentConfig(), images, np.arange(40)).double()
+    normalised = on_cpu(AugmentConfig(), images, np.arange(40)).double()
     plain = (torch.from_numpy(images).double() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
-    assert torch.allclose(found, plain.permute(0, 3, 1, 2), atol=1e-6)
+    assert torch.allclose(normalised, plain.permute(0, 3, 1, 2), atol=1e-6)
 
 
-def test_flip_and_translation_are_those_of_numpy_padding(images):
+def test_flip_and_translation_equal_numpys_padding(images):
     config = AugmentConfig(flip=True, translate=3)
-    found = on_cpu(config, images, np.arange(40), raw=True).permute(0, 2, 3, 1).numpy()
+    augmented = on_cpu(config, images, np.arange(40), raw=True).permute(0, 2, 3, 1).numpy()
     padded = np.pad(images, ((0, 0), (3, 3), (3, 3), (0, 0)), mode="reflect")
     seen = set()
-    for image, source, plain in zip(found, padded, images, strict=True):
+    for image, source, plain in zip(augmented, padded, images, strict=True):
         mirrored = np.pad(plain[:, ::-1], ((3, 3), (3, 3), (0, 0)), mode="reflect")
         matches = [
             (flip, dy, dx)
@@ -132,26 +129,27 @@ def test_flip_and_translation_are_those_of_numpy_padding(images):
         ]
         assert matches
         seen.add(matches[0])
-    assert len(seen) > 15  # of 98: forty images do not share a few
+    assert len(seen) > 15  # of 98 possible: forty images do not share a few
 
 
 def test_cutout_sets_a_square_to_the_mean(images):
-    found = on_cpu(AugmentConfig(cutout=5), images, np.arange(40), raw=True)
-    changed = (found.permute(0, 2, 3, 1).numpy() != images).any(axis=-1)
-    for image, where in zip(found.permute(0, 2, 3, 1).numpy(), changed, strict=True):
+    augmented = on_cpu(AugmentConfig(cutout=5), images, np.arange(40), raw=True)
+    augmented = augmented.permute(0, 2, 3, 1).numpy()
+    changed = (augmented != images).any(axis=-1)
+    for image, where in zip(augmented, changed, strict=True):
         ys, xs = np.nonzero(where)
         assert len(ys) and np.ptp(ys) < 5 and np.ptp(xs) < 5
         assert (image[where] == np.rint(np.array(MEAN) * 255)).all()
 
 
-def test_a_full_crop_is_the_image_and_crops_stay_in_range(images):
+def test_a_crop_of_one_colour_keeps_it_and_a_crop_of_a_ramp_is_stretched(images):
     constant = np.full((8, SIDE, SIDE, 3), 77, dtype=np.uint8)
-    found = on_cpu(AugmentConfig(crop_scale=0.2), constant, np.arange(8), raw=True)
-    assert (found == 77).all()
+    cropped = on_cpu(AugmentConfig(crop_scale=0.2), constant, np.arange(8), raw=True)
+    assert (cropped == 77).all()
     ramp = np.broadcast_to(np.arange(SIDE, dtype=np.uint8)[:, None, None] * 10, images.shape[1:])
     ramps = np.ascontiguousarray(np.broadcast_to(ramp, (40, SIDE, SIDE, 3)))
     rows = on_cpu(AugmentConfig(crop_scale=0.2), ramps, np.arange(40), raw=True)[:, 0, :, 0].int()
-    assert (rows.diff(dim=1) >= 0).all()  # a crop of a ramp rises, and is stretched
+    assert (rows.diff(dim=1) >= 0).all()
     assert (rows[:, -1] - rows[:, 0] < 150).any()
 
 
@@ -169,8 +167,8 @@ def test_draws_depend_on_seed_epoch_and_image_alone(images):
 def test_flips_are_fair():
     ramp = np.zeros((4000, SIDE, SIDE, 3), dtype=np.uint8)
     ramp[:, :, -1] = 255
-    found = on_cpu(AugmentConfig(flip=True), ramp, np.arange(4000), raw=True)
-    share = (found[:, 0, 0, 0] == 255).double().mean().item()
+    flipped = on_cpu(AugmentConfig(flip=True), ramp, np.arange(4000), raw=True)
+    share = (flipped[:, 0, 0, 0] == 255).double().mean().item()
     assert abs(share - 0.5) < 0.04  # five standard deviations
 
 
@@ -179,7 +177,7 @@ def test_a_translation_of_half_the_image_is_refused():
         make_augmenter(AugmentConfig(translate=8), SIDE, MEAN, STD, torch.float32)
 
 
-def test_a_machine_without_a_place_for_numbas_cache_compiles_anew(monkeypatch):
+def test_kernels_compile_where_numba_finds_no_place_for_its_cache(monkeypatch):
     monkeypatch.setattr(numba.core.caching.CacheImpl, "_locator_classes", [])
 
     def twice(x):

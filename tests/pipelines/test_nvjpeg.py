@@ -1,4 +1,4 @@
-"""Decoding by nvJPEG: on a CPU its calls alone, since CUDA's are replaced."""
+"""Decoding by nvJPEG: which calls are made, with those of CUDA replaced."""
 
 import io
 from types import SimpleNamespace
@@ -21,10 +21,10 @@ class Shards(list):
 
 @pytest.fixture
 def calls(monkeypatch):
-    made = []
-    stream = SimpleNamespace(synchronize=lambda: made.append("synchronize"))
+    recorded = []
+    stream = SimpleNamespace(synchronize=lambda: recorded.append("synchronize"))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    return made
+    return recorded
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def engine():
     return torchvision.NvjpegEngine(Shards([JPEG.numpy()] * 2), 8, torch.device("cuda"), "here")
 
 
-def test_memory_of_a_batch_is_no_longer_in_use_when_it_is_decoded(engine, calls, monkeypatch):
+def test_decoding_waits_until_queued_work_has_released_its_memory(engine, calls, monkeypatch):
     def decode(encoded, mode, device):
         calls.append("decode")
         return [torch.zeros(3, 8, 8, dtype=torch.uint8) for _ in encoded]
@@ -42,7 +42,7 @@ def test_memory_of_a_batch_is_no_longer_in_use_when_it_is_decoded(engine, calls,
     assert calls == ["synchronize", "decode"]
 
 
-def test_too_little_memory_is_no_corrupt_image(engine, calls, monkeypatch):
+def test_running_out_of_memory_is_not_reported_as_a_corrupt_image(engine, calls, monkeypatch):
     def decode(encoded, mode, device):
         raise torch.OutOfMemoryError("CUDA out of memory")
 

@@ -1,11 +1,11 @@
-"""Which images a batch holds: order, shares of processes, padding."""
+"""Which images a batch holds: the order, the shares of processes, the padding."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.base import Schedule, Shard, epoch_order, eval_rows, eval_steps, train_rows
+from pipelines.base import BatchPlan, Shard, epoch_order
 
 QUICK = settings(max_examples=100, deadline=None, database=None, derandomize=True)
 SEEDS = st.integers(0, 2**31 - 1)
@@ -14,23 +14,23 @@ EPOCHS = st.integers(0, 10_000)
 
 @QUICK
 @given(images=st.integers(0, 3000), seed=SEEDS, epoch=EPOCHS)
-def test_order_is_a_permutation_and_a_pure_function(images, seed, epoch):
+def test_the_order_is_a_permutation_and_a_pure_function(images, seed, epoch):
     order = epoch_order(images, seed, epoch)
     assert order.dtype == np.int64
     assert sorted(order.tolist()) == list(range(images))
-    np.random.seed(epoch)  # no hidden state takes part
+    np.random.seed(epoch)  # it depends on no hidden state
     np.testing.assert_array_equal(epoch_order(images, seed, epoch), order)
 
 
 @QUICK
 @given(first=st.tuples(SEEDS, EPOCHS), second=st.tuples(SEEDS, EPOCHS))
-def test_order_differs_by_seed_and_by_epoch(first, second):
+def test_the_order_differs_by_seed_and_by_epoch(first, second):
     same = np.array_equal(epoch_order(500, *first), epoch_order(500, *second))
     assert same == (first == second)
 
 
 def test_orders_of_neighbouring_seeds_and_epochs_are_unrelated():
-    """Of two unrelated permutations, about one position holds the same image in both."""
+    """Two unrelated permutations agree in one position on average."""
     pairs = [(seed, epoch) for seed in range(8) for epoch in range(8)]
     orders = [epoch_order(1000, *pair) for pair in pairs]
     agreeing = [
@@ -50,47 +50,52 @@ def test_every_image_is_as_likely_at_every_position(seed):
     assert 361 - 6 * 27 < chi_square < 361 + 6 * 27
 
 
+def train_rows(images: int, batch: int, shard: Shard, seed: int, epoch: int, start: int = 0):
+    """int64 [steps, b]; every image of a training batch counts."""
+    plan = BatchPlan(images, batch, shard, seed, train=True)
+    rows, mask = plan.rows(epoch, start)
+    assert rows.dtype == np.int64 and mask.dtype == bool and mask.shape == rows.shape
+    assert mask.all()
+    assert len(rows) == plan.steps() - start
+    return rows
+
+
+def eval_plan(images: int, batch: int, shard: Shard) -> BatchPlan:
+    return BatchPlan(images, batch, shard, seed=0, train=False)
+
+
 @QUICK
-@given(
-    images=st.integers(1, 400),
-    each=st.integers(1, 16),
-    world=st.integers(1, 8),
-    data=st.data(),
-)
-def test_shares_of_all_processes_make_the_one_global_batch(images, each, world, data):
-    batch = each * world
-    order = epoch_order(images, 3, 4)
-    step = data.draw(st.integers(0, max(0, images // batch - 1)))
-    whole = train_rows(order, step, batch, Shard())
-    parts = [train_rows(order, step, batch, Shard(rank, world)) for rank in range(world)]
-    np.testing.assert_array_equal(np.concatenate(parts), whole)
-    np.testing.assert_array_equal(whole, order[step * batch :][:batch])
-    if images >= batch:
-        assert {len(part) for part in parts} == {each}
+@given(images=st.integers(1, 400), each=st.integers(1, 16), world=st.integers(1, 8))
+def test_the_shares_of_all_processes_make_the_global_batch(images, each, world):
+    batch, order = each * world, epoch_order(images, 3, 4)
+    whole = train_rows(images, batch, Shard(), 3, 4)
+    parts = [train_rows(images, batch, Shard(rank, world), 3, 4) for rank in range(world)]
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
+    np.testing.assert_array_equal(whole.reshape(-1), order[: images // batch * batch])
+    assert {part.shape for part in parts} == {(images // batch, each)}
 
 
 @QUICK
 @given(images=st.integers(1, 300), batch=st.integers(1, 64), world=st.integers(1, 7))
 def test_evaluation_takes_each_image_once_and_masks_padding(images, batch, world):
-    seen, sizes = [], set()
-    for step in range(eval_steps(images, batch, Shard(0, world))):
-        for rank in range(world):
-            rows, mask = eval_rows(images, step, batch, Shard(rank, world))
-            assert mask.dtype == bool
-            assert ((rows >= 0) & (rows < images)).all()
-            sizes.add((len(rows), len(mask)))
-            seen += rows[mask].tolist()
-    assert seen == list(range(images))
-    assert len(sizes) == 1  # one shape in every step, on every process
+    shares = [eval_plan(images, batch, Shard(rank, world)).rows(0) for rank in range(world)]
+    # One shape in every step, on every process.
+    assert len({part.shape for share in shares for part in share}) == 1
+    for rows, mask in shares:
+        assert rows.dtype == np.int64 and mask.dtype == bool
+        assert ((rows >= 0) & (rows < images)).all()
+    by_step = [np.stack(parts, axis=1) for parts in zip(*shares, strict=True)]
+    rows, mask = by_step
+    assert rows[mask].tolist() == list(range(images))
 
 
 @QUICK
 @given(images=st.integers(1, 300), batch=st.integers(1, 64), world=st.integers(1, 7))
-def test_every_process_makes_the_same_number_of_steps_and_none_is_empty(images, batch, world):
-    steps = {eval_steps(images, batch, Shard(rank, world)) for rank in range(world)}
-    assert len(steps) == 1
-    _, mask = eval_rows(images, steps.pop() - 1, batch, Shard(0, world))
-    assert mask.any()
+def test_every_process_takes_the_same_number_of_steps_and_none_is_empty(images, batch, world):
+    plans = [eval_plan(images, batch, Shard(rank, world)) for rank in range(world)]
+    assert len({plan.steps() for plan in plans}) == 1
+    _, mask = plans[0].rows(0)
+    assert len(mask) == plans[0].steps() and mask.any(axis=1).all()
 
 
 def divisors(number: int) -> list[int]:
@@ -101,38 +106,29 @@ def divisors(number: int) -> list[int]:
 @given(
     images=st.integers(1, 400), batch=st.integers(1, 48), seed=SEEDS, epoch=EPOCHS, data=st.data()
 )
-def test_resumed_epoch_is_the_rest_of_the_whole_on_any_number_of_processes(
+def test_a_resumed_epoch_is_the_rest_of_the_whole_on_any_number_of_processes(
     images, batch, seed, epoch, data
 ):
     steps = images // batch
-    order = epoch_order(images, seed, epoch)
-    whole = [train_rows(order, step, batch, Shard()).tolist() for step in range(steps)]
-    taken = [row for rows in whole for row in rows]
+    whole = train_rows(images, batch, Shard(), seed, epoch)
+    taken = whole.reshape(-1).tolist()
     assert len(taken) == len(set(taken)) == steps * batch
     start = data.draw(st.integers(0, steps))
     for world in divisors(batch):
-        shards = [Shard(rank, world) for rank in range(world)]
-        fresh = epoch_order(images, seed, epoch)
-        assert [
-            [row for shard in shards for row in train_rows(fresh, step, batch, shard).tolist()]
-            for step in range(start, steps)
-        ] == whole[start:]
-        for shard in shards:
-            schedule = Schedule(images, batch, shard, seed, train=True)
-            all_rows, _ = schedule.rows(epoch, 0)
-            rows, mask = schedule.rows(epoch, start)
-            assert schedule.steps() == steps
-            assert rows.tolist() == all_rows.tolist()[start:]
-            assert mask.shape == rows.shape and mask.all()
+        parts = [
+            train_rows(images, batch, Shard(rank, world), seed, epoch, start)
+            for rank in range(world)
+        ]
+        assert np.concatenate(parts, axis=1).tolist() == whole.tolist()[start:]
+        assert BatchPlan(images, batch, Shard(0, world), seed, train=True).steps() == steps
 
 
 @QUICK
 @given(
     images=st.integers(1, 300), batch=st.integers(1, 64), world=st.integers(1, 7), data=st.data()
 )
-def test_resumed_evaluation_is_the_rest_of_the_whole(images, batch, world, data):
-    shard = Shard(data.draw(st.integers(0, world - 1)), world)
-    schedule = Schedule(images, batch, shard, seed=0, train=False)
-    start = data.draw(st.integers(0, schedule.steps()))
-    for whole, rest in zip(schedule.rows(0, 0), schedule.rows(0, start), strict=True):
+def test_a_resumed_evaluation_is_the_rest_of_the_whole(images, batch, world, data):
+    plan = eval_plan(images, batch, Shard(data.draw(st.integers(0, world - 1)), world))
+    start = data.draw(st.integers(0, plan.steps()))
+    for whole, rest in zip(plan.rows(0), plan.rows(0, start), strict=True):
         assert rest.tolist() == whole.tolist()[start:]

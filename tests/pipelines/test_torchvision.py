@@ -1,4 +1,4 @@
-"""Originals that torchvision's own decoders would give other pixels of, beside the array's."""
+"""Originals that torchvision decodes differently: their pixels must equal the array's."""
 
 from types import SimpleNamespace
 
@@ -18,20 +18,20 @@ KINDS = 12
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory):
-    """Turned, of 16 bits, of four channels, and plain ones between them."""
+    """Rotated by EXIF, with 16 bits, with four channels, and plain ones in between."""
     root = tmp_path_factory.mktemp("odd")
     small = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     image = Image.fromarray(small).resize((64, 64), Image.Resampling.BILINEAR)
-    turned = Image.Exif()
-    turned[0x0112] = 6  # a quarter of a turn
+    rotated = Image.Exif()
+    rotated[0x0112] = 6  # by 90 degrees
     for split in ("train", "val"):
         for name in ("a", "b"):
             folder = root / "src" / split / name
             folder.mkdir(parents=True)
             image.save(folder / "00.jpg")
-            image.save(folder / "01.jpg", exif=turned)
-            image.save(folder / "02.png", exif=turned)
-            image.save(folder / "03.webp", exif=turned, lossless=True)
+            image.save(folder / "01.jpg", exif=rotated)
+            image.save(folder / "02.png", exif=rotated)
+            image.save(folder / "03.webp", exif=rotated, lossless=True)
             image.convert("CMYK").save(folder / "04.jpg")
             Image.fromarray(small[..., 0].astype(np.uint16) * 257).resize((64, 64), 0).save(
                 folder / "05.png"
@@ -50,7 +50,7 @@ def pixels(dataset) -> np.ndarray:
     return np.load(dataset / "array" / "train-images.npy")
 
 
-def test_pixels_are_those_of_the_array(odd):
+def test_pixels_equal_those_of_the_array(odd):
     engine = torchvision.open_engine(
         DataConfig(path=str(odd), pipeline="torchvision", workers=1),
         read_manifest(odd),
@@ -62,12 +62,12 @@ def test_pixels_are_those_of_the_array(odd):
     assert labels.tolist() == [0] * KINDS + [1] * KINDS
 
 
-def test_nvjpeg_is_given_plain_jpegs_alone(odd, monkeypatch):
-    """Its place is taken by the CPU's decoder: what matters is which images come to it."""
-    given = []
+def test_nvjpeg_decodes_plain_jpegs_alone(odd, monkeypatch):
+    """The CPU's decoder replaces it: the test is which images it is asked to decode."""
+    decoded = []
 
     def decode(encoded, mode, device):
-        given.append(len(encoded))
+        decoded.append(len(encoded))
         return [decode_jpeg(data, mode) for data in encoded]
 
     stream = SimpleNamespace(synchronize=lambda: None)
@@ -78,7 +78,7 @@ def test_nvjpeg_is_given_plain_jpegs_alone(odd, monkeypatch):
     rows = np.arange(2 * KINDS)
     images = engine._decode([torchvision._encoded(shards, row) for row in rows], rows)
     assert np.array_equal(images.numpy(), pixels(odd)) and images.is_contiguous()
-    assert given == [2 * 3]
+    assert decoded == [2 * 3]
     odd_ones = np.array([1, 2])
     images = engine._decode([torchvision._encoded(shards, row) for row in odd_ones], odd_ones)
-    assert np.array_equal(images.numpy(), pixels(odd)[odd_ones]) and len(given) == 1
+    assert np.array_equal(images.numpy(), pixels(odd)[odd_ones]) and len(decoded) == 1

@@ -1,7 +1,8 @@
-"""What a step copies to the device, each of which may wait for it: counted on a meta device."""
+"""Copies to the device, for each of which a step may wait: counted on a meta device."""
 
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -10,55 +11,55 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastlab.config import AugmentConfig, DataConfig
-from fastlab.dataset.manifest import read_manifest
+from fastlab.config import AugmentConfig
 from pipelines.augment import augment_on_device, make_augmenter
 from pipelines.engine import EnginePipeline
 from pipelines.resident import ResidentPipeline
+from tests.pipelines.specs import spec
 from tests.pipelines.test_augment import CONFIGS, MEAN, SIDE, STD
 
 META = torch.device("meta")
 
 
 class Copies(TorchDispatchMode):
-    """Notes operators that take a tensor of the host and give one of the device."""
+    """Records operators that take a tensor on the host and return one on the device."""
 
-    def __init__(self, found: list[str]) -> None:
+    def __init__(self, copies: list[str]) -> None:
         super().__init__()
-        self.found = found
+        self.copies = copies
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        taken = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        given = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
-        if any(t.device == META for t in given) and any(t.device.type == "cpu" for t in taken):
-            self.found.append(str(function))
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        if any(t.device == META for t in outputs) and any(t.device.type == "cpu" for t in inputs):
+            self.copies.append(str(function))
         return out
 
 
 class Numbers(TorchFunctionMode):
-    """Notes tensors made on the device of what Python holds, which `Copies` does not see."""
+    """Records tensors that are made on the device from Python's numbers, which `Copies` misses."""
 
-    def __init__(self, found: list[str]) -> None:
+    def __init__(self, copies: list[str]) -> None:
         super().__init__()
-        self.found = found
+        self.copies = copies
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in (torch.tensor, torch.as_tensor) and "device" in (kwargs or {}):
-            self.found.append(function.__name__)
+            self.copies.append(function.__name__)
         return function(*args, **(kwargs or {}))
 
 
 def copies(work) -> list[str]:
-    found: list[str] = []
+    recorded: list[str] = []
     with ExitStack() as stack:
-        stack.enter_context(Copies(found))
-        stack.enter_context(Numbers(found))
+        stack.enter_context(Copies(recorded))
+        stack.enter_context(Numbers(recorded))
         work()
-    return found
+    return recorded
 
 
-def test_a_copy_is_seen():
+def test_a_copy_is_noticed():
     assert copies(lambda: torch.zeros(2).to(META)) == ["aten._to_copy.default"]
     assert copies(lambda: torch.tensor(3, device=META)) == ["tensor"]
 
@@ -83,29 +84,27 @@ class OnDevice:
 
 def steps(dataset, kind: str):
     """The batches of an epoch."""
-    options = {"batch_size": 16, "device": META, "dtype": torch.float32, "train": True}
     augment = AugmentConfig(flip=True, translate=4, cutout=8)
-    manifest, path = read_manifest(dataset), str(dataset)
+    on_device = replace(spec(dataset, "resident", augment=augment), device=META)
     if kind == "engine":
-        config, engine = DataConfig(path=path), lambda *_: OnDevice()
-        return EnginePipeline(engine, config, augment, manifest, "train", **options).epoch(0)
-    config = DataConfig(path=path, placement=kind)
-    return ResidentPipeline(config, augment, manifest, "train", **options).epoch(0)
+        return EnginePipeline(on_device, lambda *_: OnDevice()).epoch(0)
+    placed = replace(on_device, data=replace(on_device.data, placement=kind))
+    return ResidentPipeline(placed).epoch(0)
 
 
 @pytest.mark.parametrize(("kind", "each"), [("device", 0), ("engine", 0), ("stream", 4)])
 def test_a_step_copies_only_what_it_must(kind, each, synth_dataset, monkeypatch):
-    """Streamed: images, labels, numbers and mask, from pinned memory."""
+    """Streaming copies images, labels, image numbers and mask, from pinned memory."""
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     batches = steps(synth_dataset, kind)
     next(batches)
-    found = copies(lambda: list(islice(batches, 2)))
+    recorded = copies(lambda: list(islice(batches, 2)))
     batches.close()
-    assert found == ["aten._to_copy.default"] * (2 * each)
+    assert recorded == ["aten._to_copy.default"] * (2 * each)
 
 
 @pytest.mark.parametrize("kind", ["device", "engine", "stream"])
-def test_the_device_needs_no_kernels_of_the_cpu(kind, synth_dataset, monkeypatch):
+def test_batches_on_a_device_need_no_kernels_of_the_cpu(kind, synth_dataset, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setitem(sys.modules, "pipelines.augment_cpu", None)  # importing it fails
     batches = steps(synth_dataset, kind)
