@@ -57,7 +57,7 @@ def _decode_with_care(data: bytes, out: np.ndarray) -> bool:
     scan = _plain_until(data)
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
-        _check_pixels(height, width)
+        _check_pixels(int(height), int(width))
         into = out if scan and (height, width) == out.shape[:2] else None
         pixels = simplejpeg.decode_jpeg(data, _FOUR.get(space, "RGB"), buffer=into)
     except ValueError as error:

@@ -38,7 +38,7 @@ class Originals:
     """"tiny-imagenet" or "image-folder"."""
     classes: list[ImageClass]
     splits: dict[str, Split]
-    left_out: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
     """Files among the images that have no image's name."""
 
     def only(self, classes: Sequence[int]) -> "Originals":
@@ -61,10 +61,10 @@ class Originals:
 
     def without(self, paths: Collection[str]) -> "Originals":
         """The same without these images."""
-        left_out = frozenset(paths)
+        removed = frozenset(paths)
         splits = {}
         for name, split in self.splits.items():
-            kept = [row for row, path in enumerate(split.paths) if path not in left_out]
+            kept = [row for row, path in enumerate(split.paths) if path not in removed]
             splits[name] = split.take(np.array(kept, dtype=np.int64))
         return replace(self, splits=splits)
 
@@ -239,22 +239,22 @@ def _read_image_folder(tree: Tree, root: str, where: str) -> Originals:
         if not name.isprintable():
             raise UserError(f"{where}: train/{name!a}: rename this class, it cannot be printed")
     splits = {}
-    left_out: list[str] = []
+    ignored: list[str] = []
     for split in ("train", "val", "test"):
         folders = _folders_in(tree, root + split)
         unknown = set(folders) - set(ids)
         if unknown:
             raise UserError(f"{where}: {split}/{min(unknown)}: no such class in train/")
         if folders or split != "test":
-            below = [_paths_below(tree, f"{root}{split}/{name}/", left_out) for name in ids]
+            below = [_paths_below(tree, f"{root}{split}/{name}/", ignored) for name in ids]
             splits[split] = _labelled(below)
     classes = [ImageClass(name, name) for name in ids]
-    return Originals("image-folder", classes, splits, tuple(left_out))
+    return Originals("image-folder", classes, splits, tuple(ignored))
 
 
-def _paths_below(tree: Tree, folder: str, left_out: list[str]) -> list[str]:
+def _paths_below(tree: Tree, folder: str, ignored: list[str]) -> list[str]:
     """Images in `folder` and in folders within, as torchvision's ImageFolder takes them; other
-    files are added to `left_out`."""
+    files are added to `ignored`."""
     names = tree.names(folder)
     images = _images(names)
     paths = [folder + name for name in images]
@@ -262,9 +262,9 @@ def _paths_below(tree: Tree, folder: str, left_out: list[str]) -> list[str]:
         if name.startswith("."):
             continue
         if tree.names(folder + name):
-            paths += _paths_below(tree, f"{folder}{name}/", left_out)
+            paths += _paths_below(tree, f"{folder}{name}/", ignored)
         else:
-            left_out.append(folder + name)
+            ignored.append(folder + name)
     return paths
 
 

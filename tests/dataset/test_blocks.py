@@ -8,7 +8,7 @@ from fastlab.console import UserError
 from fastlab.dataset import blocks
 from fastlab.dataset.archives import open_tree
 from fastlab.dataset.convert import Options, convert
-from fastlab.dataset.moments import channel_sums
+from fastlab.dataset.blocks import channel_sums
 from fastlab.dataset.originals import read_originals
 
 
