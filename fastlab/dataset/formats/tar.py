@@ -114,9 +114,8 @@ class Shards:
             ends = members[:, [0, 2]] + members[:, [1, 3]]
             if members.min(initial=0) < 0 or ends.max(initial=0) > len(shard):
                 raise ValueError(f"{path.name} is shorter than its index says")
-            labels += [
-                int(bytes(shard.data[at : at + size])) for at, size in members[:, 2:].tolist()
-            ]
+            data = shard.data
+            labels += [int(bytes(data[at : at + size])) for at, size in members[:, 2:].tolist()]
         return np.array(labels, dtype=np.int64)
 
 
