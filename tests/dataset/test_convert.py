@@ -95,16 +95,16 @@ def test_an_image_folder_may_hold_images_of_many_kinds(tmp_path):
     image.convert("RGBA").save(folder / "6.png")
     Image.fromarray(random.integers(0, 65536, (64, 64), dtype=np.uint16)).save(folder / "7.png")
     manifest, _ = convert(tmp_path / "src", tmp_path / "out", Options())
-    found = np.load(tmp_path / "out" / "array" / "train-images.npy")
-    assert len(found) == 8 and manifest.splits["train"].greyscale == 2
-    assert np.array_equal(found[1], np.asarray(image.resize((64, 64))))
+    decoded = np.load(tmp_path / "out" / "array" / "train-images.npy")
+    assert len(decoded) == 8 and manifest.splits["train"].greyscale == 2
+    assert np.array_equal(decoded[1], np.asarray(image.resize((64, 64))))
     # The shorter side to 64, the centre kept: 15 columns of 120 are cut on each side.
     middle = image.crop((15, 0, 105, 90)).resize((64, 64), Image.Resampling.BICUBIC)
     # Pillow resizes a box with what lies around it: the outermost columns differ.
-    assert np.abs(found[2].astype(int) - np.asarray(middle))[:, 4:-4].max() <= 1
-    for grey in (found[3], found[7]):
+    assert np.abs(decoded[2].astype(int) - np.asarray(middle))[:, 4:-4].max() <= 1
+    for grey in (decoded[3], decoded[7]):
         assert (grey[..., 0] == grey[..., 1]).all() and (grey[..., 1] == grey[..., 2]).all()
-    assert found[7].std() > 60  # scaled from 16 bits, not clipped
+    assert decoded[7].std() > 60  # scaled from 16 bits, not clipped
 
 
 def test_classes_and_limit_select_images(synth_source, synth_dataset, tmp_path):
