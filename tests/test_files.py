@@ -21,7 +21,6 @@ from fastlab.files import (
     write_json,
 )
 
-
 ROOT = Path(__file__).parent.parent
 
 
