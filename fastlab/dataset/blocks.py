@@ -1,6 +1,5 @@
 """Blocks of images, decoded by worker processes into memory that they share with the parent."""
 
-import functools
 import itertools
 import math
 import mmap
@@ -140,39 +139,16 @@ def _decode(tree: Tree, originals: Originals, task: _Task, slot: np.ndarray) -> 
 def channel_sums(pixels: np.ndarray) -> np.ndarray:
     """Sum each channel of `pixels` (uint8 [n, S, S, 3]), and its squares: int64 [2, 3], exact.
 
-    Summed in integers as narrow as possible, since numpy is slow to widen while it sums.
+    Column by column in integers as narrow as possible, since numpy is slow to widen while it sums.
     """
     side = pixels.shape[1]
     rows = pixels.reshape(-1, 3 * side * math.gcd(side, 8))
-    width = rows.shape[1]
-    values = _stripe(width + width % 2)
-    sums = np.zeros((2, values.shape[1]), dtype=np.int64)
+    sums = np.zeros((2, rows.shape[1]), dtype=np.int64)
     for first in range(0, len(rows), _STRIPE):
-        stripe = rows[first : first + _STRIPE]
-        value = values[: len(stripe)]
-        value[:, :width] = stripe
-        sums[0] += value.sum(axis=0, dtype=np.uint16)
-        sums[1] += _column_sums(np.multiply(value, value, out=value))
-    return sums[:, :width].reshape(2, -1, 3).sum(axis=1)
-
-
-@functools.cache
-def _stripe(width: int) -> np.ndarray:
-    """Kept between blocks: fresh pages for each would cost as much as a pass over the values."""
-    return np.zeros((_STRIPE, width), dtype=np.uint16)
-
-
-def _column_sums(values: np.ndarray) -> np.ndarray:
-    """Sum the columns of `values` (uint16 [n, width], width even, n below 65,536), which are
-    overwritten: uint32 [width].
-
-    Two columns share a lane of 32 bits: the lower one's sum is the lane's, modulo 2^32, less the
-    upper one's.
-    """
-    pairs = values.view("<u4")
-    both = pairs.sum(axis=0, dtype=np.uint32)
-    upper = np.right_shift(pairs, 16, out=pairs).sum(axis=0, dtype=np.uint32)
-    return np.stack([both - (upper << 16), upper], axis=1).reshape(-1)
+        values = rows[first : first + _STRIPE].astype(np.uint16)
+        sums[0] += values.sum(axis=0, dtype=np.uint16)
+        sums[1] += (values * values).sum(axis=0, dtype=np.uint32)
+    return sums.reshape(2, -1, 3).sum(axis=1)
 
 
 def mean_and_std(sums: np.ndarray, pixels: int) -> tuple[list[float], list[float]]:

@@ -15,7 +15,6 @@ _HEADER = 512  # bytes of a header, and of the blocks that a tar consists of
 _MAGIC = slice(257, 265)  # its place in the header
 _USTAR, _GNU = b"ustar\x0000", b"ustar  \0"
 _MARK = slice(260, 264)  # the part of the magic that is an aligned word of 32 bits
-_AT_ONCE = 1024  # headers that are read at a time
 
 LINK, SPARSE = -1, -2
 """In place of a start: the name is a link that leads out of the archive, or a sparse file."""
@@ -26,15 +25,6 @@ class TarMembers(NamedTuple):
     """Of members with the same name, the last counts."""
     places: np.ndarray
     """int64 [files, 3]: start in the archive (or `LINK` or `SPARSE`), size, time of change."""
-
-
-class _PlainFiles(NamedTuple):
-    sizes: np.ndarray
-    """int64 [headers], bytes; those of folders too."""
-    names: list[str]
-    """Names of the files alone."""
-    places: np.ndarray
-    """int64 [files, 3], as in `TarMembers`."""
 
 
 def list_members(path: Path, data: mmap.mmap) -> TarMembers:
@@ -68,68 +58,49 @@ def plain_members(data: mmap.mmap) -> TarMembers | None:
     blocks = np.frombuffer(data, np.uint8, len(data) // _HEADER * _HEADER).reshape(-1, _HEADER)
     words = blocks.view(np.uint32)[:, _MARK.start // 4].copy()
     posix, gnu = (np.frombuffer(magic[3:7], np.uint32) for magic in (_USTAR, _GNU))
-    headers = np.flatnonzero((words == posix) | (words == gnu))
-    names: list[str] = []
-    places = []
-    end = 0  # the block in which the next header has to be
+    places = np.flatnonzero((words == posix) | (words == gnu))
+    headers = blocks[places]
     try:
-        for first in range(0, len(headers), _AT_ONCE):
-            some = headers[first : first + _AT_ONCE]
-            files = _plain_files(blocks[some], some * _HEADER)
-            ends = some + 1 + -(-files.sizes // _HEADER)
-            if some[0] != end or (some[1:] != ends[:-1]).any():
-                return None  # something else lies between headers, or looks like one
-            end = ends[-1]
-            names += files.names
-            places.append(files.places)
+        sizes, times, sums = (_octal(headers, *at) for at in ((124, 11), (136, 11), (148, 6)))
     except ValueError:
         return None
-    if not places or end >= len(blocks) or blocks[end].any():
+    ends = places + 1 + -(-sizes // _HEADER)  # the block after each file
+    whole = (
+        len(places)
+        and places[0] == 0
+        and (places[1:] == ends[:-1]).all()  # nothing else between, nothing that looks like one
+        and ends[-1] < len(blocks)
+        and not blocks[ends[-1]].any()
+    )
+    if not (whole and _are_plain(headers, sizes, sums)):
         return None
-    return TarMembers(names, np.concatenate(places))
+    files = headers[:, 156] == ord("0")
+    names = np.ascontiguousarray(headers[files, :100]).view("S100")[:, 0].tolist()
+    starts = (places[files] + 1) * _HEADER
+    return TarMembers(
+        [
+            name.partition(b"\0")[0].decode("utf-8", "surrogateescape").removeprefix("./")
+            for name in names
+        ],
+        np.stack([starts, sizes[files], times[files]], axis=1),
+    )
 
 
-def _plain_files(headers: np.ndarray, starts: np.ndarray) -> _PlainFiles:
-    """Read `headers` (uint8 [n, 512], overwritten), which lie at `starts` (int64 [n], bytes).
-    Raises ValueError where one is damaged or of another kind than a plain file or folder."""
-    sizes, times, sums = _octal(headers, 124, 11), _octal(headers, 136, 11), _octal(headers, 148, 6)
-    headers[:, 148:156] = ord(" ")  # POSIX sums a header with spaces in place of its checksum
-    folders = headers[:, 156] == ord("5")
+def _are_plain(headers: np.ndarray, sizes: np.ndarray, sums: np.ndarray) -> bool:
+    """Whether `headers` (uint8 [n, 512]) are undamaged and of files or folders with short names;
+    `sizes` and `sums` are the fields of the size and of the checksum."""
+    kinds, checksums = headers[:, 156], headers[:, 148:156]
+    # POSIX sums a header with spaces in place of its checksum.
+    actual = headers.sum(axis=1, dtype=np.int64) - checksums.sum(axis=1) + 8 * ord(" ")
     magic = np.ascontiguousarray(headers[:, _MAGIC]).view("S8")[:, 0]
     posix = magic == _USTAR
-    if not (
-        (_row_sums(headers) == sums).all()
-        and (folders | (headers[:, 156] == ord("0"))).all()
+    return bool(
+        (actual == sums).all()
+        and ((kinds == ord("0")) | (kinds == ord("5"))).all()
         and (posix | (magic == _GNU.rstrip(b"\0"))).all()
-        and not sizes[folders].any()
+        and not sizes[kinds == ord("5")].any()
         and not (posix & (headers[:, 345] != 0)).any()  # the start of a name over 100 characters
-    ):
-        raise ValueError("not plain")
-    files = ~folders
-    places = np.stack([starts[files] + _HEADER, sizes[files], times[files]], axis=1)
-    return _PlainFiles(sizes, _names(headers[files, :100]), places)
-
-
-def _names(fields: np.ndarray) -> list[str]:
-    """The names in `fields` (uint8 [n, 100]). Raises ValueError where they cannot be separated."""
-    if not len(fields):
-        return []
-    # All are decoded at once, joined by a separator that only a name of several lines can hold.
-    text = b"/\n".join(np.ascontiguousarray(fields).view("S100")[:, 0].tolist())
-    names = text.decode("utf-8", "surrogateescape").split("/\n")
-    if len(names) != len(fields):
-        raise ValueError("a name of several lines")
-    if b"\0" in text or b"./" in text:
-        names = [name.partition("\0")[0].removeprefix("./") for name in names]
-    return names
-
-
-def _row_sums(rows: np.ndarray) -> np.ndarray:
-    """The sum of each row of `rows` (uint8 [n, 512]): uint64 [n]. Four sums of 16 bits lie side by
-    side in each word."""
-    words, low = rows.view(np.uint64), np.uint64(0x00FF00FF00FF00FF)
-    lanes = ((words & low) + ((words >> np.uint64(8)) & low)).sum(axis=1)
-    return lanes.view(np.uint16).reshape(-1, 4).sum(axis=1, dtype=np.uint64)
+    )
 
 
 def _octal(headers: np.ndarray, first: int, digits: int) -> np.ndarray:
