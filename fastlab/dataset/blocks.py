@@ -40,6 +40,8 @@ class Report(NamedTuple):
 
 
 class Block(NamedTuple):
+    """Consecutive images of a split, decoded."""
+
     split: str
     report: Report
     pixels: np.ndarray
@@ -61,7 +63,7 @@ class _Inherited(NamedTuple):
     """uint8 [slots, images, S, S, 3], shared memory."""
 
 
-_inherited: _Inherited  # in a worker
+_inherited: _Inherited  # set in the workers alone
 
 
 def block_size(side: int) -> int:
@@ -71,10 +73,10 @@ def block_size(side: int) -> int:
 
 
 def decoded_blocks(tree: Tree, originals: Originals, side: int, workers: int) -> Generator[Block]:
-    """Decode all images and yield every block in order.
+    """Decode the images of all splits to `side` x `side` pixels and yield the blocks in order.
 
-    Block i is decoded into slot i modulo the number of slots, once the parent has taken the block
-    that was there. Raises `UserError` where a worker dies.
+    Block i is decoded into slot i modulo the number of slots, once the caller has asked for the
+    block after the one that was there. Raises `UserError` where a worker dies.
     """
     size = block_size(side)
     tasks = [
@@ -139,7 +141,7 @@ def _decode(tree: Tree, originals: Originals, task: _Task, slot: np.ndarray) -> 
 def channel_sums(pixels: np.ndarray) -> np.ndarray:
     """Sum each channel of `pixels` (uint8 [n, S, S, 3]), and its squares: int64 [2, 3], exact.
 
-    Column by column in integers as narrow as possible, since numpy is slow to widen while it sums.
+    The sums of short columns fit in narrow integers: numpy is slow to widen while it sums.
     """
     side = pixels.shape[1]
     rows = pixels.reshape(-1, 3 * side * math.gcd(side, 8))

@@ -120,9 +120,9 @@ def _read_originals(tree: Tree, where: str) -> Originals:
     root = _root(tree)
     top = tree.names(root)
     if "wnids.txt" in top:
-        originals = _read_tiny_imagenet(tree, _folder(root), where)
+        originals = _read_tiny_imagenet(tree, root, where)
     elif "train" in top and "val" in top:
-        originals = _read_image_folder(tree, _folder(root), where)
+        originals = _read_image_folder(tree, root, where)
     else:
         raise UserError(
             f"{where}: neither Tiny ImageNet (no wnids.txt) nor an image folder "
@@ -179,24 +179,15 @@ def _root(tree: Tree) -> str:
     if _has_splits(top):
         return ""
     below = [name for name in top if _has_splits(tree.names(name))]
-    return below[0] if len(below) == 1 else ""
+    return f"{below[0]}/" if len(below) == 1 else ""
 
 
 def _has_splits(names: list[str]) -> bool:
     return "wnids.txt" in names or {"train", "val"} <= set(names)
 
 
-def _folder(path: str) -> str:
-    return f"{path}/" if path else ""
-
-
 def _images(names: list[str]) -> list[str]:
-    lowered = map(str.lower, names)
-    return [
-        name
-        for name, low in zip(names, lowered, strict=True)
-        if low.endswith(SUFFIXES) and low[0] != "."
-    ]
+    return [name for name in names if name.lower().endswith(SUFFIXES) and name[0] != "."]
 
 
 def _read_tiny_imagenet(tree: Tree, root: str, where: str) -> Originals:

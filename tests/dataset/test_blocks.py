@@ -1,5 +1,6 @@
 """Blocks of decoded images: their order, their size, and the death of a worker."""
 
+import multiprocessing
 import os
 
 import numpy as np
@@ -43,8 +44,15 @@ def test_more_workers_than_blocks_write_the_same_files(synth_source, synth_datas
         assert (tmp_path / "out" / name).read_bytes() == (synth_dataset / name).read_bytes()
 
 
+def run_out_of_memory():
+    raise MemoryError
+
+
+DEATHS = [lambda: os._exit(1), lambda: os.kill(os.getpid(), 9), run_out_of_memory]
+
+
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("death", [lambda: os._exit(1), lambda: os.kill(os.getpid(), 9)])
+@pytest.mark.parametrize("death", DEATHS)
 def test_a_worker_that_dies_is_reported_and_leaves_nothing(
     synth_source, tmp_path, monkeypatch, death
 ):
@@ -56,6 +64,26 @@ def test_a_worker_that_dies_is_reported_and_leaves_nothing(
     with pytest.raises(UserError, match="worker died"):
         convert(synth_source, tmp_path / "out", Options(workers=2))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.timeout(60)
+def test_a_defect_in_a_worker_is_raised_in_the_parent(synth_source, tmp_path, monkeypatch):
+    monkeypatch.setattr(blocks, "_decode", lambda *args: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        convert(synth_source, tmp_path / "out", Options(workers=2))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("taken", [0, 1, 7])
+def test_workers_end_where_the_blocks_are_left_early(synth_source, tmp_path, monkeypatch, taken):
+    monkeypatch.setattr(blocks, "_BLOCK", 4)
+    tree = open_tree(synth_source, tmp_path)
+    source = blocks.decoded_blocks(tree, read_originals(tree, "source"), 64, 2)
+    for _ in range(taken):
+        next(source)
+    assert len(multiprocessing.active_children()) == (2 if taken else 0)
+    source.close()
+    assert multiprocessing.active_children() == []
 
 
 def test_a_block_of_large_images_takes_no_more_memory():

@@ -309,7 +309,7 @@ def test_jpeg_encoding_refuses_images_of_another_size(synth_source, tmp_path):
     if not has("ffcv"):
         pytest.skip("FFCV is not installed")
     options = Options(formats=("ffcv",), settings=Settings("jpeg"), image_size=32)
-    with pytest.raises(UserError, match="is no plain JPEG of 32x32 pixels"):
+    with pytest.raises(UserError, match="is not a plain JPEG of 32x32 pixels"):
         convert(synth_source, tmp_path / "out", options)
     assert list(tmp_path.iterdir()) == []
 
@@ -339,6 +339,6 @@ def test_jpeg_encoding_refuses_images_that_ffcv_would_decode_differently(tmp_pat
                 (source / split / name).mkdir(parents=True)
                 image.save(source / split / name / "1.jpg")
         odd.save(source / "train" / "b" / "2.jpg", **options)
-        with pytest.raises(UserError, match=r"train/b/2.jpg is no plain JPEG"):
+        with pytest.raises(UserError, match=r"train/b/2.jpg is not a plain JPEG"):
             settings = Settings("jpeg")
             convert(source, tmp_path / "out", Options(formats=("ffcv",), settings=settings))

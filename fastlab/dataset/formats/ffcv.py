@@ -65,7 +65,8 @@ def check_installed() -> None:
 def write_split(
     source: Source, folder: Path, encoding: str, name: str, tick: Callable[[], None]
 ) -> None:
-    """Write split `name` in one of `ENCODINGS` and compare the file with what was given.
+    """Write split `name` in one of `ENCODINGS` and compare the file with what was given; `tick` is
+    called after each image.
 
     Raises `UserError` where an original cannot be passed through as a JPEG, or the file differs.
     """
@@ -95,8 +96,8 @@ def _check_jpegs(source: Source, split: Split, tick: Callable[[], None]) -> None
         jpeg = data[:2] == b"\xff\xd8" and is_plain(data)
         if not jpeg or simplejpeg.decode_jpeg_header(data)[:2] != (source.side, source.side):
             raise UserError(
-                f"{printable(path)} is no plain JPEG of {source.side}x{source.side} pixels (colour "
-                f"or grey, no rotation); write decoded pixels: --ffcv-encoding raw"
+                f"{printable(path)} is not a plain JPEG of {source.side}x{source.side} pixels (no "
+                f"CMYK, no orientation); write decoded pixels: --ffcv-encoding raw"
             )
 
 

@@ -21,7 +21,8 @@ from fastlab.dataset.manifest import Manifest
 def write_split(
     source: Source, folder: Path, shard_images: int, name: str, tick: Callable[[], None]
 ) -> None:
-    """Write the shards of split `name` and compare each with the originals.
+    """Write the shards of split `name` and compare each with the originals; `tick` is called after
+    each image.
 
     Raises `UserError` where a shard differs.
     """
