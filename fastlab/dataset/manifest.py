@@ -34,7 +34,7 @@ class SplitInfo:
 class FileInfo:
     bytes: int
     xxh128: str
-    """As `xxh128sum` prints it. It protects against damage, not against forgery."""
+    """As `xxh128sum` prints it. It detects damage, not forgery."""
 
 
 @dataclass(frozen=True)
