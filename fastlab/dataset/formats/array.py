@@ -70,7 +70,7 @@ def _write_images(path: Path, images: int, side: int, pixels: Iterable[np.ndarra
     size, digest = 0, new_hash()
     with path.open("xb", buffering=0) as file:
         with contextlib.suppress(OSError):  # some file systems have no direct writes
-            _set_flags(file, _flags(file) | os.O_DIRECT)
+            fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) | os.O_DIRECT)
         for block in itertools.chain([_header(images, side)], pixels):
             data = block.data.cast("B")
             digest.update(data)
@@ -95,17 +95,10 @@ def _write(file: FileIO, data: memoryview) -> None:
         try:
             data = data[os.write(file.fileno(), data) :]
         except OSError as error:
-            if error.errno != errno.EINVAL or not _flags(file) & os.O_DIRECT:
+            flags = fcntl.fcntl(file, fcntl.F_GETFL)
+            if error.errno != errno.EINVAL or not flags & os.O_DIRECT:
                 raise
-            _set_flags(file, _flags(file) & ~os.O_DIRECT)
-
-
-def _flags(file: FileIO) -> int:
-    return fcntl.fcntl(file, fcntl.F_GETFL)
-
-
-def _set_flags(file: FileIO, flags: int) -> None:
-    fcntl.fcntl(file, fcntl.F_SETFL, flags)
+            fcntl.fcntl(file, fcntl.F_SETFL, flags & ~os.O_DIRECT)
 
 
 def open_array(directory: Path, manifest: Manifest, split: str) -> Arrays:
