@@ -43,11 +43,12 @@ from benchmarks.measurements import (
 )
 from fastlab.config import AugmentConfig, DataConfig
 from fastlab.console import UserError, first_line, positive_int, positive_ints, run_command
+from fastlab.dataset.formats.array import open_array
 from fastlab.dataset.formats.tar import Shards, open_shards
 from fastlab.dataset.manifest import read_manifest
 from pipelines import PipelineSpec, make_pipeline
 from pipelines.augment import device_augmenter, epoch_key, make_augmenter
-from pipelines.resident import ResidentEpoch, open_array, upload
+from pipelines.resident import ResidentEpoch, upload
 
 _ROOF = "copy roof"
 _DTYPE = torch.bfloat16

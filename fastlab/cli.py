@@ -100,7 +100,7 @@ def _convert_options(parser: ArgumentParser) -> None:
 def _convert(args: Namespace) -> None:
     from fastlab.dataset.convert import Options, convert
     from fastlab.dataset.formats import Settings
-    from fastlab.dataset.view import table
+    from fastlab.dataset.manifest import table
 
     options = Options(
         formats=tuple(args.formats.split(",")),
@@ -129,8 +129,7 @@ def _inspect_options(parser: ArgumentParser) -> None:
 
 
 def _inspect(args: Namespace) -> None:
-    from fastlab.dataset.manifest import check_hashes, check_sizes, read_manifest
-    from fastlab.dataset.view import draw_samples, table
+    from fastlab.dataset.manifest import check_hashes, check_sizes, read_manifest, table
 
     manifest = read_manifest(args.directory)
     check_sizes(args.directory, manifest)
@@ -139,6 +138,8 @@ def _inspect(args: Namespace) -> None:
     if args.verify:
         print(f"verified: {verified} files agree with their hashes", file=sys.stderr)
     if args.show:
+        from pipelines.samples import draw_samples  # imports torch and numba, which take seconds
+
         draw_samples(args.directory, manifest, args.show)
         print(f"samples: {args.show}", file=sys.stderr)
 

@@ -11,12 +11,10 @@ buffer that a copy to a GPU still reads.
 """
 
 import functools
-import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -24,31 +22,14 @@ import torch
 from numba import types
 
 from fastlab.config import DataConfig
-from fastlab.console import UserError, first_line
+from fastlab.console import UserError
+from fastlab.dataset.formats.ffcv import Samples, open_samples
 from fastlab.dataset.manifest import Manifest
-from fastlab.machine import FFCV_MISSING, cores
+from fastlab.machine import cores
 from pipelines.engine import Decoded
 
 _AHEAD = 2  # batches that wait for use while every thread fills another
 _TIMEOUT = 60.0  # seconds to wait for a batch; a slow disk may take ten
-_JPEG, _RAW = 0, 1  # FFCV's numbers
-# FFCV's reader believes every number that it finds.
-_UNREADABLE = (OSError, ValueError, LookupError, ArithmeticError, AssertionError, MemoryError)
-
-
-class Samples(NamedTuple):
-    """Where the images of a file lie, and their labels."""
-
-    content: np.ndarray
-    """uint8 [bytes], the file mapped into memory."""
-    starts: np.ndarray
-    """int64 [images], bytes from the start of the file."""
-    sizes: np.ndarray
-    """int64 [images], bytes."""
-    jpeg: np.ndarray
-    """bool [images]; False: raw pixels."""
-    labels: np.ndarray
-    """int64 [images]."""
 
 
 def open_engine(
@@ -125,87 +106,6 @@ class FfcvEngine:
             ) from None
         except Exception as error:  # the thread itself reports nothing
             raise UserError(f"{self._where}: a reading thread failed ({error!r})") from error
-
-
-def open_samples(path: Path, manifest: Manifest, split: str) -> Samples:
-    """The images of a .beton file. Raises `UserError` where FFCV is missing, or where the file is
-    damaged or does not fit the manifest."""
-    _import_ffcv()
-    try:
-        return _open(path, manifest, split)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: damaged ({error}); convert again with --force") from None
-
-
-def _open(path: Path, manifest: Manifest, split: str) -> Samples:
-    """Refuses whatever would have the decoder read or write outside of its arrays."""
-    reader, count = _reader(path), manifest.splits[split].images
-    image, labels = _metadata(reader)
-    if len(image) != count:
-        raise ValueError(f"{len(image)} images instead of {count}")
-    starts, sizes = _places(image["data_ptr"], reader.alloc_table)
-    content = np.memmap(path, dtype=np.uint8, mode="r")
-    jpeg, raw = image["mode"] == _JPEG, image["mode"] == _RAW
-    side, classes = manifest.image_size, len(manifest.classes)
-    inside = (starts >= 0) & (sizes > 0) & (sizes <= len(content) - starts)
-    checks = {
-        f"an image is not {side}x{side}": np.all([image["height"] == side, image["width"] == side]),
-        "an image is neither raw nor JPEG": np.all(jpeg | raw),
-        "an image lies outside of the file": np.all(inside),
-        "a raw image has too many or too few bytes": np.all(sizes[raw] == side * side * 3),
-        f"a label is none of {classes} classes": np.all((labels >= 0) & (labels < classes)),
-    }
-    for problem, passed in checks.items():
-        if not passed:
-            raise ValueError(problem)
-    return Samples(np.asarray(content), starts, sizes, jpeg, labels)
-
-
-def _reader(path: Path) -> Any:
-    from ffcv.reader import Reader
-
-    try:
-        return Reader(str(path))
-    except FileNotFoundError:
-        raise
-    except _UNREADABLE as error:
-        raise ValueError(f"cut short, or its header is wrong: {error!r}") from None
-
-
-def _metadata(reader: Any) -> list[np.ndarray]:
-    """What the file says of each image, and the labels."""
-    from ffcv.fields import IntField, RGBImageField
-
-    fields = {name: type(field) for name, field in reader.handlers.items()}
-    if fields != {"image": RGBImageField, "label": IntField}:
-        raise ValueError("its fields are not an RGBImageField image and an IntField label")
-    return [reader.metadata[f"f{list(fields).index(name)}"] for name in ("image", "label")]
-
-
-def _places(pointers: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(starts, sizes) of the images in the file, int64, by its allocation table."""
-    table = table[np.argsort(table["ptr"])]
-    order = np.argsort(pointers)
-    if not np.array_equal(table["ptr"], pointers[order]):
-        raise ValueError("its allocation table is not that of its images")
-    sizes = np.empty(len(table), dtype=np.int64)
-    sizes[order] = table["size"]
-    return pointers.astype(np.int64), sizes
-
-
-def _import_ffcv() -> None:
-    """Raises `UserError` where that fails. Keeps the number of threads, which FFCV sets to one."""
-    of_torch, of_numba = torch.get_num_threads(), numba.get_num_threads()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # it imports distutils
-            import ffcv  # noqa: F401
-    except Exception as error:  # a library is missing or of another version: anything is raised
-        problem = f"{FFCV_MISSING} ({first_line(error)})"
-        raise UserError(f'data.pipeline = "ffcv": {problem}') from None
-    finally:
-        torch.set_num_threads(of_torch)
-        numba.set_num_threads(of_numba)
 
 
 @functools.cache

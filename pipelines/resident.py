@@ -12,8 +12,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 import torch
 
-from fastlab.console import UserError
-from fastlab.dataset.manifest import Manifest
+from fastlab.dataset.formats.array import open_array
 from fastlab.machine import cores
 from pipelines.augment import Augmenter, device_augmenter, epoch_key, make_augmenter
 from pipelines.base import Batch, PipelineSpec, plan_batches
@@ -95,31 +94,6 @@ class ResidentPipeline:
             pixels, ids, labels, mask = (part.to(device, non_blocking=True) for part in parts)
             pixels = self._augment(self._augmenter, pixels, positions, ids, key_tensor)
             yield Batch(pixels, labels, mask)
-
-
-def open_array(directory: Path, manifest: Manifest, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """(images, labels) of a split: uint8 [N, H, W, 3], mapped into memory, and int64 [N].
-
-    Raises `UserError` where the format or the split is missing, or a file does not fit it.
-    """
-    if "array" not in manifest.formats:
-        raise UserError(f"{directory}: has no array format; convert with --formats array")
-    if split not in manifest.splits:
-        known = ", ".join(manifest.splits)
-        raise UserError(f"{directory}: has no split {split!r}; it has: {known}")
-    folder = directory / "array"
-    try:
-        images = np.load(folder / f"{split}-images.npy", mmap_mode="r", allow_pickle=False)
-        labels = np.load(folder / f"{split}-labels.npy", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{folder}: damaged ({error}); convert again with --force") from None
-    count, side = manifest.splits[split].images, manifest.image_size
-    if images.shape != (count, side, side, 3) or images.dtype != np.uint8:
-        raise UserError(f"{folder}: {split}-images.npy does not fit manifest.json; convert again")
-    whole = labels.shape == (count,) and labels.dtype == np.int64
-    if not whole or labels.min() < 0 or labels.max() >= len(manifest.classes):
-        raise UserError(f"{folder}: {split}-labels.npy does not fit manifest.json; convert again")
-    return images, labels
 
 
 def upload(images: np.ndarray, device: torch.device) -> torch.Tensor:

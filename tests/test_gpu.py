@@ -25,6 +25,7 @@ from fastlab import train as training
 from fastlab.cli import main
 from fastlab.config import AugmentConfig, DataConfig, ModelConfig
 from fastlab.dataset.convert import Options, convert
+from fastlab.dataset.formats.array import open_array
 from fastlab.dataset.manifest import read_manifest
 from fastlab.dataset.synth import synthesise
 from fastlab.models.dropout import DropoutKeys
@@ -35,7 +36,6 @@ from fastlab.training.setup import DTYPES, compile_forward, make_accelerator, to
 from pipelines import PipelineSpec, make_pipeline
 from pipelines.augment import device_augmenter, make_augmenter
 from pipelines.augment_cpu import augment_on_cpu
-from pipelines.resident import open_array
 from pipelines.torchvision import open_engine
 from tests.trainings import ROOT, TINY, assert_same_run, command, launch, same_weights, train
 

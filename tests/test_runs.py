@@ -10,7 +10,7 @@ import torch
 
 from fastlab.config import Config, ModelConfig
 from fastlab.console import UserError
-from fastlab.runs import RunDir, write_atomically
+from fastlab.runs import RunDir
 
 
 def strict(text: str):
@@ -167,22 +167,3 @@ def test_values_that_are_not_finite_are_written_as_null(tmp_path, value):
     run.write_predictions([{"label": "cat", "predicted": [{"name": "dog", "probability": value}]}])
     (prediction,) = strict(run.predictions.read_text())
     assert prediction["predicted"] == [{"name": "dog", "probability": None}]
-
-
-def test_a_failed_write_leaves_the_old_file_whole(tmp_path):
-    path = tmp_path / "file"
-    write_atomically(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_atomically(path, "new" * 100_000 + "\udcff")
-    assert path.read_text() == "old"
-
-
-def test_a_reader_never_sees_half_a_write(tmp_path):
-    path = tmp_path / "file"
-    write_atomically(path, "old" * 100)
-    with path.open() as reader:
-        assert reader.read(3) == "old"
-        write_atomically(path, "new" * 50)
-        assert reader.read() == "old" * 99
-    assert path.read_text() == "new" * 50
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]

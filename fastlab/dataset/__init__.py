@@ -1,1 +1,1 @@
-"""Originals in, dataset directories out."""
+"""From original images to dataset directories."""

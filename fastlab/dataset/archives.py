@@ -22,8 +22,9 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from fastlab.console import UserError
+from fastlab.dataset.tar_members import LINK, SPARSE, list_members
 
-# What zipfile, tarfile and the decompressors raise on bytes that are not what they expect.
+# What zipfile, tarfile and the decompressors raise on damaged bytes.
 _DAMAGE = (
     zipfile.BadZipFile,
     tarfile.TarError,
@@ -35,31 +36,33 @@ _DAMAGE = (
     NotImplementedError,
     ValueError,
 )
-_HEADER = 512  # bytes, of a tar's header and of its blocks
-_MAGIC = slice(257, 265)  # where in the header
-_USTAR, _GNU = b"ustar\x0000", b"ustar  \0"
-_MARK = slice(260, 264)  # the part of it that is a word of 32 bits
+_UNUSABLE = {
+    LINK: "a link; pack the archive again with tar --dereference",
+    SPARSE: "stored as a sparse file; pack the archive again without --sparse",
+}
 COMPRESSED_TAR = (".tar.xz", ".txz", ".tar.gz", ".tgz", ".tar.bz2")
 
 
 class Stamp(NamedTuple):
-    """What tells whether a file changed: its size in bytes, and its checksum or time of change."""
+    """Shows whether a file has changed."""
 
     size: int
+    """Bytes."""
     version: int
+    """Checksum, or time of the last change."""
 
 
 _UNREADABLE = Stamp(0, 0)
 
 
 class DamagedMember(OSError):
-    """A file of an archive that cannot be read."""
+    """A file of a tree that cannot be read."""
 
 
 class Tree(ABC):
     @abstractmethod
     def names(self, folder: str) -> list[str]:
-        """Sorted names directly in `folder` ("" is the root); empty where there is none.
+        """Sorted names directly in `folder` ("" is the root); empty where there is no such folder.
         Raises OSError."""
 
     @abstractmethod
@@ -67,30 +70,31 @@ class Tree(ABC):
         """The bytes of a file and its stamp. Raises OSError."""
 
     def read_many(self, paths: list[str]) -> tuple[list[bytes | OSError], np.ndarray]:
-        """For each path its bytes, or why there are none, and its stamp: int64 [paths, 2]."""
-        found: list[bytes | OSError] = []
+        """For each path its bytes, or the error of reading it, and its stamp: int64 [paths, 2]."""
+        contents: list[bytes | OSError] = []
         stamps = []
         for path in paths:
             try:
                 data, stamp = self.read(path)
             except OSError as error:
                 data, stamp = error, _UNREADABLE
-            found.append(data)
+            contents.append(data)
             stamps.append(stamp)
-        return found, np.array(stamps, dtype=np.int64).reshape(-1, 2)
+        return contents, np.array(stamps, dtype=np.int64).reshape(-1, 2)
 
     @abstractmethod
     def _stamp(self, path: str) -> Stamp:
         """Raises OSError."""
 
     def stamp(self, path: str) -> Stamp:
-        """Zeros for a file that cannot be read, as in `read_many`."""
+        """The stamp that `read_many` gives: zeros for a file that cannot be read."""
         try:
             return self._stamp(path)
         except OSError:
             return _UNREADABLE
 
     def text(self, path: str) -> str:
+        """Raises OSError."""
         try:
             return self.read(path)[0].decode("utf-8", errors="replace")
         except OSError as error:
@@ -100,7 +104,7 @@ class Tree(ABC):
 class DirectoryTree(Tree):
     def __init__(self, root: Path) -> None:
         self._root = f"{root}/"
-        # Opening by a path below a directory that is open walks fewer folders: 100,000 times.
+        # Opening a path relative to an open directory walks fewer folders: 100,000 times.
         self._descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
 
     def names(self, folder: str) -> list[str]:
@@ -110,13 +114,13 @@ class DirectoryTree(Tree):
             return []
 
     def read(self, path: str) -> tuple[bytes, Stamp]:
-        # Bare system calls: `open` costs half as much again, and there are 100,000 files to open.
-        # Without waiting, should it be a pipe.
+        # Bare system calls: `open` takes half as long again, and there are 100,000 files to open.
+        # O_NONBLOCK, since opening a pipe would wait for its writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK, dir_fd=self._descriptor)
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
-                raise DamagedMember("no regular file")
+                raise DamagedMember("not a regular file")
             return os.read(descriptor, status.st_size), Stamp(status.st_size, status.st_mtime_ns)
         finally:
             os.close(descriptor)
@@ -126,13 +130,13 @@ class DirectoryTree(Tree):
         return Stamp(status.st_size, status.st_mtime_ns)
 
 
-class _Members(Tree):
-    """The folders of an archive, from the names of its files."""
+class _ArchiveTree(Tree):
+    """An archive, whose folders follow from the paths of its files."""
 
     def __init__(self, paths: list[str]) -> None:
         folders: dict[str, list[str]] = {}
         parts = map(str.rpartition, paths, itertools.repeat("/"))
-        # Archives keep the files of a folder together; otherwise the groups are many, no more.
+        # Archives keep the files of a folder together; if one does not, there are more groups.
         for folder, group in itertools.groupby(parts, itemgetter(0)):
             folders.setdefault(folder, []).extend(map(itemgetter(2), group))
         for folder in list(folders):
@@ -149,7 +153,7 @@ def _add_to_parents(folders: dict[str, list[str]], folder: str) -> None:
         folders.setdefault(folder, []).append(name)
 
 
-class ZipTree(_Members):
+class ZipTree(_ArchiveTree):
     def __init__(self, path: Path) -> None:
         self._bytes = _map(path)
         with zipfile.ZipFile(path) as archive:
@@ -163,14 +167,13 @@ class ZipTree(_Members):
         member = self._member(path)
         if member.flag_bits & 1:
             raise DamagedMember("encrypted")
-        # The local header repeats the name, with an extra field of another length.
+        # The local header repeats the name; the extra field after it may have another length.
         start = member.header_offset + 30
         header = self._bytes[member.header_offset : start]
         if header[:4] != b"PK\x03\x04":
             raise DamagedMember("no local header")
         start += int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-        data = self._bytes[start : start + member.compress_size]
-        data = _inflate(data, member)
+        data = _inflate(self._bytes[start : start + member.compress_size], member)
         if len(data) != member.file_size or zlib.crc32(data) != member.CRC:
             raise DamagedMember("does not match its checksum")
         return data, Stamp(member.file_size, member.CRC)
@@ -191,18 +194,18 @@ def _inflate(data: bytes, member: zipfile.ZipInfo) -> bytes:
     if member.compress_type != zipfile.ZIP_DEFLATED:
         raise DamagedMember("compressed by a method other than deflate")
     try:
-        # One byte past the promised size is enough to notice a bomb.
+        # One byte more than the promised size is enough to notice a decompression bomb.
         return zlib.decompressobj(-15).decompress(data, member.file_size + 1)
     except zlib.error as error:
         raise DamagedMember(str(error)) from None
 
 
-class TarTree(_Members):
+class TarTree(_ArchiveTree):
     def __init__(self, path: Path) -> None:
         self._bytes = _map(path)
-        found = _plain_members(self._bytes) or _any_members(path, self._bytes)
-        self._rows = dict(zip(found.names, range(len(found.names)), strict=True))
-        self._places = np.vstack([found.places, (-1, 0, 0)])  # the last: of what is not there
+        members = list_members(path, self._bytes)
+        self._rows = dict(zip(members.names, range(len(members.names)), strict=True))
+        self._places = np.vstack([members.places, (-1, 0, 0)])  # row -1: no such file
         super().__init__(list(self._rows))
 
     def read(self, path: str) -> tuple[bytes, Stamp]:
@@ -216,7 +219,7 @@ class TarTree(_Members):
         places = self._places[[self._rows.get(path, -1) for path in paths]]
         stops = places[:, 0] + places[:, 1]
         if places[:, 0].min() < 0 or stops.max() > len(self._bytes):
-            return super().read_many(paths)  # which says what is wrong with each
+            return super().read_many(paths)  # which gives the error of each
         bounds = zip(places[:, 0].tolist(), stops.tolist(), strict=True)
         return [self._bytes[start:stop] for start, stop in bounds], places[:, 1:]
 
@@ -232,128 +235,9 @@ class TarTree(_Members):
         return start, size, changed
 
 
-_LINK, _SPARSE = -1, -2
-_UNUSABLE = {
-    _LINK: "a link; pack the archive again with tar --dereference",
-    _SPARSE: "stored as a sparse file; pack the archive again without --sparse",
-}
-
-
-class _TarMembers(NamedTuple):
-    """The files of a tar; of several with the same name the last counts."""
-
-    names: list[str]
-    places: np.ndarray
-    """int64 [files, 3]: start (or why there is none, of `_UNUSABLE`), size, time of change."""
-
-
-def _any_members(path: Path, data: mmap.mmap) -> _TarMembers:
-    members: dict[str, tuple[int, int, int]] = {}
-    nowhere = (_LINK, 0, 0)
-    with tarfile.open(path, "r:") as archive:
-        for member in archive:
-            name = member.name.removeprefix("./")
-            if member.issparse():
-                members[name] = (_SPARSE, 0, 0)
-            elif member.isfile():
-                members[name] = (member.offset_data, member.size, int(member.mtime))
-            elif member.islnk():  # a further name of a file that came before
-                members[name] = members.get(member.linkname.removeprefix("./"), nowhere)
-            elif member.issym():
-                members[name] = nowhere
-        # tarfile takes a cut between two members, or a damaged header, for the end.
-        if data[archive.offset : archive.offset + _HEADER] != bytes(_HEADER):
-            raise tarfile.ReadError("cut short, or a damaged header")
-    return _TarMembers(list(members), np.array(list(members.values()), np.int64).reshape(-1, 3))
-
-
-def _plain_members(data: mmap.mmap) -> _TarMembers | None:
-    """The files of a tar of nothing but files and folders with short names, in a fraction of
-    tarfile's time; None for any other tar, and wherever something is not as it should be."""
-    blocks = np.frombuffer(data, np.uint8, len(data) // _HEADER * _HEADER).reshape(-1, _HEADER)
-    words = blocks.view(np.uint32)[:, _MARK.start // 4].copy()
-    posix, gnu = (np.frombuffer(magic[3:7], np.uint32) for magic in (_USTAR, _GNU))
-    headers = np.flatnonzero((words == posix) | (words == gnu))
-    names: list[str] = []
-    places = []
-    end = 0  # block where the next header has to be
-    try:
-        for first in range(0, len(headers), 1024):
-            some = headers[first : first + 1024]
-            found = _plain_files(blocks[some], some * _HEADER)
-            ends = some + 1 + -(-found.sizes // _HEADER)
-            if some[0] != end or (some[1:] != ends[:-1]).any():
-                return None  # something else is between them, or looks like one of them
-            end = ends[-1]
-            names += found.names
-            places.append(found.places)
-    except ValueError:
-        return None
-    if not places or end >= len(blocks) or blocks[end].any():
-        return None
-    return _TarMembers(names, np.concatenate(places))
-
-
-class _PlainFiles(NamedTuple):
-    sizes: np.ndarray  # int64 [headers], of folders too
-    names: list[str]  # of files alone
-    places: np.ndarray
-
-
-def _plain_files(headers: np.ndarray, starts: np.ndarray) -> _PlainFiles:
-    """`headers`: uint8 [n, 512]. Raises ValueError where one is not plain, or not whole."""
-    sizes, times, sums = _octal(headers, 124, 11), _octal(headers, 136, 11), _octal(headers, 148, 6)
-    headers[:, 148:156] = ord(" ")  # as POSIX sums them
-    folders = headers[:, 156] == ord("5")
-    magic = np.ascontiguousarray(headers[:, _MAGIC]).view("S8")[:, 0]
-    posix = magic == _USTAR
-    if not (
-        (_row_sums(headers) == sums).all()
-        and (folders | (headers[:, 156] == ord("0"))).all()
-        and (posix | (magic == _GNU.rstrip(b"\0"))).all()
-        and not sizes[folders].any()
-        and not (posix & (headers[:, 345] != 0)).any()  # the start of a name over 100 characters
-    ):
-        raise ValueError("not plain")
-    files = ~folders
-    places = np.stack([starts[files] + _HEADER, sizes[files], times[files]], axis=1)
-    return _PlainFiles(sizes, _names(headers[files, :100]), places)
-
-
-def _names(fields: np.ndarray) -> list[str]:
-    """`fields`: uint8 [n, 100]. Raises ValueError where they cannot be told apart."""
-    if not len(fields):
-        return []
-    # All at once, with a separator that only a name of several lines can hold.
-    text = b"/\n".join(np.ascontiguousarray(fields).view("S100")[:, 0].tolist())
-    names = text.decode("utf-8", "surrogateescape").split("/\n")
-    if len(names) != len(fields):
-        raise ValueError("a name of several lines")
-    if b"\0" in text or b"./" in text:
-        names = [name.partition("\0")[0].removeprefix("./") for name in names]
-    return names
-
-
-def _row_sums(rows: np.ndarray) -> np.ndarray:
-    """uint64 [n]: of uint8 [n, 512], four sums of 16 bits side by side in each word."""
-    words, low = rows.view(np.uint64), np.uint64(0x00FF00FF00FF00FF)
-    lanes = ((words & low) + ((words >> np.uint64(8)) & low)).sum(axis=1)
-    return lanes.view(np.uint16).reshape(-1, 4).sum(axis=1, dtype=np.uint64)
-
-
-def _octal(headers: np.ndarray, first: int, digits: int) -> np.ndarray:
-    """The numbers of that many octal digits at `first`. Raises ValueError for any other form."""
-    found = headers[:, first : first + digits] - np.uint8(ord("0"))
-    after = headers[:, first + digits]
-    if (found > 7).any() or not ((after == 0) | (after == ord(" "))).all():
-        raise ValueError("a number")
-    # 11 digits are 33 bits: exact in double precision, which numpy multiplies much faster.
-    return (found @ 8.0 ** np.arange(digits - 1, -1, -1)).astype(np.int64)
-
-
 def open_tree(source: Path, scratch: Path) -> Tree:
-    """The tree of a directory, ``.zip``, ``.tar`` or compressed tar (which is unpacked to one plain
-    tar in `scratch`, since it can only be read in order).
+    """The tree of a directory, ``.zip``, ``.tar`` or compressed tar. The last can only be read in
+    order, so it is unpacked to a plain tar in `scratch`.
 
     Raises `UserError` where `source` is none of these or cannot be read.
     """
@@ -391,7 +275,7 @@ def _write(file: BinaryIO, data: bytes, path: Path) -> None:
     try:
         file.write(data)
         file.flush()
-    except OSError as error:  # apart from those of the source
+    except OSError as error:  # distinguished from those of the source
         raise UserError(f"{path.parent}: cannot be written ({error.strerror})") from None
 
 

@@ -1,12 +1,14 @@
 """Blocks of images, decoded by worker processes into memory that they share with the parent."""
 
-import contextlib
+import itertools
 import math
 import mmap
 import multiprocessing
 import signal
-from collections.abc import Iterator
-from multiprocessing.connection import Connection
+from collections import deque
+from collections.abc import Generator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
 import numpy as np
@@ -15,25 +17,35 @@ from tqdm import tqdm
 from fastlab.console import UserError
 from fastlab.dataset.archives import Tree
 from fastlab.dataset.decode import decode_into
-from fastlab.dataset.moments import channel_sums
 from fastlab.dataset.originals import Originals
 from fastlab.processes import die_with_parent
 
 _BLOCK = 512  # images: some milliseconds of work
 _BLOCK_BYTES = 6 << 20
-_SLOTS = 3  # blocks a worker may be ahead of the parent
+_SLOTS = 3  # blocks per worker that may be decoded before the parent has taken them
+_STRIPE = 256  # rows that are summed in 16 bits, which hold the sum of 257 values
+
+
+class Report(NamedTuple):
+    """What a worker reports of a decoded block."""
+
+    sums: np.ndarray
+    """int64 [2, 3]: the `channel_sums` of the block; zeros except in the split "train"."""
+    greyscale: int
+    """Images with a single channel."""
+    stamps: np.ndarray
+    """int64 [images, 2]: a `Stamp` each."""
+    corrupt: list[tuple[str, str]]
+    """Path of each corrupt image, and what is wrong with it."""
 
 
 class Block(NamedTuple):
-    """What a worker tells of a decoded block."""
+    """Consecutive images of a split, decoded."""
 
-    sums: np.ndarray
-    """int64 [2, 3]: of the channels' values and of their squares; zeros but for "train"."""
-    greyscale: int
-    stamps: np.ndarray
-    """int64 [images, 2]."""
-    corrupt: list[tuple[str, str]]
-    """Path, and what is wrong."""
+    split: str
+    report: Report
+    pixels: np.ndarray
+    """uint8 [n, S, S, 3], valid until the next block is taken."""
 
 
 class _Task(NamedTuple):
@@ -42,20 +54,29 @@ class _Task(NamedTuple):
     stop: int
 
 
+class _Inherited(NamedTuple):
+    """What each worker inherits from the parent."""
+
+    tree: Tree
+    originals: Originals
+    slots: np.ndarray
+    """uint8 [slots, images, S, S, 3], shared memory."""
+
+
+_inherited: _Inherited  # set in the workers alone
+
+
 def block_size(side: int) -> int:
-    """Images a block: a power of two, so that blocks of most sizes fill whole pages."""
+    """Images in a block: a power of two, so that blocks of most sizes fill whole pages."""
     fitting = _BLOCK_BYTES // (3 * side * side)
     return min(_BLOCK, 1 << max(0, fitting.bit_length() - 1))
 
 
-def decoded_blocks(
-    tree: Tree, originals: Originals, side: int, workers: int
-) -> Iterator[tuple[str, Block, np.ndarray]]:
-    """Every block in order: its split, what is known of it, and its pixels (uint8 [n, side, side,
-    3], in page-aligned memory), which stay valid until the next is asked for.
+def decoded_blocks(tree: Tree, originals: Originals, side: int, workers: int) -> Generator[Block]:
+    """Decode the images of all splits to `side` x `side` pixels and yield the blocks in order.
 
-    Block i is the task of worker i modulo `workers`: with equal blocks a queue would serve no
-    better, and cost more. Raises `UserError` where a worker dies.
+    Block i is decoded into slot i modulo the number of slots, once the caller has asked for the
+    block after the one that was there. Raises `UserError` where a worker dies.
     """
     size = block_size(side)
     tasks = [
@@ -64,79 +85,77 @@ def decoded_blocks(
         for start in range(0, len(split.paths), size)
     ]
     workers = min(workers, len(tasks))
-    shape = (workers, _SLOTS, size, side, side, 3)
+    shape = (_SLOTS * workers, size, side, side, 3)
     slots = np.frombuffer(mmap.mmap(-1, math.prod(shape)), dtype=np.uint8).reshape(shape)
     fork = multiprocessing.get_context("fork")
-    pipes, processes = [], []
+    inherited = _Inherited(tree, originals, slots)
     try:
-        for number in range(workers):
-            ours, theirs = fork.Pipe()
-            arguments = (theirs, tree, originals, tasks[number::workers], slots[number])
-            process = fork.Process(target=_work, args=arguments, daemon=True)
-            process.start()
-            theirs.close()  # so that the end of the worker is the end of the pipe
-            pipes.append(ours)
-            processes.append(process)
-        yield from _in_order(tasks, pipes, slots)
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-
-
-def _in_order(
-    tasks: list[_Task], pipes: list[Connection], slots: np.ndarray
-) -> Iterator[tuple[str, Block, np.ndarray]]:
-    images = sum(task.stop - task.start for task in tasks)
-    with tqdm(total=images, unit="img", disable=None) as bar:
-        for index, task in enumerate(tasks):
-            turn, worker = divmod(index, len(slots))
-            block = _received(pipes[worker])
-            count = task.stop - task.start
-            yield task.split, block, slots[worker, turn % _SLOTS, :count]
-            bar.update(count)
-            if index + _SLOTS * len(slots) < len(tasks):
-                with contextlib.suppress(ConnectionError):  # told when its next block is due
-                    pipes[worker].send_bytes(b"free")
-
-
-def _received(pipe: Connection) -> Block:
-    try:
-        return pipe.recv()
-    except (EOFError, OSError):
+        with ProcessPoolExecutor(workers, fork, _start, (inherited,)) as pool:
+            yield from _in_order(tasks, pool, slots)
+    except (BrokenProcessPool, MemoryError):
         raise UserError(
             "a conversion worker died (out of memory, or killed); run again with --workers 1"
         ) from None
 
 
-def _work(
-    pipe: Connection, tree: Tree, originals: Originals, tasks: list[_Task], slots: np.ndarray
-) -> None:
+def _in_order(tasks: list[_Task], pool: ProcessPoolExecutor, slots: np.ndarray) -> Generator[Block]:
+    jobs = (pool.submit(_run, task, i % len(slots)) for i, task in enumerate(tasks))
+    running = deque(itertools.islice(jobs, len(slots)))
+    with tqdm(total=sum(task.stop - task.start for task in tasks), unit="img", disable=None) as bar:
+        for i, task in enumerate(tasks):
+            report, count = running.popleft().result(), task.stop - task.start
+            yield Block(task.split, report, slots[i % len(slots), :count])
+            bar.update(count)
+            running.extend(itertools.islice(jobs, 1))
+
+
+def _start(inherited: _Inherited) -> None:
+    global _inherited
     die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to answer
-    for turn, task in enumerate(tasks):
-        if turn >= _SLOTS:
-            pipe.recv_bytes()
-        pipe.send(_decode(tree, originals, task, slots[turn % _SLOTS]))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
+    _inherited = inherited
 
 
-def _decode(tree: Tree, originals: Originals, task: _Task, slot: np.ndarray) -> Block:
+def _run(task: _Task, slot: int) -> Report:
+    return _decode(_inherited.tree, _inherited.originals, task, _inherited.slots[slot])
+
+
+def _decode(tree: Tree, originals: Originals, task: _Task, slot: np.ndarray) -> Report:
     paths = originals.splits[task.split].paths[task.start : task.stop]
     pixels = slot[: len(paths)]
-    encoded, stamps = tree.read_many(paths)
+    contents, stamps = tree.read_many(paths)
     greyscale = 0
     corrupt = []
-    for path, data, out in zip(paths, encoded, pixels, strict=True):
+    for path, data, out in zip(paths, contents, pixels, strict=True):
         try:
-            greyscale += decode_into(_whole(data), out)
+            if isinstance(data, OSError):
+                raise data
+            greyscale += decode_into(data, out)
         except (OSError, ValueError) as error:
             corrupt.append((path, str(error)))
     train = task.split == "train"
     sums = channel_sums(pixels) if train else np.zeros((2, 3), dtype=np.int64)
-    return Block(sums, greyscale, stamps, corrupt)
+    return Report(sums, greyscale, stamps, corrupt)
 
 
-def _whole(data: bytes | OSError) -> bytes:
-    if isinstance(data, OSError):
-        raise data
-    return data
+def channel_sums(pixels: np.ndarray) -> np.ndarray:
+    """Sum each channel of `pixels` (uint8 [n, S, S, 3]), and its squares: int64 [2, 3], exact.
+
+    The sums of short columns fit in narrow integers: numpy is slow to widen while it sums.
+    """
+    side = pixels.shape[1]
+    rows = pixels.reshape(-1, 3 * side * math.gcd(side, 8))
+    sums = np.zeros((2, rows.shape[1]), dtype=np.int64)
+    for first in range(0, len(rows), _STRIPE):
+        values = rows[first : first + _STRIPE].astype(np.uint16)
+        sums[0] += values.sum(axis=0, dtype=np.uint16)
+        sums[1] += (values * values).sum(axis=0, dtype=np.uint32)
+    return sums.reshape(2, -1, 3).sum(axis=1)
+
+
+def mean_and_std(sums: np.ndarray, pixels: int) -> tuple[list[float], list[float]]:
+    """Mean and population deviation of each channel, on a scale of 0 to 1; `sums` are the
+    `channel_sums` of `pixels` pixels."""
+    first, second = sums / pixels
+    std = np.sqrt(np.maximum(second - first**2, 0))
+    return [float(v) for v in first / 255], [float(v) for v in std / 255]

@@ -1,4 +1,4 @@
-"""Encoded bytes to uint8 pixels, [S, S, 3]; greyscale, palettes and CMYK become RGB."""
+"""Encoded bytes to pixels, uint8 [S, S, 3]; greyscale, palettes and CMYK become RGB."""
 
 import io
 import warnings
@@ -10,87 +10,89 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from fastlab.console import first_line
 
 MAX_PIXELS = 64_000_000
-_FRAMES = (b"\xc0", b"\xc1", b"\xc2")  # markers of baseline, extended and progressive ones
-_FOUR = {"CMYK": "CMYK", "YCCK": "CMYK"}  # decoded to see whether they are damaged
+_FRAMES = (b"\xc0", b"\xc1", b"\xc2")  # markers of baseline, extended and progressive frames
+_FOUR = {"CMYK": "CMYK", "YCCK": "CMYK"}  # decoded only to notice damage
 _METADATA = (b"Exif\0\0", b"http://ns.adobe.com/xap/")
 _PNG_METADATA = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type")
-_FORMATS = ("JPEG", "PNG", "WEBP")  # another of Pillow's, EPS, starts a program
-# libjpeg's warnings that pixels are made up, which Pillow passes over in silence.
+_FORMATS = ("JPEG", "PNG", "WEBP")  # not all of Pillow's: for EPS it starts a program
+# libjpeg's warnings that it invented pixels, which Pillow ignores.
 _DAMAGE = ("Corrupt JPEG data", "Premature end of JPEG file")
 
-
-# The images of a dataset come from one encoder and share a header or two. Headers of the first ones
-# that need no second look: bytes up to the scan -> whether it is greyscale.
+# The images of a dataset come from one encoder and share a header or two. The first plain headers,
+# up to the scan, are remembered -> whether the image is greyscale.
 _plain: dict[bytes, bool] = {}
-_FEW = 4
+_MAX_HEADERS = 4
 
 
 class CorruptImage(ValueError):
-    """Bytes that are no whole, readable image."""
+    """The bytes are not a whole, readable image."""
 
 
 def decode_into(data: bytes, out: np.ndarray) -> bool:
     """Decode `data` into `out` (uint8, [S, S, 3]); return whether the original is greyscale.
 
-    JPEGs go straight through libjpeg-turbo, bit for bit as Pillow decodes them, but what Pillow
-    makes up where bytes are missing is refused. JPEGs of four channels or with metadata that may
-    turn them, PNG and WebP go through Pillow, turned upright as it says there. Other sizes are
-    resized, bicubic, the shorter side to S, the centre kept. Raises `CorruptImage`.
+    JPEGs go straight through libjpeg-turbo, with the same pixels as Pillow's, but where bytes are
+    missing and Pillow would invent pixels the image is refused. Pillow decodes PNG, WebP and JPEGs
+    of four channels or with metadata that may hold an orientation, which it applies. Images of
+    other sizes are resized, bicubic, the shorter side to S, and cropped to their centre.
+
+    Raises `CorruptImage`.
     """
     for header, grey in _plain.items():
-        if data.startswith(header) and _decode_as_it_is(data, out):
+        if data.startswith(header) and _decode_plain(data, out):
             return grey
-    return _decode_with_care(data, out)
+    return _decode_unknown(data, out)
 
 
-def _decode_as_it_is(data: bytes, out: np.ndarray) -> bool:
-    """Whether that went well and `out` has its size."""
+def _decode_plain(data: bytes, out: np.ndarray) -> bool:
+    """Decode a JPEG; return False where it is damaged or does not have the size of `out`."""
     try:
         return simplejpeg.decode_jpeg(data, "RGB", buffer=out).shape == out.shape
     except ValueError:
         return False
 
 
-def _decode_with_care(data: bytes, out: np.ndarray) -> bool:
+def _decode_unknown(data: bytes, out: np.ndarray) -> bool:
     if data[:2] != b"\xff\xd8":
         return _decode_with_pillow(data, out)
     scan = _plain_until(data)
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
-        _check_pixels(height, width)
+        _check_pixels(int(height), int(width))
         into = out if scan and (height, width) == out.shape[:2] else None
         pixels = simplejpeg.decode_jpeg(data, _FOUR.get(space, "RGB"), buffer=into)
     except ValueError as error:
         if any(damage in str(error) for damage in _DAMAGE):
             raise CorruptImage(str(error)) from None
-        return _decode_with_pillow(data, out)  # corrupt, or only to this decoder
+        return _decode_with_pillow(data, out)  # Pillow may be able to decode it
     if not scan:
         return _decode_with_pillow(data, out)
     grey = space == "Gray"
     if pixels.shape != out.shape:
         out[:] = _fit(Image.fromarray(pixels), out.shape[0])
-    elif len(_plain) < _FEW:
+    elif len(_plain) < _MAX_HEADERS:
         _plain[data[:scan]] = grey
     return grey
 
 
 def is_plain(data: bytes) -> bool:
-    """Whether all decoders agree on the pixels: no metadata that may turn them, a JPEG of one or
-    three channels (libjpeg's CMYK differs from Pillow's), a PNG of 8 bits, no WebP but a simple
-    one. A single channel must not claim several samples a block: by the standard (ITU-T T.81,
-    A.2.2) that means nothing, but nvJPEG then gives pixels that differ by up to 156 of 255."""
+    """Whether all decoders agree on the pixels: no metadata that may hold an orientation, a JPEG of
+    one or three channels (libjpeg's CMYK differs from Pillow's), a PNG of at most 8 bits, a WebP of
+    the simple file format. A JPEG of one channel must not declare several samples per block: the
+    standard (ITU-T T.81, A.2.2) ignores that, but nvJPEG's pixels then differ by up to 156 of 255.
+    """
     if data[:2] == b"\xff\xd8":
         return _plain_until(data) > 0
     if data[:4] == b"RIFF":
         return data[12:16] in (b"VP8 ", b"VP8L")
-    # Behind the bit depth, orientation as EXIF or XMP may come in three kinds of chunks.
+    # After the bit depth, an orientation may come as EXIF or XMP in three kinds of chunks.
     png = data[:4] == b"\x89PNG" and data[24:25] in (b"\1", b"\2", b"\4", b"\x08")
     return png and not any(kind in data for kind in _PNG_METADATA)
 
 
 def _plain_until(jpeg: bytes) -> int:
-    """Where the data of the scan begins, bytes; 0 for a JPEG that is not plain, or not as
-    expected."""
+    """The offset at which the data of the scan begins, bytes; 0 for a JPEG that is not plain or
+    does not have the expected segments."""
     plain, at = False, 2
     while jpeg[at : at + 1] == b"\xff":
         marker, stop = jpeg[at + 1 : at + 2], at + 2 + int.from_bytes(jpeg[at + 2 : at + 4])
@@ -113,7 +115,7 @@ def _check_pixels(height: int, width: int) -> None:
 def _decode_with_pillow(data: bytes, out: np.ndarray) -> bool:
     try:
         with warnings.catch_warnings():
-            # A bomb is refused below; other complaints (EXIF, ICC) do not touch the pixels.
+            # A decompression bomb is refused below; warnings of EXIF or ICC concern no pixels.
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 _check_pixels(image.height, image.width)
@@ -131,15 +133,16 @@ def _decode_with_pillow(data: bytes, out: np.ndarray) -> bool:
 
 
 def _check_sums(png: bytes) -> None:
-    """Pillow checks those of some chunks alone when it decodes."""
+    """Check the checksum of every chunk: while it decodes, Pillow checks only some."""
     with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
         image.verify()
 
 
 def _fit(image: Image.Image, side: int) -> np.ndarray:
+    """uint8 [side, side, 3], upright."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
-        # 16-bit greyscale: Pillow's own conversion clips at 255 instead of scaling.
+        # 16-bit greyscale, which Pillow's conversion would clip at 255 instead of scaling.
         scaled = np.asarray(image, dtype=np.float64) / 65535 * 255
         image = Image.fromarray(scaled.round().astype(np.uint8))
     image = image.convert("RGB")

@@ -1,5 +1,6 @@
-"""`manifest.json`: what a dataset directory holds, and the checks of it."""
+"""`manifest.json`: what a dataset directory holds, and how its files are checked."""
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -7,11 +8,14 @@ from typing import Any
 
 from xxhash import xxh3_128
 
-from fastlab.console import UserError
+from fastlab.console import UserError, printable
 from fastlab.dataset.originals import ImageClass
 
 FORMAT_VERSION = 4
 NAME = "manifest.json"
+new_hash = xxh3_128
+"""The hash of every file: XXH3 of 128 bits. SHA-256 took a sixth of a conversion, BLAKE3 a
+twentieth."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,7 @@ class SplitInfo:
 class FileInfo:
     bytes: int
     xxh128: str
-    """XXH3 of 128 bits, as `xxh128sum` prints it: against damage, not against forgers. SHA-256 took
-    a sixth of a conversion, BLAKE3 a twentieth."""
+    """As `xxh128sum` prints it. It detects damage, not forgery."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +45,15 @@ class Manifest:
     """Side, pixels."""
     splits: dict[str, SplitInfo]
     mean: list[float]
-    """Of each channel over the training split, on a scale of 0 to 1."""
+    """Mean of each channel over the training split, on a scale of 0 to 1."""
     std: list[float]
-    """Population deviation, likewise."""
+    """Population deviation of each channel, likewise."""
     formats: dict[str, dict[str, FileInfo]]
     """Format -> path in the dataset directory -> its size and hash."""
     settings: dict[str, dict[str, Any]] = field(default_factory=dict, kw_only=True)
-    """Format -> the settings that it was written with."""
+    """Format -> the settings with which it was written."""
     skipped: dict[str, str] = field(default_factory=dict, kw_only=True)
-    """Corrupt images that were left out (``--on-corrupt skip``): their paths, and why."""
+    """Path of each image that ``--on-corrupt skip`` skipped -> what is wrong with it."""
     request: dict[str, Any]
     """What was converted and how; equal requests give equal files."""
     versions: dict[str, str] = field(default_factory=dict)
@@ -60,12 +63,12 @@ class Manifest:
     def to_json(self) -> str:
         values = asdict(self)
         values["checksum"] = _checksum(values)
-        # As ASCII: paths of images that were left out need not be valid Unicode.
+        # ASCII, since the paths of skipped images need not be valid Unicode.
         return json.dumps(values, indent=1) + "\n"
 
 
 def fingerprint(manifest: Manifest) -> dict[str, Any]:
-    """What tells a dataset from others, wherever it lies; JSON types alone."""
+    """What distinguishes a dataset from every other, wherever it lies, in JSON's types."""
     return {
         "classes": [each.id for each in manifest.classes],
         "image_size": manifest.image_size,
@@ -81,26 +84,21 @@ def fingerprint(manifest: Manifest) -> dict[str, Any]:
 
 
 def _checksum(values: dict[str, Any]) -> str:
-    """Of all values but itself, however they are laid out."""
+    """Hash all values except the checksum itself; the layout of the JSON does not matter."""
     rest = {key: value for key, value in values.items() if key != "checksum"}
     return xxh3_128(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def new_hash() -> Any:
-    """The hash of every file here: `update` and `hexdigest` as in hashlib."""
-    return xxh3_128()
-
-
-def hash_file(path: Path) -> str:
-    digest = new_hash()
+def describe_file(path: Path) -> FileInfo:
+    """Raises OSError."""
     with path.open("rb") as file:
-        while data := file.read(1 << 20):
-            digest.update(data)
-    return digest.hexdigest()
+        digest = hashlib.file_digest(file, new_hash).hexdigest()
+    return FileInfo(path.stat().st_size, digest)
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest of a dataset directory. Raises `UserError` where it is missing or damaged."""
+    """Read the manifest of a dataset directory. Raises `UserError` where it is missing or
+    damaged."""
     path = directory / NAME
     try:
         return _from_json(json.loads(path.read_text(encoding="utf-8")))
@@ -121,39 +119,39 @@ def _from_json(raw: dict[str, Any]) -> Manifest:
         raise ValueError(f"format {raw['fastlab_format']!r}, this fastlab reads {FORMAT_VERSION}")
     if raw.pop("checksum") != _checksum(raw):
         raise ValueError("does not match its checksum")
-    formats = {
-        name: {path: FileInfo(**info) for path, info in files.items()}
-        for name, files in raw["formats"].items()
+    values: dict[str, Any] = {
+        **raw,
+        "classes": [ImageClass(**c) for c in raw["classes"]],
+        "splits": {name: SplitInfo(**info) for name, info in raw["splits"].items()},
+        "formats": {
+            name: {path: FileInfo(**info) for path, info in files.items()}
+            for name, files in raw["formats"].items()
+        },
     }
-    return Manifest(
-        **{
-            **raw,
-            "classes": [ImageClass(**c) for c in raw["classes"]],
-            "splits": {name: SplitInfo(**info) for name, info in raw["splits"].items()},
-            "formats": formats,
-        }
-    )
+    return Manifest(**values)
 
 
 def check_sizes(directory: Path, manifest: Manifest) -> None:
-    """Cheap check at every opening. Raises `UserError` for a file missing or of another size."""
+    """Cheap check at every opening. Raises `UserError` for a file that is missing or has another
+    size."""
     for path, info in _files(manifest):
         file = directory / path
         size = file.stat().st_size if file.is_file() else None
         if size != info.bytes:
-            found = "missing" if size is None else f"{size} bytes instead of {info.bytes}"
-            raise UserError(f"{file}: {found}; convert again with --force")
+            problem = "missing" if size is None else f"{size} bytes instead of {info.bytes}"
+            raise UserError(f"{file}: {problem}; convert again with --force")
 
 
 def check_hashes(directory: Path, manifest: Manifest) -> int:
-    """Read every file; return how many agree. Raises `UserError` at the first that does not."""
+    """Read every file and return their number. Raises `UserError` at the first whose hash is not
+    that of the manifest."""
     check_sizes(directory, manifest)
     files = _files(manifest)
     for path, info in files:
-        found = hash_file(directory / path)
-        if found != info.xxh128:
+        actual = describe_file(directory / path).xxh128
+        if actual != info.xxh128:
             raise UserError(
-                f"{directory / path}: damaged (XXH128 {found[:12]}…, manifest says "
+                f"{directory / path}: damaged (XXH128 {actual[:12]}…, manifest says "
                 f"{info.xxh128[:12]}…); convert again with --force"
             )
     return len(files)
@@ -161,3 +159,35 @@ def check_hashes(directory: Path, manifest: Manifest) -> int:
 
 def _files(manifest: Manifest) -> list[tuple[str, FileInfo]]:
     return [item for files in manifest.formats.values() for item in files.items()]
+
+
+def table(manifest: Manifest) -> str:
+    """Describe the dataset in aligned lines."""
+    side = manifest.image_size
+    lines = [
+        f"dataset     {manifest.name}, {len(manifest.classes)} classes, {side}x{side} RGB, "
+        f"converted {manifest.created}",
+        f"mean, std   {_numbers(manifest.mean)}   {_numbers(manifest.std)}",
+        "",
+        f"{'split':<8}{'images':>10}{'per class':>12}{'greyscale':>11}"
+        f"{'original bytes':>17}{'largest':>9}",
+    ]
+    for name, split in manifest.splits.items():
+        low, high = split.per_class_min, split.per_class_max
+        per_class = str(low) if low == high else f"{low}-{high}"
+        lines.append(
+            f"{name:<8}{split.images:>10,}{per_class:>12}{split.greyscale:>11,}"
+            f"{split.original_bytes:>17,}{split.largest_original:>9,}"
+        )
+    lines += ["", f"{'format':<8}{'files':>10}{'bytes':>17}"]
+    for name, files in manifest.formats.items():
+        size = sum(info.bytes for info in files.values())
+        lines.append(f"{name:<8}{len(files):>10}{size:>17,}")
+    if manifest.skipped:
+        lines += ["", f"{len(manifest.skipped)} corrupt images were skipped:"]
+        lines += [f"  {printable(path)} ({why})" for path, why in manifest.skipped.items()]
+    return "\n".join(lines)
+
+
+def _numbers(values: list[float]) -> str:
+    return " ".join(f"{value:.4f}" for value in values)

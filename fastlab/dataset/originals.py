@@ -1,7 +1,7 @@
-"""What a source holds: classes, and for each split the paths and labels of its images.
+"""What a source holds: classes, and the paths and labels of the images of each split.
 
 Two layouts are known: Tiny ImageNet's own, and any image folder with ``train/<class>/`` and
-``val/<class>/`` (and, if it has one, ``test/<class>/``), whose classes may have folders within.
+``val/<class>/`` (and optionally ``test/<class>/``), whose classes may have folders within.
 """
 
 from collections.abc import Collection, Sequence
@@ -20,15 +20,17 @@ SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 class ImageClass:
     id: str
     words: str
+    """Its names, separated by commas; the id where none is known."""
 
 
 @dataclass(frozen=True)
 class Split:
     paths: list[str]
     labels: np.ndarray
-    """int64, [images]; an index into the classes."""
+    """int64 [images]: indices into the classes."""
 
     def take(self, rows: np.ndarray) -> "Split":
+        """The images of these rows (int64 [n]), in their order."""
         return Split([self.paths[row] for row in rows], self.labels[rows])
 
 
@@ -38,11 +40,11 @@ class Originals:
     """"tiny-imagenet" or "image-folder"."""
     classes: list[ImageClass]
     splits: dict[str, Split]
-    left_out: tuple[str, ...] = ()
-    """Files among the images that have no image's name."""
+    ignored: tuple[str, ...] = ()
+    """Files in the folders of the images that do not end in one of `SUFFIXES`."""
 
     def only(self, classes: Sequence[int]) -> "Originals":
-        """The same with these classes alone, renumbered in the order given."""
+        """Keep only these classes, renumbered in the order given."""
         number = np.full(len(self.classes), -1)
         number[classes] = np.arange(len(classes))
         splits = {}
@@ -52,7 +54,7 @@ class Originals:
         return replace(self, classes=[self.classes[i] for i in classes], splits=splits)
 
     def limit(self, per_class: int) -> "Originals":
-        """The first `per_class` images of each class in each split."""
+        """Keep the first `per_class` images of each class in each split."""
         splits = {
             name: split.take(np.flatnonzero(_rank_in_class(split.labels) < per_class))
             for name, split in self.splits.items()
@@ -60,18 +62,20 @@ class Originals:
         return replace(self, splits=splits)
 
     def without(self, paths: Collection[str]) -> "Originals":
-        """The same without these images."""
-        left_out = frozenset(paths)
+        """Remove these images."""
+        removed = frozenset(paths)
         splits = {}
         for name, split in self.splits.items():
-            kept = [row for row, path in enumerate(split.paths) if path not in left_out]
+            kept = [row for row, path in enumerate(split.paths) if path not in removed]
             splits[name] = split.take(np.array(kept, dtype=np.int64))
         return replace(self, splits=splits)
 
     def hold_out(self, per_class: int, seed: int) -> "Originals":
-        """Move `per_class` random training images a class to "val"; the old "val" becomes "test".
+        """Move `per_class` random training images of each class to "val"; the old "val" becomes
+        "test".
 
-        Raises `UserError` where a class would have no training image left.
+        Raises `UserError` where a class would have no training image left, for a negative seed, and
+        where there is a split "test" already.
         """
         train = self.splits["train"]
         smallest = int(np.bincount(train.labels, minlength=len(self.classes)).min())
@@ -83,7 +87,9 @@ class Originals:
         if seed < 0:
             raise UserError(f"--seed {seed}: expected 0 or more")
         if "test" in self.splits:
-            raise UserError("--holdout: the source has a test split of its own; leave it out")
+            raise UserError(
+                "--holdout: the source already has a test split; convert without --holdout"
+            )
         shuffled = np.random.Generator(np.random.PCG64(seed)).permutation(len(train.labels))
         held = np.zeros(len(train.labels), dtype=bool)
         held[shuffled] = _rank_in_class(train.labels[shuffled]) < per_class
@@ -98,7 +104,7 @@ class Originals:
 
 
 def read_originals(tree: Tree, where: str) -> Originals:
-    """Find out the layout of `tree` and list its images. `where` names the source in errors.
+    """Detect the layout of `tree` and list its images. `where` names the source in errors.
 
     Raises `UserError` where the layout is unknown, a split or a class has no images, or `tree`
     cannot be read.
@@ -106,17 +112,17 @@ def read_originals(tree: Tree, where: str) -> Originals:
     try:
         return _read_originals(tree, where)
     except OSError as error:
-        found = f"{error.filename}: {error.strerror}" if error.filename else error
-        raise UserError(f"{where}: cannot be read ({found})") from None
+        problem = f"{error.filename}: {error.strerror}" if error.filename else error
+        raise UserError(f"{where}: cannot be read ({problem})") from None
 
 
 def _read_originals(tree: Tree, where: str) -> Originals:
     root = _root(tree)
     top = tree.names(root)
     if "wnids.txt" in top:
-        originals = _read_tiny_imagenet(tree, _folder(root), where)
+        originals = _read_tiny_imagenet(tree, root, where)
     elif "train" in top and "val" in top:
-        originals = _read_image_folder(tree, _folder(root), where)
+        originals = _read_image_folder(tree, root, where)
     else:
         raise UserError(
             f"{where}: neither Tiny ImageNet (no wnids.txt) nor an image folder "
@@ -129,7 +135,7 @@ def _read_originals(tree: Tree, where: str) -> Originals:
 
 
 def check_counts(originals: Originals, where: str) -> None:
-    """Raises `UserError` where a split has no images, or "train" none of a class."""
+    """Raises `UserError` where a split has no images, or "train" has none of some class."""
     for name, split in originals.splits.items():
         counts = np.bincount(split.labels, minlength=len(originals.classes))
         if not split.paths or (name == "train" and counts.min() == 0):
@@ -138,7 +144,10 @@ def check_counts(originals: Originals, where: str) -> None:
 
 
 def select_classes(originals: Originals, choice: str) -> Originals:
-    """Keep the first N classes (`choice` is a number), or those named, separated by commas."""
+    """Keep the first N classes (`choice` is a number), or those named, separated by commas.
+
+    Raises `UserError` for any other choice, and where a split has no image of these classes.
+    """
     chosen = _only_chosen(originals, choice)
     for name, split in chosen.splits.items():
         if not split.paths:
@@ -165,29 +174,20 @@ def _only_chosen(originals: Originals, choice: str) -> Originals:
 
 
 def _root(tree: Tree) -> str:
-    """The folder that holds the splits: the top, or the only folder there that has them."""
+    """The folder that holds the splits: the root of the tree, or its only folder that does."""
     top = tree.names("")
     if _has_splits(top):
         return ""
     below = [name for name in top if _has_splits(tree.names(name))]
-    return below[0] if len(below) == 1 else ""
+    return f"{below[0]}/" if len(below) == 1 else ""
 
 
 def _has_splits(names: list[str]) -> bool:
     return "wnids.txt" in names or {"train", "val"} <= set(names)
 
 
-def _folder(path: str) -> str:
-    return f"{path}/" if path else ""
-
-
 def _images(names: list[str]) -> list[str]:
-    lowered = map(str.lower, names)
-    return [
-        name
-        for name, low in zip(names, lowered, strict=True)
-        if low.endswith(SUFFIXES) and low[0] != "."
-    ]
+    return [name for name in names if name.lower().endswith(SUFFIXES) and name[0] != "."]
 
 
 def _read_tiny_imagenet(tree: Tree, root: str, where: str) -> Originals:
@@ -196,7 +196,7 @@ def _read_tiny_imagenet(tree: Tree, root: str, where: str) -> Originals:
         raise UserError(f"{where}: wnids.txt names a class twice")
     known = {}
     if "words.txt" in tree.names(root):
-        wanted = frozenset(ids)  # of 82,115
+        wanted = frozenset(ids)  # the file names 82,115 classes
         lines = map(str.partition, tree.text(f"{root}words.txt").splitlines(), repeat("\t"))
         known = {wnid: words for wnid, tab, words in lines if tab and wnid in wanted}
     folders = [f"{root}train/{name}/images/" for name in ids]
@@ -239,22 +239,22 @@ def _read_image_folder(tree: Tree, root: str, where: str) -> Originals:
         if not name.isprintable():
             raise UserError(f"{where}: train/{name!a}: rename this class, it cannot be printed")
     splits = {}
-    left_out: list[str] = []
+    ignored: list[str] = []
     for split in ("train", "val", "test"):
         folders = _folders_in(tree, root + split)
         unknown = set(folders) - set(ids)
         if unknown:
             raise UserError(f"{where}: {split}/{min(unknown)}: no such class in train/")
         if folders or split != "test":
-            below = [_paths_below(tree, f"{root}{split}/{name}/", left_out) for name in ids]
+            below = [_paths_below(tree, f"{root}{split}/{name}/", ignored) for name in ids]
             splits[split] = _labelled(below)
     classes = [ImageClass(name, name) for name in ids]
-    return Originals("image-folder", classes, splits, tuple(left_out))
+    return Originals("image-folder", classes, splits, tuple(ignored))
 
 
-def _paths_below(tree: Tree, folder: str, left_out: list[str]) -> list[str]:
-    """Images in `folder` and in folders within, as torchvision's ImageFolder takes them; other
-    files are added to `left_out`."""
+def _paths_below(tree: Tree, folder: str, ignored: list[str]) -> list[str]:
+    """The images in `folder` and in folders within it, as torchvision's ImageFolder takes them;
+    other files are added to `ignored`."""
     names = tree.names(folder)
     images = _images(names)
     paths = [folder + name for name in images]
@@ -262,26 +262,26 @@ def _paths_below(tree: Tree, folder: str, left_out: list[str]) -> list[str]:
         if name.startswith("."):
             continue
         if tree.names(folder + name):
-            paths += _paths_below(tree, f"{folder}{name}/", left_out)
+            paths += _paths_below(tree, f"{folder}{name}/", ignored)
         else:
-            left_out.append(folder + name)
+            ignored.append(folder + name)
     return paths
 
 
 def _folders_in(tree: Tree, folder: str) -> list[str]:
-    """Names of the folders in `folder` that hold anything and are not hidden."""
+    """The names of the folders in `folder` that are neither empty nor hidden."""
     names = [name for name in tree.names(folder) if not name.startswith(".")]
     return [name for name in names if tree.names(f"{folder}/{name}")]
 
 
 def _labelled(paths: list[list[str]]) -> Split:
-    """`paths`: those of each class."""
-    labels = np.repeat(np.arange(len(paths), dtype=np.int64), [len(some) for some in paths])
+    """The split of the images whose paths, for each class, are `paths`."""
+    labels = np.repeat(np.arange(len(paths), dtype=np.int64), [len(each) for each in paths])
     return Split(list(chain.from_iterable(paths)), labels)
 
 
 def _rank_in_class(labels: np.ndarray) -> np.ndarray:
-    """For each image, how many of its class come before it."""
+    """For each image, the number of images of its class before it: int64 [images]."""
     order = np.argsort(labels, kind="stable")
     counts = np.bincount(labels)
     starts = np.cumsum(counts) - counts

@@ -16,17 +16,19 @@ from fastlab.files import (
 )
 
 SIDE = 64
-_ID = "n9{:07}"  # beside those of ImageNet
-_GREY_EVERY = 50  # as in Tiny ImageNet, one image in about fifty has a single channel
+_ID = "n9{:07}"  # not an id of ImageNet
+_GREY_EVERY = 50  # images of which one has a single channel, as in Tiny ImageNet
 _ADJECTIVES = ("red", "amber", "green", "teal", "blue", "violet")
 
 
 def synthesise(out: Path, classes: int, per_class: int, seed: int = 0, force: bool = False) -> None:
-    """Write `per_class` training and a fifth as many (at least 5) validation JPEGs a class.
+    """Write `per_class` training JPEGs for each class, and a fifth as many (at least 5) for
+    validation.
 
     A class is a hue and a slant of stripes; position, width of the stripes, contrast, background
     and noise vary with the image. The same arguments give the same pixels. Raises `UserError` for
-    numbers out of range and an existing `out`, unless it is empty, or forced and itself generated.
+    numbers out of range and an existing `out`, unless it is empty, or was generated and `force` is
+    set.
     """
     if not 2 <= classes <= 1000:
         raise UserError(f"--classes {classes}: expected 2 to 1000")
@@ -39,7 +41,7 @@ def synthesise(out: Path, classes: int, per_class: int, seed: int = 0, force: bo
     try:
         with partial_directory(out) as partial:
             _write(partial, classes, per_class, np.random.default_rng(seed))
-            _check_place(out, force)  # somebody may have filled it meanwhile
+            _check_place(out, force)  # another program may have filled it since
             move_into_place(partial, out)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror})") from None
@@ -49,8 +51,8 @@ def _check_place(out: Path, force: bool) -> None:
     if not force:
         check_free(out)
         return
-    own, first = ("train", "val", "wnids.txt", "words.txt"), _ID.format(0)
-    check_replaceable(out, "generated dataset", f"train/{first}", own.__contains__)
+    names, first = ("train", "val", "wnids.txt", "words.txt"), _ID.format(0)
+    check_replaceable(out, "generated dataset", f"train/{first}", names.__contains__)
     check_replaceable(out / "train", "generated dataset", first, lambda name: name[:2] == first[:2])
 
 
@@ -76,7 +78,7 @@ def _write(root: Path, classes: int, per_class: int, random: np.random.Generator
 
 
 def _look(number: int, classes: int) -> tuple[float, float]:
-    """Hue in [0, 1) and slant in [0, pi) of a class; neighbours in one differ in the other."""
+    """Hue in [0, 1) and slant in [0, pi) of a class; classes alike in one differ in the other."""
     return number / classes, np.pi * ((number * 0.381966) % 1)
 
 
@@ -87,7 +89,7 @@ def _words(number: int, classes: int) -> str:
 
 
 def _draw(number: int, classes: int, random: np.random.Generator) -> np.ndarray:
-    """uint8 [SIDE, SIDE, 3]."""
+    """An image of class `number`: uint8 [SIDE, SIDE, 3]."""
     hue, slant = _look(number, classes)
     hue += random.normal(0, 0.25 / classes + 0.02)
     slant += random.normal(0, 0.12)

@@ -7,9 +7,9 @@ from torch._dynamo.testing import CompileCounter
 from benchmarks import device_loaders, tables
 from benchmarks.measurements import Record, load, save, session
 from fastlab.dataset.convert import Options, convert
+from fastlab.dataset.formats.array import open_array
 from fastlab.dataset.manifest import read_manifest
 from pipelines.augment import augment_on_device
-from pipelines.resident import open_array
 
 CPU = torch.device("cpu")
 AUGMENTED = ["gather, no augmentation", "flip and translate", "crop and flip"]

@@ -1,3 +1,5 @@
+"""Archives read without unpacking: what they hold, and which damage is noticed."""
+
 import io
 import os
 import subprocess
@@ -9,8 +11,8 @@ import numpy as np
 import pytest
 
 from fastlab.console import UserError
-from fastlab.dataset import archives as trees
-from fastlab.dataset.archives import TarTree
+from fastlab.dataset import tar_members
+from fastlab.dataset.archives import TarTree, open_tree
 
 LONG = "folder/" * 18 + "image.png"  # 135 characters: ustar splits it, GNU and pax extend
 FILES = {"a/one.png": b"1" * 700, "a/b/two.png": b"", "./three.png": b"3" * 512, LONG: b"4"}
@@ -37,17 +39,17 @@ def contents(tree: TarTree, names) -> dict:
 @pytest.mark.parametrize("mtime", [0, 1_700_000_000, 1_700_000_000.5])
 def test_a_tar_holds_what_tarfile_reads(tmp_path, layout, mtime):
     path = write(tmp_path / "x.tar", FORMATS[layout], mtime=mtime)
-    found = contents(TarTree(path), FILES)
-    assert {name: data for name, (data, _) in found.items()} == FILES
-    assert {stamp.version for _, stamp in found.values()} == {int(mtime)}
+    files = contents(TarTree(path), FILES)
+    assert {name: data for name, (data, _) in files.items()} == FILES
+    assert {stamp.version for _, stamp in files.values()} == {int(mtime)}
 
 
 @pytest.mark.parametrize("layout", FORMATS)
-def test_the_quick_listing_is_tarfiles(tmp_path, monkeypatch, layout):
+def test_the_quick_listing_equals_that_of_tarfile(tmp_path, monkeypatch, layout):
     path = write(tmp_path / "x.tar", FORMATS[layout], {"a/one.png": b"1", "b": b"2" * 5000})
     quick = TarTree(path)
-    assert trees._plain_members(quick._bytes) is not None
-    monkeypatch.setattr(trees, "_plain_members", lambda data: None)
+    assert tar_members.plain_members(quick._bytes) is not None
+    monkeypatch.setattr(tar_members, "plain_members", lambda data: None)
     slow = TarTree(path)
     assert quick._rows == slow._rows and quick._folders == slow._folders
     assert np.array_equal(quick._places, slow._places)
@@ -63,15 +65,15 @@ def test_a_damaged_header_is_refused(tmp_path, layout, where):
     data[512 + 3 * 1024 + where] ^= 5  # in the header of the fourth file
     path.write_bytes(data)
     with pytest.raises(UserError, match="damaged archive"):
-        trees.open_tree(path, tmp_path)
+        open_tree(path, tmp_path)
 
 
 @pytest.mark.parametrize("end", [0, 100, 512, 700, 1024, 1536])
-def test_a_cut_is_refused(tmp_path, end):
+def test_a_tar_cut_short_is_refused(tmp_path, end):
     path = write(tmp_path / "x.tar", tarfile.GNU_FORMAT, {"one.png": bytes(600)})
     path.write_bytes(path.read_bytes()[:end])
     with pytest.raises(UserError, match="damaged archive"):
-        trees.open_tree(path, tmp_path)
+        open_tree(path, tmp_path)
 
 
 def test_a_later_file_of_the_same_name_replaces_the_first(tmp_path):
@@ -85,16 +87,16 @@ def test_a_later_file_of_the_same_name_replaces_the_first(tmp_path):
 
 
 @pytest.mark.timeout(20)
-def test_a_negative_size_does_not_lead_round_and_round(tmp_path):
+def test_a_negative_size_leads_into_no_endless_loop(tmp_path):
     path = write(tmp_path / "x.tar", tarfile.GNU_FORMAT, {f"{i}.png": bytes(9) for i in range(3)})
     data = bytearray(path.read_bytes())
     data[512 + 1024 + 124 : 512 + 1024 + 135] = b"-0000003000"  # the second file's: 1,536 back
     path.write_bytes(data)
     with pytest.raises(UserError, match="damaged archive"):
-        trees.open_tree(path, tmp_path)
+        open_tree(path, tmp_path)
 
 
-def test_a_tar_within_a_tar_is_a_file(tmp_path):
+def test_a_tar_within_a_tar_is_listed_as_a_file(tmp_path):
     inner = write(tmp_path / "inner.tar", tarfile.GNU_FORMAT).read_bytes()
     path = write(tmp_path / "x.tar", tarfile.GNU_FORMAT, {"inner.tar": inner, "b.png": b"b"})
     tree = TarTree(path)
@@ -103,7 +105,7 @@ def test_a_tar_within_a_tar_is_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["directory", "zip", "tar"])
-def test_many_files_are_read_as_one_by_one(tmp_path, kind):
+def test_read_many_gives_what_reading_one_by_one_gives(tmp_path, kind):
     files = {f"a/{i}.png": bytes([i]) * i for i in range(5)}
     folder = tmp_path / "tree"
     for name, data in files.items():
@@ -118,17 +120,17 @@ def test_many_files_are_read_as_one_by_one(tmp_path, kind):
         "zip": lambda: tmp_path / "x.zip",
         "tar": lambda: write(tmp_path / "x.tar", tarfile.GNU_FORMAT, files),
     }[kind]()
-    tree = trees.open_tree(source, tmp_path)
+    tree = open_tree(source, tmp_path)
     paths = ["a/3.png", "a/0.png", "a/4.png"]
-    found, stamps = tree.read_many(paths)
-    assert found == [files[path] for path in paths]
+    read, stamps = tree.read_many(paths)
+    assert read == [files[path] for path in paths]
     assert [tuple(stamp) for stamp in stamps.tolist()] == [tree.stamp(path) for path in paths]
-    found, stamps = tree.read_many(["a/3.png", "a/none.png", "a/4.png"])
-    assert found[0] == files["a/3.png"] and found[2] == files["a/4.png"]
-    assert isinstance(found[1], OSError) and stamps.shape == (3, 2)
+    read, stamps = tree.read_many(["a/3.png", "a/none.png", "a/4.png"])
+    assert read[0] == files["a/3.png"] and read[2] == files["a/4.png"]
+    assert isinstance(read[1], OSError) and stamps.shape == (3, 2)
 
 
-def test_a_link_that_leads_nowhere_is_told(tmp_path):
+def test_a_link_that_leads_out_of_the_archive_is_reported(tmp_path):
     path = tmp_path / "x.tar"
     with tarfile.open(path, "w") as archive:
         link = tarfile.TarInfo("link.png")
@@ -137,11 +139,11 @@ def test_a_link_that_leads_nowhere_is_told(tmp_path):
         member = tarfile.TarInfo("one.png")
         member.size = 3
         archive.addfile(member, io.BytesIO(b"one"))
-    found, _ = TarTree(path).read_many(["one.png", "link.png"])
-    assert found[0] == b"one" and "--dereference" in str(found[1])
+    (data, error), _ = TarTree(path).read_many(["one.png", "link.png"])
+    assert data == b"one" and "--dereference" in str(error)
 
 
-def test_names_of_several_lines(tmp_path):
+def test_a_name_may_have_several_lines(tmp_path):
     files = {"a.png": b"1", "b/\nc.png": b"22", "d\n.png": b"333", "e.png": b"4"}
     tree = TarTree(write(tmp_path / "x.tar", tarfile.GNU_FORMAT, files))
     assert tree.read_many(list(files))[0] == list(files.values())
@@ -149,32 +151,32 @@ def test_names_of_several_lines(tmp_path):
 
 
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_a_sparse_file_is_told(tmp_path, form):
-    """Its bytes in the archive are not those of the file."""
+def test_a_sparse_file_is_reported(tmp_path, form):
+    """Its bytes in the archive differ from those of the file."""
     (tmp_path / "x.png").write_bytes(bytes(1 << 20) + b"end")
     os.truncate(tmp_path / "x.png", 2 << 20)
-    flavour = ["--format=gnu"] if form == tarfile.GNU_FORMAT else ["--format=pax"]
-    command = ["tar", *flavour, "--sparse", "-C", str(tmp_path), "-cf", str(tmp_path / "x.tar")]
+    layout = "--format=gnu" if form == tarfile.GNU_FORMAT else "--format=pax"
+    command = ["tar", layout, "--sparse", "-C", str(tmp_path), "-cf", str(tmp_path / "x.tar")]
     subprocess.run([*command, "x.png"], check=True)
     with tarfile.open(tmp_path / "x.tar") as archive:
         assert archive.getmember("x.png").issparse()
-    found, _ = TarTree(tmp_path / "x.tar").read_many(["x.png"])
-    assert "without --sparse" in str(found[0])
+    (error,), _ = TarTree(tmp_path / "x.tar").read_many(["x.png"])
+    assert "without --sparse" in str(error)
 
 
 def test_names_in_a_zip_may_begin_with_a_dot(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         archive.writestr("./train/a/x.png", b"x")
-    tree = trees.open_tree(tmp_path / "x.zip", tmp_path)
+    tree = open_tree(tmp_path / "x.zip", tmp_path)
     assert tree.names("") == ["train"] and tree.read("train/a/x.png")[0] == b"x"
 
 
-def test_a_full_disk_is_not_the_archives_fault(tmp_path):
+def test_a_full_disk_is_not_reported_as_a_damaged_archive(tmp_path):
     with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as archive:
         member = tarfile.TarInfo("one.png")
         member.size = 3
         archive.addfile(member, io.BytesIO(b"one"))
     (tmp_path / "source.tar").symlink_to("/dev/full")
     with pytest.raises(UserError, match="cannot be written") as error:
-        trees.open_tree(tmp_path / "x.tar.gz", tmp_path)
+        open_tree(tmp_path / "x.tar.gz", tmp_path)
     assert "x.tar.gz" not in str(error.value)

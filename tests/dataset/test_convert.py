@@ -1,3 +1,5 @@
+"""`fastlab convert`: which files it writes, what it refuses, and what it never touches."""
+
 import io
 import json
 import os
@@ -44,7 +46,7 @@ def test_archives_give_the_arrays_of_the_directory(kind, synth_source, synth_dat
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
 
 
-def test_pixels_labels_and_statistics(synth_source, synth_dataset):
+def test_pixels_labels_and_statistics_are_those_of_the_originals(synth_source, synth_dataset):
     ids = (synth_source / "wnids.txt").read_text().split()
     files = [
         p for name in ids for p in sorted((synth_source / "train" / name / "images").iterdir())
@@ -68,8 +70,8 @@ def test_pixels_labels_and_statistics(synth_source, synth_dataset):
 
 
 @pytest.mark.parametrize("side", [8, 9, 37, 96])
-def test_statistics_at_any_size(side, synth_source, tmp_path):
-    """More images than a stripe has rows, and widths of every kind."""
+def test_statistics_are_right_at_any_size(side, synth_source, tmp_path):
+    """There are more images than a stripe has rows, and widths of every kind."""
     manifest, _ = convert(synth_source, tmp_path / "out", Options(image_size=side))
     pixels = np.load(tmp_path / "out" / "array" / "train-images.npy")
     assert pixels.shape[1:] == (side, side, 3)
@@ -77,7 +79,7 @@ def test_statistics_at_any_size(side, synth_source, tmp_path):
     assert manifest.std == pytest.approx(pixels.std((0, 1, 2)) / 255, abs=1e-9)
 
 
-def test_image_folder_of_many_kinds(tmp_path):
+def test_an_image_folder_may_hold_images_of_many_kinds(tmp_path):
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (90, 120, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
@@ -93,19 +95,19 @@ def test_image_folder_of_many_kinds(tmp_path):
     image.convert("RGBA").save(folder / "6.png")
     Image.fromarray(random.integers(0, 65536, (64, 64), dtype=np.uint16)).save(folder / "7.png")
     manifest, _ = convert(tmp_path / "src", tmp_path / "out", Options())
-    found = np.load(tmp_path / "out" / "array" / "train-images.npy")
-    assert len(found) == 8 and manifest.splits["train"].greyscale == 2
-    assert np.array_equal(found[1], np.asarray(image.resize((64, 64))))
+    decoded = np.load(tmp_path / "out" / "array" / "train-images.npy")
+    assert len(decoded) == 8 and manifest.splits["train"].greyscale == 2
+    assert np.array_equal(decoded[1], np.asarray(image.resize((64, 64))))
     # The shorter side to 64, the centre kept: 15 columns of 120 are cut on each side.
     middle = image.crop((15, 0, 105, 90)).resize((64, 64), Image.Resampling.BICUBIC)
     # Pillow resizes a box with what lies around it: the outermost columns differ.
-    assert np.abs(found[2].astype(int) - np.asarray(middle))[:, 4:-4].max() <= 1
-    for grey in (found[3], found[7]):
+    assert np.abs(decoded[2].astype(int) - np.asarray(middle))[:, 4:-4].max() <= 1
+    for grey in (decoded[3], decoded[7]):
         assert (grey[..., 0] == grey[..., 1]).all() and (grey[..., 1] == grey[..., 2]).all()
-    assert found[7].std() > 60  # scaled from 16 bits, not clipped
+    assert decoded[7].std() > 60  # scaled from 16 bits, not clipped
 
 
-def test_selection(synth_source, synth_dataset, tmp_path):
+def test_classes_and_limit_select_images(synth_source, synth_dataset, tmp_path):
     whole = np.load(synth_dataset / "array" / "train-images.npy")
     convert(synth_source, tmp_path / "two", Options(classes="n90000003,n90000001"))
     images = np.load(tmp_path / "two" / "array" / "train-images.npy")
@@ -134,7 +136,7 @@ def test_holdout_is_stratified_seeded_and_disjoint(synth_source, synth_dataset, 
     assert held["a"]["test-images.npy"] == arrays(synth_dataset)["val-images.npy"]
 
 
-def test_again_is_nothing_and_other_options_are_refused(synth_source, tmp_path):
+def test_the_same_again_writes_nothing_and_other_options_are_refused(synth_source, tmp_path):
     out = tmp_path / "out"
     _, written = convert(synth_source, out, Options())
     before = (out / "manifest.json").stat().st_mtime_ns
@@ -218,7 +220,7 @@ def folder_with(files: dict[str, bytes], root: Path) -> Path:
     return root
 
 
-def test_corrupt_images_are_left_out_when_asked_and_counted(tmp_path, capsys):
+def test_corrupt_images_are_skipped_on_request_and_counted(tmp_path, capsys):
     bad = {"train/a/x.jpg": b"text", "val/b/a.jpg": b""}
     source, out = folder_with(bad, tmp_path / "src"), tmp_path / "out"
     convert_ = ["convert", str(source), str(out)]
@@ -230,8 +232,8 @@ def test_corrupt_images_are_left_out_when_asked_and_counted(tmp_path, capsys):
     capsys.readouterr()
     assert main(["inspect", str(out), "--verify"]) == 0
     shown = capsys.readouterr().out
-    assert "2 corrupt images were left out" in shown and "train/a/x.jpg" in shown
-    # The same again is nothing to do; without the option it is not the dataset asked for.
+    assert "2 corrupt images were skipped" in shown and "train/a/x.jpg" in shown
+    # The same command again has nothing to do; without the option it is refused.
     before = (out / "manifest.json").stat().st_mtime_ns
     assert main([*convert_, "--on-corrupt", "skip"]) == 0
     assert (out / "manifest.json").stat().st_mtime_ns == before
@@ -239,7 +241,7 @@ def test_corrupt_images_are_left_out_when_asked_and_counted(tmp_path, capsys):
     assert "--on-corrupt skip" in capsys.readouterr().err
 
 
-def test_names_that_are_not_utf8_are_told_and_kept(tmp_path, capsys):
+def test_names_that_are_not_utf8_are_reported_and_kept(tmp_path, capsys):
     bad = os.fsdecode(b"train/a/\xff\n.jpg")
     source = folder_with({bad: b"text"}, tmp_path / os.fsdecode(b"s\xff"))
     convert_ = ["convert", str(source), str(tmp_path / "out")]
@@ -256,7 +258,7 @@ def test_names_that_are_not_utf8_are_told_and_kept(tmp_path, capsys):
     assert main([*convert_, "--on-corrupt", "skip", "--formats", "tar"]) == 0
 
 
-def test_a_class_of_corrupt_images_alone_cannot_be_left_out(tmp_path, capsys):
+def test_a_class_of_only_corrupt_images_cannot_be_skipped(tmp_path, capsys):
     source = folder_with({"train/b/good.jpg": b"text"}, tmp_path / "src")
     assert main(["convert", str(source), str(tmp_path / "out"), "--on-corrupt", "skip"]) == 2
     lines = capsys.readouterr().err.splitlines()
@@ -264,8 +266,8 @@ def test_a_class_of_corrupt_images_alone_cannot_be_left_out(tmp_path, capsys):
     assert os.listdir(tmp_path) == ["src"]
 
 
-def test_pixels_that_a_decoder_would_make_up_are_corrupt(tmp_path, capsys):
-    """A JPEG with damage in its middle: Pillow decodes it without a word."""
+def test_an_image_whose_pixels_a_decoder_would_invent_is_corrupt(tmp_path, capsys):
+    """Pillow decodes a JPEG with damage in its middle without any warning."""
     random = np.random.default_rng(0)
     stream = io.BytesIO()
     Image.fromarray(random.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(stream, "JPEG")
@@ -287,10 +289,10 @@ def test_a_manifest_that_was_changed_is_refused(synth_source, tmp_path, capsys):
     assert "does not match its checksum" in capsys.readouterr().err
 
 
-def test_a_replacement_that_was_killed_gives_the_old_dataset_back(synth_source, tmp_path):
+def test_the_old_dataset_returns_after_a_killed_replacement(synth_source, tmp_path):
     out = tmp_path / "out"
     convert(synth_source, out, Options())
-    out.rename(tmp_path / ".out.fastlab-replaced")  # where a kill may leave it
+    out.rename(tmp_path / ".out.fastlab-replaced")  # a kill may leave it there
     _, written = convert(synth_source, out, Options())
     assert not written and os.listdir(tmp_path) == ["out"]
 
@@ -307,7 +309,7 @@ def test_originals_are_never_replaced(out, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("command", ["convert", "synth"])
-def test_force_replaces_no_other_files(command, tmp_path, capsys):
+def test_force_replaces_nothing_but_datasets(command, tmp_path, capsys):
     source = [str(folder_with({}, tmp_path / "src"))][: command == "convert"]
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("years")
@@ -322,7 +324,7 @@ def test_force_replaces_no_other_files(command, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("command", ["convert", "synth"])
-def test_an_empty_directory_and_a_link_are_places_to_write(command, tmp_path):
+def test_an_empty_directory_and_a_link_to_one_can_be_written(command, tmp_path):
     source = [str(folder_with({}, tmp_path / "src"))] if command == "convert" else []
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to("empty")
@@ -333,12 +335,12 @@ def test_an_empty_directory_and_a_link_are_places_to_write(command, tmp_path):
     assert set(os.listdir(tmp_path)) - {"src"} == {"empty", "link"}
 
 
-def test_the_root_is_no_place_to_write(tmp_path, capsys):
+def test_the_root_is_refused_as_output(tmp_path, capsys):
     assert main(["convert", str(folder_with({}, tmp_path / "src")), "/"]) == 2
     assert "choose a directory below it" in capsys.readouterr().err
 
 
-def test_a_folder_of_the_old_partial_name_is_the_users(tmp_path):
+def test_a_folder_that_ends_in_partial_belongs_to_the_user(tmp_path):
     source = folder_with({}, tmp_path / "src")
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "notes").write_text("mine")
@@ -346,22 +348,22 @@ def test_a_folder_of_the_old_partial_name_is_the_users(tmp_path):
     assert (tmp_path / "out.partial" / "notes").read_text() == "mine"
 
 
-def test_an_image_that_goes_bad_in_the_second_pass(tmp_path, monkeypatch):
+def test_an_image_that_turns_corrupt_in_the_second_pass_is_an_error(tmp_path, monkeypatch):
     source = folder_with({"train/a/x.jpg": b"text"}, tmp_path / "src")
     write_images = conversion._write_images
 
-    def goes_bad(*args):
-        found = write_images(*args)
+    def turns_corrupt(*args):
+        written = write_images(*args)
         (source / "train" / "b" / "good.jpg").write_bytes(b"text")
-        return found
+        return written
 
-    monkeypatch.setattr(conversion, "_write_images", goes_bad)
+    monkeypatch.setattr(conversion, "_write_images", turns_corrupt)
     with pytest.raises(UserError, match="changes while it is read"):
         convert(source, tmp_path / "out", Options(on_corrupt="skip"))
     assert os.listdir(tmp_path) == ["src"]
 
 
-def test_a_damaged_array_is_no_source_of_further_formats(synth_source, tmp_path, capsys):
+def test_no_format_is_written_from_a_damaged_array(synth_source, tmp_path, capsys):
     out = tmp_path / "out"
     convert(synth_source, out, Options())
     images = out / "array" / "train-images.npy"
@@ -373,7 +375,7 @@ def test_a_damaged_array_is_no_source_of_further_formats(synth_source, tmp_path,
     assert not (out / "tar").exists()
 
 
-def test_files_that_cannot_be_read_are_skipped_or_told(tmp_path, capsys):
+def test_unreadable_files_are_an_error_or_skipped(tmp_path, capsys):
     source = folder_with({}, tmp_path / "src")
     (source / "train" / "a" / "gone.jpg").symlink_to("nowhere")
     os.mkfifo(source / "train" / "a" / "pipe.jpg")
@@ -385,35 +387,35 @@ def test_files_that_cannot_be_read_are_skipped_or_told(tmp_path, capsys):
     assert set(manifest["skipped"]) == {"train/a/gone.jpg", "train/a/pipe.jpg"}
 
 
-def test_folders_within_a_class_and_other_files(tmp_path, capsys):
+def test_folders_within_a_class_are_read_and_other_files_reported(tmp_path, capsys):
     source = folder_with({"train/a/notes.txt": b"text", "train/a/.DS_Store": b""}, tmp_path / "src")
     deep = source / "train" / "a" / "more" / "deep"
     deep.mkdir(parents=True)
     Image.new("RGB", (64, 64), "red").save(deep / "x.png")
     manifest, _ = convert(source, tmp_path / "out", Options())
     assert manifest.splits["train"].images == 3
-    told = capsys.readouterr().err
-    assert "1 files that" in told and "train/a/notes.txt" in told
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "skipped 1 files that are not .jpeg" in line and "train/a/notes.txt" in line
 
 
-def test_more_workers_than_work(synth_source, synth_dataset, tmp_path):
+def test_any_number_of_workers_writes_the_same_files(synth_source, synth_dataset, tmp_path):
     convert(synth_source, tmp_path / "out", Options(workers=10**14))
     assert arrays(tmp_path / "out") == arrays(synth_dataset)
 
 
-def test_a_dataset_below_its_originals(synth_source, synth_dataset, tmp_path):
+def test_a_dataset_may_lie_below_its_originals(synth_source, synth_dataset, tmp_path):
     shutil.copytree(synth_source, tmp_path / "data" / "tiny")
     convert(tmp_path / "data", tmp_path / "data" / "out", Options())
     assert arrays(tmp_path / "data" / "out") == arrays(synth_dataset)
 
 
-def test_the_seed_of_nothing_held_out_changes_nothing(synth_source, tmp_path):
+def test_the_seed_does_not_matter_where_nothing_is_held_out(synth_source, tmp_path):
     convert(synth_source, tmp_path / "out", Options())
     assert convert(synth_source, tmp_path / "out", Options(seed=5))[1] is False
 
 
-def test_the_working_directory_is_no_place_to_write(tmp_path, monkeypatch, capsys):
-    """The shell would stand in a directory that is gone."""
+def test_the_working_directory_is_refused_as_output(tmp_path, monkeypatch, capsys):
+    """The shell would be left in a directory that no longer exists."""
     source = folder_with({}, tmp_path / "src")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -422,7 +424,7 @@ def test_the_working_directory_is_no_place_to_write(tmp_path, monkeypatch, capsy
         assert ".: choose a directory below it" in capsys.readouterr().err
 
 
-def test_force_keeps_what_lies_within_a_dataset(synth_source, tmp_path, capsys):
+def test_force_refuses_a_dataset_that_holds_other_files(synth_source, tmp_path, capsys):
     out = tmp_path / "out"
     convert(synth_source, out, Options())
     (out / "runs").mkdir()
@@ -439,7 +441,7 @@ def test_force_keeps_what_lies_within_a_dataset(synth_source, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("where", ["mine", "train/mine"])
-def test_force_keeps_what_lies_within_generated_originals(where, tmp_path, capsys):
+def test_force_refuses_generated_originals_that_hold_other_files(where, tmp_path, capsys):
     made = ["synth", str(tmp_path / "out"), "--classes", "2", "--per-class", "1"]
     assert main(made) == 0 and main([*made, "--force"]) == 0
     (tmp_path / "out" / where).mkdir()
@@ -449,7 +451,7 @@ def test_force_keeps_what_lies_within_generated_originals(where, tmp_path, capsy
 
 
 @pytest.mark.parametrize("more", [[], ["--force"]])
-def test_a_place_that_is_filled_meanwhile_is_kept(
+def test_a_directory_that_is_filled_during_a_conversion_is_kept(
     more, synth_source, tmp_path, monkeypatch, capsys
 ):
     out, finish = tmp_path / "out", conversion._finish

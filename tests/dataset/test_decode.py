@@ -1,4 +1,4 @@
-"""Images with a header that was seen before take a shorter way; it must not show."""
+"""Decoding: images with a known header take a shorter way, which must give the same pixels."""
 
 import io
 
@@ -12,7 +12,7 @@ from fastlab.dataset.decode import CorruptImage, decode_into, is_plain
 
 
 @pytest.fixture(autouse=True)
-def forgotten(monkeypatch):
+def no_known_headers(monkeypatch):
     monkeypatch.setattr(decode, "_plain", {})
 
 
@@ -34,7 +34,7 @@ def plain(data: bytes) -> np.ndarray:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_the_shorter_way_gives_the_same(mode):
+def test_a_known_header_gives_the_same_pixels(mode):
     for seed in range(5):
         data = jpeg(seed, mode=mode)
         pixels, grey = decoded(data)
@@ -42,7 +42,7 @@ def test_the_shorter_way_gives_the_same(mode):
     assert len(decode._plain) == 1
 
 
-def test_a_seen_header_with_another_size_wanted():
+def test_a_known_header_may_be_decoded_to_another_size():
     data = jpeg(0)
     decoded(data)
     larger, _ = decoded(data, 96)
@@ -51,19 +51,19 @@ def test_a_seen_header_with_another_size_wanted():
     decode._plain.clear()
     assert np.array_equal(larger, decoded(data, 96)[0])
     assert np.array_equal(smaller, decoded(data, 32)[0])
-    assert not decode._plain  # an image that has to be resized is none
+    assert not decode._plain  # the header of an image to be resized is not remembered
 
 
-@pytest.mark.parametrize("seen", [False, True])
-def test_damage_behind_a_header(seen):
-    if seen:
+@pytest.mark.parametrize("known", [False, True])
+def test_damage_after_the_header_is_corrupt(known):
+    if known:
         decoded(jpeg(0))
     data = jpeg(1)
     with pytest.raises(CorruptImage):
         decoded(data[: len(data) * 2 // 3])
 
 
-def test_one_that_has_to_be_turned_is_never_taken_for_plain():
+def test_an_image_with_an_orientation_is_rotated_and_never_plain():
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
     for seed in range(3):
@@ -85,15 +85,15 @@ XMP = b"""<x:xmpmeta xmlns:x="adobe:ns:meta/">
 
 
 @pytest.mark.parametrize("side", [64, 96])
-def test_a_thumbnail_hides_nothing(side):
-    """It has a frame and a scan of its own, of the size wanted, before the metadata."""
+def test_an_orientation_after_a_thumbnail_is_applied(side):
+    """The thumbnail has a frame and a scan of the requested size, before the metadata."""
     thumbnail = segment(b"\xed", b"Photoshop 3.0\0" + jpeg(9))
     data = jpeg(1, side, exif=TURNED)
     data = data[:2] + thumbnail + data[2:]
     assert np.array_equal(decoded(data, side)[0], plain(data)[::-1, ::-1])
 
 
-def test_orientation_in_xmp_counts():
+def test_an_orientation_in_xmp_is_applied():
     data = jpeg(1)
     data = data[:2] + segment(b"\xe1", b"http://ns.adobe.com/xap/1.0/\0" + XMP) + data[2:]
     assert np.array_equal(decoded(data)[0], plain(data)[::-1, ::-1])
@@ -109,7 +109,7 @@ def cmyk(ycck: bool) -> bytes:
 
 
 @pytest.mark.parametrize("ycck", [False, True])
-def test_damage_in_four_channels(ycck):
+def test_damage_in_four_channels_is_corrupt(ycck):
     data = cmyk(ycck)
     assert np.array_equal(decoded(data)[0], plain(data))
     middle = data.find(b"\xff\xda") + 2000
@@ -132,22 +132,22 @@ def test_every_damaged_bit_of_a_png_is_noticed():
 
 
 @pytest.mark.parametrize("format", ["GIF", "BMP", "TIFF", "PPM"])
-def test_other_formats_are_none(format):
+def test_other_formats_are_corrupt(format):
     stream = io.BytesIO()
     Image.new("RGB", (64, 64)).save(stream, format)
     with pytest.raises(CorruptImage, match="no known image format"):
         decoded(stream.getvalue())
 
 
-def test_no_program_is_started(monkeypatch):
-    """Pillow has Ghostscript draw EPS."""
+def test_an_eps_starts_no_program(monkeypatch):
+    """Pillow would start Ghostscript to draw it."""
     monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a program was started"))
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n%%EOF\n"
     with pytest.raises(CorruptImage, match="no known image format"):
         decoded(eps)
 
 
-def test_a_single_channel_of_several_samples_a_block_is_not_plain():
+def test_a_single_channel_of_several_samples_per_block_is_not_plain():
     grey = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
     for subsampling, plain in ((0, True), (1, False), (2, False)):
         stream = io.BytesIO()
@@ -159,7 +159,7 @@ def test_a_single_channel_of_several_samples_a_block_is_not_plain():
         assert np.array_equal(out, np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
 
 
-def test_plain_are_those_that_every_decoder_reads_alike():
+def test_an_image_is_plain_where_every_decoder_agrees():
     def encoded(image, format, **options):
         stream = io.BytesIO()
         image.save(stream, format, **options)
@@ -181,7 +181,7 @@ def test_plain_are_those_that_every_decoder_reads_alike():
         assert not is_plain(data)
 
 
-def test_many_headers():
+def test_only_a_few_headers_are_remembered():
     for quality in range(40, 95, 5):
         data = jpeg(0, quality=quality)
         assert np.array_equal(decoded(data)[0], plain(data))

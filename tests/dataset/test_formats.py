@@ -1,6 +1,9 @@
-"""The formats beside ``array``, read back by the libraries that they are for."""
+"""The formats: how files are written, and what the libraries that they are for read from them."""
 
+import errno
+import fcntl
 import importlib.util
+import mmap
 import os
 import subprocess
 import sys
@@ -10,14 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from xxhash import xxh3_128
 
 from fastlab.cli import main
 from fastlab.console import UserError
 from fastlab.dataset import formats
 from fastlab.dataset.convert import Options, convert
-from fastlab.dataset.formats import Settings
+from fastlab.dataset.formats import Settings, array
 from fastlab.dataset.formats.tar import open_shards
-from fastlab.dataset.manifest import check_hashes, read_manifest
+from fastlab.dataset.manifest import FileInfo, check_hashes, read_manifest
+from fastlab.dataset.originals import Split
 from tests.packages import has
 
 needs_ffcv = pytest.mark.skipif(not has("ffcv"), reason="FFCV is not installed")
@@ -33,7 +38,8 @@ def tarred(synth_source, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def originals(synth_source):
-    """Encoded bytes of each split in the order of the arrays: by class as in wnids.txt, by name."""
+    """The encoded bytes of each split in the order of the arrays: by class as in wnids.txt, then by
+    name."""
     ids = (synth_source / "wnids.txt").read_text().split()
     train = [p for c in ids for p in sorted((synth_source / "train" / c / "images").iterdir())]
     return {
@@ -44,6 +50,75 @@ def originals(synth_source):
 
 def labels(dataset, split):
     return np.load(dataset / "array" / f"{split}-labels.npy").tolist()
+
+
+def written(folder: Path, images: np.ndarray, block: int) -> Path:
+    """The file of `images` (uint8 [N, 8, 8, 3]), written in blocks as the decoding workers give
+    them: in memory that starts on a page."""
+    memory = np.frombuffer(mmap.mmap(-1, images.nbytes), dtype=np.uint8).reshape(images.shape)
+    memory[:] = images
+    split = Split([""] * len(images), np.arange(len(images)))
+    blocks = (memory[first : first + block] for first in range(0, len(images), block))
+    files = array.write_split(folder, "val", split, 8, blocks)
+    for path, info in files.items():
+        data = (folder / path.removeprefix("array/")).read_bytes()
+        assert info == FileInfo(len(data), xxh3_128(data).hexdigest())
+    assert np.array_equal(np.load(folder / "val-labels.npy"), split.labels)
+    return folder / "val-images.npy"
+
+
+def noise(images: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (images, 8, 8, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("images", [64, 65, 1])
+@pytest.mark.parametrize("block", [64, 16])
+def test_numpy_reads_the_images_whatever_the_alignment_of_the_last_block(tmp_path, images, block):
+    path = written(tmp_path, noise(images), block)
+    assert np.array_equal(np.load(path), noise(images))
+    assert path.stat().st_size == 4096 + images * 192  # the pixels start on a page
+
+
+def test_memory_that_is_not_aligned_is_written_too(tmp_path):
+    split = Split(["", ""], np.arange(2))
+    array.write_split(tmp_path, "val", split, 8, [noise(3)[1:]])
+    assert np.array_equal(np.load(tmp_path / "val-images.npy"), noise(3)[1:])
+
+
+@pytest.mark.parametrize("refused", ["flag", "write"])
+def test_a_file_system_may_refuse_direct_writes(tmp_path, monkeypatch, refused):
+    control, write = fcntl.fcntl, os.write
+
+    def refuse_flag(file, command, *flags):
+        if refused == "flag" and flags and flags[0] & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return control(file, command, *flags)
+
+    def refuse_write(file, data):
+        if control(file, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return write(file, data)
+
+    monkeypatch.setattr(fcntl, "fcntl", refuse_flag)
+    monkeypatch.setattr(os, "write", refuse_write)
+    assert np.array_equal(np.load(written(tmp_path, noise(128), 64)), noise(128))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EINVAL])
+def test_other_failures_of_a_write_are_raised(tmp_path, monkeypatch, number):
+    def fail(file, data):
+        raise OSError(number, "cannot be written")
+
+    monkeypatch.setattr(os, "write", fail)
+    with pytest.raises(OSError, match="cannot be written"):
+        written(tmp_path, noise(64), 64)
+
+
+def test_an_existing_file_of_images_is_not_overwritten(tmp_path):
+    (tmp_path / "val-images.npy").write_bytes(b"mine")
+    with pytest.raises(FileExistsError):
+        written(tmp_path, noise(64), 64)
+    assert (tmp_path / "val-images.npy").read_bytes() == b"mine"
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves files to the collector
@@ -59,7 +134,7 @@ def test_webdataset_reads_the_original_bytes(tarred, originals, split):
     assert [int(sample["__key__"]) for sample in samples] == list(range(len(samples)))
 
 
-def test_shards_hold_so_many_images_and_any_can_be_read(tarred, originals):
+def test_a_shard_holds_the_requested_number_of_images_and_each_can_be_read(tarred, originals):
     manifest = read_manifest(tarred)
     assert sorted(p.name for p in (tarred / "tar").glob("train-*.tar")) == [
         f"train-{i:06d}.tar"
@@ -73,7 +148,7 @@ def test_shards_hold_so_many_images_and_any_can_be_read(tarred, originals):
 
 
 @needs_dali
-def test_the_index_is_that_of_dalis_tool(tarred, tmp_path):
+def test_the_index_is_what_dalis_tool_writes(tarred, tmp_path):
     for shard in (tarred / "tar").glob("*.tar"):
         index = tmp_path / "index"
         command = [sys.executable, "-m", "wds2idx", str(shard), str(index)]
@@ -90,12 +165,11 @@ def test_dali_reads_the_shards(tarred, originals):
     @pipeline_def(batch_size=80, num_threads=1, device_id=None)
     def read():
         indices = [path.replace(".tar", ".idx") for path in paths]
-        encoded, found = fn.readers.webdataset(paths=paths, index_paths=indices, ext=["jpg", "cls"])
-        return encoded, found
+        return tuple(fn.readers.webdataset(paths=paths, index_paths=indices, ext=["jpg", "cls"]))
 
-    encoded, found = read().run()
+    encoded, classes = read().run()
     assert [encoded.at(i).tobytes() for i in range(80)] == originals["train"]
-    assert [int(found.at(i).tobytes()) for i in range(80)] == labels(tarred, "train")
+    assert [int(classes.at(i).tobytes()) for i in range(80)] == labels(tarred, "train")
 
 
 @needs_ffcv
@@ -119,15 +193,15 @@ def test_ffcv_holds_the_pixels_or_the_original_bytes(synth_source, originals, tm
 
 
 def _versions(folder):
-    status = {path.name: path.stat() for path in folder.iterdir()}
-    return {name: (found.st_ino, found.st_ctime_ns) for name, found in status.items()}
+    files = {path.name: path.stat() for path in folder.iterdir()}
+    return {name: (file.st_ino, file.st_ctime_ns) for name, file in files.items()}
 
 
 def test_a_format_is_added_without_touching_the_others(synth_source, tmp_path):
     out = tmp_path / "dataset"
     convert(synth_source, out, Options())
     before = _versions(out / "array")
-    (out / "tar").mkdir()  # left of an addition that was killed before it was written down
+    (out / "tar").mkdir()  # left by a process that was killed before the manifest was written
     (out / "tar" / "train-000000.tar").write_bytes(b"half")
     _, written = convert(synth_source, out, Options(formats=("tar",)))
     assert written
@@ -140,7 +214,7 @@ def test_a_format_is_added_without_touching_the_others(synth_source, tmp_path):
     assert not convert(synth_source, out, Options(formats=("tar", "array")))[1]
 
 
-def test_a_dataset_without_array_still_gets_statistics(synth_source, synth_dataset, tmp_path):
+def test_a_dataset_without_the_array_format_has_statistics(synth_source, synth_dataset, tmp_path):
     out = tmp_path / "dataset"
     convert(synth_source, out, Options(formats=("tar",)))
     assert sorted(p.name for p in out.iterdir()) == ["manifest.json", "tar"]
@@ -168,7 +242,7 @@ def test_unusable_options_are_named(synth_source, tmp_path, capsys, arguments, m
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ffcv_missing_is_told_before_anything_is_decoded(
+def test_a_missing_ffcv_is_reported_before_anything_is_decoded(
     synth_source, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -177,23 +251,23 @@ def test_ffcv_missing_is_told_before_anything_is_decoded(
     assert list(tmp_path.iterdir()) == []
 
 
-def _stalls(source, name, split, folder, tick):
+def _stalls(source, folder, shard_images, name, tick):
     tick()
     if os.fork() == 0:
         (folder.parent.parent / "grandchild").write_text(str(os.getpid()))
     time.sleep(600)
 
 
-def _raises(source, name, split, folder, tick):
+def _raises(source, folder, shard_images, name, tick):
     raise OSError(28, "No space left on device")
 
 
-def _dies(source, name, split, folder, tick):
+def _dies(source, folder, shard_images, name, tick):
     os.kill(os.getpid(), 9)
 
 
-def _gone(process):
-    """Within seconds: a killed process takes a moment to end."""
+def _ends(process):
+    """Whether the process ends within ten seconds: a killed one takes a moment."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         try:
@@ -213,14 +287,14 @@ def _gone(process):
         (_dies, "its writer died"),
     ],
 )
-def test_a_failing_writer_leaves_the_dataset_as_it_was(
+def test_a_failing_writer_leaves_the_dataset_unchanged(
     synth_source, tmp_path, monkeypatch, writer, message
 ):
     out = tmp_path / "dataset"
     convert(synth_source, out, Options())
     before = (out / "manifest.json").read_bytes()
-    monkeypatch.setattr(formats, "_write_tar", writer)
-    monkeypatch.setattr(formats.write_format, "__defaults__", (1.0,))
+    monkeypatch.setattr(formats.tar, "write_split", writer)
+    monkeypatch.setattr(formats, "_STALL", 1.0)
     with pytest.raises(UserError, match=message):
         convert(synth_source, out, Options(formats=("tar",)))
     assert (out / "manifest.json").read_bytes() == before
@@ -228,14 +302,14 @@ def test_a_failing_writer_leaves_the_dataset_as_it_was(
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
     grandchild = tmp_path / "grandchild"
     if grandchild.exists():
-        assert _gone(grandchild.read_text())
+        assert _ends(grandchild.read_text())
 
 
-def test_jpeg_encoding_needs_jpegs_of_the_size(synth_source, tmp_path):
+def test_jpeg_encoding_refuses_images_of_another_size(synth_source, tmp_path):
     if not has("ffcv"):
         pytest.skip("FFCV is not installed")
     options = Options(formats=("ffcv",), settings=Settings("jpeg"), image_size=32)
-    with pytest.raises(UserError, match="is no plain JPEG of 32x32 pixels"):
+    with pytest.raises(UserError, match="is not a plain JPEG of 32x32 pixels"):
         convert(synth_source, tmp_path / "out", options)
     assert list(tmp_path.iterdir()) == []
 
@@ -249,8 +323,8 @@ def test_a_shard_cut_short_is_refused(synth_source, tmp_path):
         open_shards(out, read_manifest(out), "val")
 
 
-def test_jpeg_encoding_takes_none_that_a_loader_would_show_otherwise(tmp_path):
-    """FFCV's reader neither turns images nor knows four channels."""
+def test_jpeg_encoding_refuses_images_that_ffcv_would_decode_differently(tmp_path):
+    """FFCV's reader neither rotates images nor knows four channels."""
     if not has("ffcv"):
         pytest.skip("FFCV is not installed")
     turned = Image.Exif()
@@ -265,6 +339,6 @@ def test_jpeg_encoding_takes_none_that_a_loader_would_show_otherwise(tmp_path):
                 (source / split / name).mkdir(parents=True)
                 image.save(source / split / name / "1.jpg")
         odd.save(source / "train" / "b" / "2.jpg", **options)
-        with pytest.raises(UserError, match=r"train/b/2.jpg is no plain JPEG"):
+        with pytest.raises(UserError, match=r"train/b/2.jpg is not a plain JPEG"):
             settings = Settings("jpeg")
             convert(source, tmp_path / "out", Options(formats=("ffcv",), settings=settings))

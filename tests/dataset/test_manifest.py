@@ -1,4 +1,4 @@
-"""Manifests: what survives a round trip, and which damage is noticed."""
+"""Manifests: what survives a round trip, which damage is noticed, and the table of `inspect`."""
 
 import json
 import tempfile
@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from xxhash import xxh3_128
 
+from fastlab.cli import main
 from fastlab.console import UserError
 from fastlab.dataset.manifest import (
     FORMAT_VERSION,
@@ -69,16 +70,16 @@ def complaint(call: Callable, *args) -> str:
 
 @FUZZ
 @given(manifest=MANIFESTS)
-def test_written_then_read_gives_the_same_manifest(manifest, tmp_path_factory):
+def test_a_written_manifest_is_read_unchanged(manifest, tmp_path_factory):
     folder = tmp_path_factory.getbasetemp()
     write(manifest, folder)
-    found = read_manifest(folder)
-    assert found == manifest
-    assert found.to_json() == manifest.to_json()  # types too: 1 == 1.0 == True
+    read = read_manifest(folder)
+    assert read == manifest
+    assert read.to_json() == manifest.to_json()  # types too: 1 == 1.0 == True
 
 
 def test_names_that_are_not_utf8_survive(tmp_path):
-    """A source's directory and its corrupt images may have such names."""
+    """The source's directory and corrupt images may have such names."""
     manifest = Manifest(
         "a\udcff", [], 64, {}, [], [], {}, skipped={"train/a/\udcff.jpg": "cut"}, request={}
     )
@@ -96,7 +97,7 @@ def test_names_that_are_not_utf8_survive(tmp_path):
     | st.characters().map(str.encode)
     | st.binary(min_size=1, max_size=1),
 )
-def test_any_one_change_is_harmless_or_refused(manifest, place, removed, new, tmp_path_factory):
+def test_any_single_change_is_harmless_or_refused(manifest, place, removed, new, tmp_path_factory):
     folder = tmp_path_factory.getbasetemp()
     data = manifest.to_json().encode()
     place %= len(data) + 1
@@ -177,7 +178,7 @@ def laid_out(files: dict[str, bytes], folder: Path) -> Manifest:
 
 @settings(FUZZ, max_examples=60)
 @given(files=FILES)
-def test_whole_files_pass(files):
+def test_undamaged_files_pass(files):
     with tempfile.TemporaryDirectory() as folder:
         manifest = laid_out(files, Path(folder))
         check_sizes(Path(folder), manifest)
@@ -217,3 +218,19 @@ def test_one_damaged_file_is_refused_by_name(files, kind, bit, data):
         if kind != "flipped":
             assert complaint(check_sizes, folder, manifest).startswith(f"{file}: ")
         assert complaint(check_hashes, folder, manifest).startswith(f"{file}: ")
+
+
+def test_the_table_shows_the_counts_of_the_files(synth_source, synth_dataset, capsys):
+    assert main(["inspect", str(synth_dataset)]) == 0
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line}
+    originals = [p.stat().st_size for p in (synth_source / "train").rglob("*.JPEG")]
+    assert rows["train"][1:3] == [str(len(originals)), "20"]
+    assert rows["train"][4:] == [f"{sum(originals):,}", f"{max(originals):,}"]
+    files = list((synth_dataset / "array").iterdir())
+    assert rows["array"][1:] == [str(len(files)), f"{sum(p.stat().st_size for p in files):,}"]
+
+
+def test_inspect_prints_the_manifest_as_json(synth_dataset, capsys):
+    assert main(["inspect", str(synth_dataset), "--json"]) == 0
+    manifest = json.loads((synth_dataset / "manifest.json").read_text())
+    assert json.loads(capsys.readouterr().out) == manifest

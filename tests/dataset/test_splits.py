@@ -1,4 +1,4 @@
-"""Which images a selection keeps, compared with plain Python."""
+"""Which images a selection keeps, compared with the same selection in plain Python."""
 
 from collections import Counter
 
@@ -21,7 +21,8 @@ SEEDS = st.integers(0, 2**64)
 
 @st.composite
 def originals(draw, least: int = 0, test: bool | None = None) -> Originals:
-    """Each path names its class; at least `least` training images of each, in any order."""
+    """Originals whose paths name their class, with at least `least` training images of each class,
+    in any order."""
     ids = draw(st.lists(IDS, min_size=1, max_size=5, unique=True))
     test = draw(st.booleans()) if test is None else test
     splits = {}
@@ -38,14 +39,14 @@ def class_of(path: str) -> str:
     return path.split("/")[1]
 
 
-def plain(found: Originals) -> dict[str, list[str]]:
-    """The paths of each split, each labelled with its own class."""
-    ids = [c.id for c in found.classes]
-    assert [c.words for c in found.classes] == [f"word {name}" for name in ids]
-    for split in found.splits.values():
+def plain(selected: Originals) -> dict[str, list[str]]:
+    """The paths of each split, after a check that each label is that of its path."""
+    ids = [c.id for c in selected.classes]
+    assert [c.words for c in selected.classes] == [f"word {name}" for name in ids]
+    for split in selected.splits.values():
         assert split.labels.dtype == np.int64
         assert [ids[label] for label in split.labels] == [class_of(path) for path in split.paths]
-    return {name: list(split.paths) for name, split in found.splits.items()}
+    return {name: list(split.paths) for name, split in selected.splits.items()}
 
 
 def kept(paths: list[str], some: set[str]) -> list[str]:
@@ -54,23 +55,23 @@ def kept(paths: list[str], some: set[str]) -> list[str]:
 
 @FUZZ
 @given(source=originals(least=2, test=False), seed=SEEDS, data=st.data())
-def test_hold_out_parts_the_training_images(source, seed, data):
+def test_hold_out_divides_the_training_images(source, seed, data):
     before = plain(source)
     counts = Counter(map(class_of, before["train"]))
     per_class = data.draw(st.integers(0, min(counts.values()) - 1))
     after = source.hold_out(per_class, seed)
-    found = plain(after)
+    selected = plain(after)
     assert after.classes == source.classes
-    assert list(found) == ["train", "val", "test"]
-    assert found["test"] == before["val"]
-    train, val = set(found["train"]), set(found["val"])
+    assert list(selected) == ["train", "val", "test"]
+    assert selected["test"] == before["val"]
+    train, val = set(selected["train"]), set(selected["val"])
     assert not train & val
-    assert found["train"] == kept(before["train"], train)  # in their old order
-    assert found["val"] == kept(before["train"], val)
+    assert selected["train"] == kept(before["train"], train)  # in their old order
+    assert selected["val"] == kept(before["train"], val)
     assert len(train) + len(val) == len(before["train"])
     assert Counter(map(class_of, val)) == Counter({name: per_class for name in counts})
     np.random.seed(data.draw(st.integers(0, 9)))
-    assert plain(source.hold_out(per_class, seed)) == found
+    assert plain(source.hold_out(per_class, seed)) == selected
     assert plain(source) == before
 
 
@@ -92,14 +93,14 @@ def test_hold_out_refuses_a_second_test_split_and_a_negative_seed(source, seed):
         assert len(source.hold_out(1, seed).splits) == 3
 
 
-def test_hold_out_takes_any_image_as_often():
-    """800 choices of 2 of 8: each image 200 times, with a deviation of 12."""
+def test_hold_out_takes_every_image_equally_often():
+    """800 choices of 2 of 8 images take each 200 times, with a standard deviation of 12."""
     train = Split([f"train/a/{row}" for row in range(8)], np.zeros(8, dtype=np.int64))
     source = Originals("", [ImageClass("a", "word a")], {"train": train, "val": train})
-    found = Counter(
+    selected = Counter(
         path for seed in range(800) for path in source.hold_out(2, seed).splits["val"].paths
     )
-    assert all(abs(found[path] - 200) < 6 * 12 for path in train.paths)
+    assert all(abs(selected[path] - 200) < 6 * 12 for path in train.paths)
 
 
 @FUZZ
@@ -118,13 +119,13 @@ def test_limit_keeps_the_first_of_each_class(source, per_class):
 
 @FUZZ
 @given(source=originals(), data=st.data())
-def test_without_leaves_out_just_these(source, data):
+def test_without_removes_exactly_the_given_images(source, data):
     before = plain(source)
     every = sorted(path for paths in before.values() for path in paths)
-    left_out = data.draw(st.sets(st.sampled_from([*every, "no/such/path"])))
-    expected = {name: [p for p in paths if p not in left_out] for name, paths in before.items()}
-    assert plain(source.without(left_out)) == expected
-    assert plain(source.without(dict.fromkeys(left_out, "why"))) == expected
+    removed = data.draw(st.sets(st.sampled_from([*every, "no/such/path"])))
+    expected = {name: [p for p in paths if p not in removed] for name, paths in before.items()}
+    assert plain(source.without(removed)) == expected
+    assert plain(source.without(dict.fromkeys(removed, "why"))) == expected
 
 
 def chosen(source: Originals, ids: list[str]) -> dict[str, list[str]]:
@@ -138,11 +139,11 @@ def chosen(source: Originals, ids: list[str]) -> dict[str, list[str]]:
 @given(source=originals(), data=st.data())
 def test_only_renumbers_classes_in_the_order_given(source, data):
     classes = data.draw(st.lists(st.integers(0, len(source.classes) - 1), min_size=1, unique=True))
-    found = source.only(classes)
+    selected = source.only(classes)
     ids = [source.classes[index].id for index in classes]
-    assert [c.id for c in found.classes] == ids
-    assert plain(found) == chosen(source, ids)
-    for split in found.splits.values():  # the labels themselves, not through `found.classes`
+    assert [c.id for c in selected.classes] == ids
+    assert plain(selected) == chosen(source, ids)
+    for split in selected.splits.values():  # the labels themselves, not through `selected.classes`
         assert split.labels.tolist() == [ids.index(class_of(path)) for path in split.paths]
 
 
@@ -158,17 +159,17 @@ def test_select_classes_takes_names_or_the_first(source, data):
         choice = ",".join(data.draw(GAPS) + name + data.draw(GAPS) for name in ids)
     expected = chosen(source, ids)
     if all(expected.values()):
-        found = select_classes(source, choice)
-        assert [c.id for c in found.classes] == ids
-        assert plain(found) == expected
+        selected = select_classes(source, choice)
+        assert [c.id for c in selected.classes] == ids
+        assert plain(selected) == expected
     else:
         with pytest.raises(UserError, match="has no image of these classes") as caught:
             select_classes(source, choice)
         assert len(str(caught.value).splitlines()) == 1
 
 
-def test_refused_choice_with_a_line_break_is_told_in_one_line():
-    """As of --classes "$(cat names.txt)"."""
+def test_a_refused_choice_with_a_line_break_is_reported_in_one_line():
+    """As --classes "$(cat names.txt)" gives it."""
     train = Split(["train/a/0"], np.zeros(1, dtype=np.int64))
     source = Originals(
         "", [ImageClass("a", "word a")], {"train": train, "val": Split([], train.labels[:0])}
@@ -188,20 +189,20 @@ def test_refused_choice_with_a_line_break_is_told_in_one_line():
 )
 def test_any_choice_of_classes_is_obeyed_or_refused_in_one_line(source, choice):
     try:
-        found = select_classes(source, choice)
+        selected = select_classes(source, choice)
     except UserError as error:
         assert str(error).startswith("--classes")
         assert len(str(error).splitlines()) == 1
     else:
-        assert plain(found) == chosen(source, [c.id for c in found.classes])
+        assert plain(selected) == chosen(source, [c.id for c in selected.classes])
 
 
 @FUZZ
 @given(source=originals(least=3), data=st.data())
-def test_any_sequence_of_selections_keeps_labels_and_order(source, data):
+def test_every_sequence_of_selections_keeps_labels_and_order(source, data):
     everything = {path for paths in plain(source).values() for path in paths}
     order = {path: row for split in source.splits.values() for row, path in enumerate(split.paths)}
-    left_out, most = set(), len(everything)
+    removed, most = set(), len(everything)
     for _ in range(data.draw(st.integers(1, 4))):
         step = data.draw(st.sampled_from(["only", "limit", "without", "hold_out"]))
         if step == "only":
@@ -212,19 +213,19 @@ def test_any_sequence_of_selections_keeps_labels_and_order(source, data):
             source = source.limit(most)
         elif step == "without":
             some = data.draw(st.sets(st.sampled_from([*sorted(everything), "no/such/path"])))
-            source, left_out = source.without(some), left_out | some
+            source, removed = source.without(some), removed | some
         elif "test" not in source.splits and (counts := counted(source)) and min(counts) > 1:
             source = source.hold_out(1, data.draw(SEEDS))
-        found = plain(source)
-        every = [path for paths in found.values() for path in paths]
+        selected = plain(source)
+        every = [path for paths in selected.values() for path in paths]
         assert len(set(every)) == len(every)
-        assert set(every) <= everything - left_out
-        for paths in found.values():
+        assert set(every) <= everything - removed
+        for paths in selected.values():
             assert paths == sorted(paths, key=order.get)
             assert all(count <= most for count in Counter(map(class_of, paths)).values())
 
 
 def counted(source: Originals) -> list[int]:
-    """Training images of each class, also where there are none."""
+    """The number of training images of each class, zeros included."""
     counts = Counter(map(class_of, plain(source)["train"]))
     return [counts[c.id] for c in source.classes]

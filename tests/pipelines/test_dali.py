@@ -18,9 +18,9 @@ from fastlab.config import DataConfig
 from fastlab.console import UserError
 from fastlab.dataset.convert import Options, convert
 from fastlab.dataset.formats import Settings
+from fastlab.dataset.formats.array import open_array
 from fastlab.dataset.manifest import read_manifest
 from pipelines.dali import open_engine
-from pipelines.resident import open_array
 
 needs_dali = pytest.mark.usefixtures("dali")
 CPU = torch.device("cpu")

@@ -19,9 +19,10 @@ from fastlab.config import DataConfig
 from fastlab.console import UserError
 from fastlab.dataset.convert import Options, convert
 from fastlab.dataset.formats import Settings
+from fastlab.dataset.formats.ffcv import import_ffcv, open_samples
 from fastlab.dataset.manifest import FileInfo, read_manifest
 from pipelines import ffcv
-from pipelines.ffcv import open_engine, open_samples
+from pipelines.ffcv import open_engine
 from tests.packages import forget
 
 pytestmark = pytest.mark.ffcv
@@ -292,7 +293,7 @@ def test_importing_ffcv_keeps_the_number_of_threads(monkeypatch, tmp_path):
     try:
         torch.set_num_threads(3)
         numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
-        ffcv._import_ffcv()
+        import_ffcv()
         assert sys.modules["ffcv"].__file__ == str(tmp_path / "ffcv.py")
         assert torch.get_num_threads() == 3
         assert numba.get_num_threads() == numba.config.NUMBA_NUM_THREADS
@@ -307,5 +308,5 @@ def test_an_ffcv_that_cannot_be_imported_is_named(error, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     forget("ffcv", monkeypatch)
     with pytest.raises(UserError, match="FFCV is not installed here") as error_info:
-        ffcv._import_ffcv()
+        import_ffcv()
     assert len(str(error_info.value).splitlines()) == 1

@@ -1,33 +1,92 @@
-"""Random access to the images of a ``tar`` format: WebDataset shards with DALI's index.
+"""The ``tar`` format: WebDataset shards of the original bytes, with DALI's index.
 
-Shards are ``tar/<split>-<number>.tar``; image number i of the split (as in the ``array`` format) is
-the member ``<i, eight digits>.<jpg, png or webp>``; beside it ``<i>.cls`` is its label in ASCII.
-Next to each shard lies ``.idx``, as DALI's wds2idx writes it: "v1.2 <samples>", then a line a
-sample with extension, offset, size and name of each member.
+Shards are ``tar/<split>-<number>.tar``. Image number i of the split (as in the ``array`` format) is
+the member ``<i, eight digits>.<jpg, png or webp>``, and ``<i>.cls`` is its label in ASCII. Beside
+each shard lies its ``.idx``, as DALI's wds2idx writes it: "v1.2 <samples>", then for each sample a
+line with extension, offset, size and name of each member.
 """
 
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastlab.console import UserError
+from fastlab.dataset.formats.array import Source
 from fastlab.dataset.manifest import Manifest
 
 
+def write_split(
+    source: Source, folder: Path, shard_images: int, name: str, tick: Callable[[], None]
+) -> None:
+    """Write the shards of split `name` and compare each with the originals; `tick` is called after
+    each image.
+
+    Raises `UserError` where a shard differs.
+    """
+    images = len(source.originals.splits[name].paths)
+    for number, start in enumerate(range(0, images, shard_images)):
+        path = folder / f"{name}-{number:06d}.tar"
+        rows = range(start, min(start + shard_images, images))
+        _write_shard(source, name, rows, path, tick)
+        _write_index(path)
+        _compare(source, name, rows, path, tick)
+
+
+def _write_shard(
+    source: Source, name: str, rows: range, path: Path, tick: Callable[[], None]
+) -> None:
+    from webdataset.writer import TarWriter
+
+    split = source.originals.splits[name]
+    with path.open("wb") as file, TarWriter(file, encoder=False, mtime=0) as shard:
+        for row in rows:
+            suffix = split.paths[row].rpartition(".")[2].lower().replace("jpeg", "jpg")
+            data = source.tree.read(split.paths[row])[0]
+            label = str(split.labels[row]).encode()
+            shard.write({"__key__": f"{row:08d}", suffix: data, "cls": label})
+            tick()
+
+
+def _write_index(shard: Path) -> None:
+    """Write the index that DALI's wds2idx would write, which needs a tar command and DALI."""
+    samples: dict[str, list[str]] = {}
+    with tarfile.open(shard, "r:") as archive:
+        for member in archive:
+            key, _, extension = member.name.partition(".")
+            entry = f"{extension} {member.offset_data} {member.size} {member.name}"
+            samples.setdefault(key, []).append(entry)
+    lines = [f"v1.2 {len(samples)}", *map(" ".join, samples.values())]
+    shard.with_suffix(".idx").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _compare(source: Source, name: str, rows: range, path: Path, tick: Callable[[], None]) -> None:
+    shard, split = Shards([path]), source.originals.splits[name]
+    same = np.array_equal(shard.labels, split.labels[rows.start : rows.stop])
+    for row in rows:
+        tick()
+        same = same and shard[row - rows.start].tobytes() == source.tree.read(split.paths[row])[0]
+    if not same:
+        raise UserError(f"{path.name} does not read back as it was written; run again")
+
+
 class Shards:
-    """The encoded images and labels of some shards, mapped into memory; a process that gets a
-    pickled copy maps them itself."""
+    """Random access to the encoded images and the labels of some shards, mapped into memory.
+
+    A pickled copy holds no memory maps: the process that unpickles it maps the shards again.
+    """
 
     def __init__(self, paths: list[Path]) -> None:
-        """Raises `ValueError` or `OSError` where a shard does not fit its index."""
+        """Raises `ValueError`, `IndexError` or `OSError` where a shard does not fit its index."""
         self.paths = paths
         self._maps: list[np.ndarray] | None = None
-        found = [_read_index(path.with_suffix(".idx")) for path in paths]
-        self.labels = self._read_labels(found)
+        indexes = [_read_index(path.with_suffix(".idx")) for path in paths]
+        self.labels = self._read_labels(indexes)
         """int64 [images]"""
-        members = np.concatenate(found)
-        shard = np.repeat(np.arange(len(found)), [len(rows) for rows in found])
+        members = np.concatenate(indexes)
+        shard = np.repeat(np.arange(len(indexes)), [len(index) for index in indexes])
         self.where = np.column_stack([shard, members[:, :2]])
         """int64 [images, 3]: number of the shard, offset and size in it, bytes."""
 
@@ -37,12 +96,12 @@ class Shards:
     def __getitem__(self, row: int) -> np.ndarray:
         """The encoded bytes of image `row`: uint8, a view of the mapped file."""
         shard, offset, size = self.where[row]
-        return self._open()[shard][offset : offset + size]
+        return self._mapped()[shard][offset : offset + size]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": None}
 
-    def _open(self) -> list[np.ndarray]:
+    def _mapped(self) -> list[np.ndarray]:
         if self._maps is None:
             # Plain views: slicing np.memmap itself costs microseconds an image.
             self._maps = [
@@ -50,20 +109,20 @@ class Shards:
             ]
         return self._maps
 
-    def _read_labels(self, found: list[np.ndarray]) -> np.ndarray:
+    def _read_labels(self, indexes: list[np.ndarray]) -> np.ndarray:
         labels = []
-        for path, shard, members in zip(self.paths, self._open(), found, strict=True):
+        for path, shard, members in zip(self.paths, self._mapped(), indexes, strict=True):
             ends = members[:, [0, 2]] + members[:, [1, 3]]
             if members.min(initial=0) < 0 or ends.max(initial=0) > len(shard):
                 raise ValueError(f"{path.name} is shorter than its index says")
-            data = memoryview(shard)
+            data = shard.data
             labels += [int(bytes(data[at : at + size])) for at, size in members[:, 2:].tolist()]
         return np.array(labels, dtype=np.int64)
 
 
 def open_shards(directory: Path, manifest: Manifest, split: str) -> Shards:
-    """The shards of a split. Raises `UserError` where the format is missing or does not fit the
-    manifest."""
+    """Open the shards of a split. Raises `UserError` where the format is missing or does not fit
+    the manifest."""
     if "tar" not in manifest.formats:
         raise UserError(f"{directory}: has no tar format; convert with --formats tar")
     names = sorted(
@@ -81,27 +140,18 @@ def open_shards(directory: Path, manifest: Manifest, split: str) -> Shards:
     return shards
 
 
-def index_line(members: list[tuple[str, int, int]]) -> str:
-    """The index's line of one sample; `members`: name, offset and size of each."""
-    parts = [(name.partition(".")[2], str(at), str(size), name) for name, at, size in members]
-    return " ".join(" ".join(part) for part in parts)
-
-
-def index_head(samples: int) -> str:
-    return f"v1.2 {samples}"
-
-
 def _read_index(path: Path) -> np.ndarray:
     """int64 [samples, 4]: offset and size of each image, offset and size of its label."""
     head, *lines = path.read_text(encoding="utf-8").splitlines()
     version, _, count = head.partition(" ")
     if not version.startswith("v1.") or int(count) != len(lines):
-        raise ValueError(f"{path.name} is no whole index")
+        raise ValueError(f"{path.name} is not a whole index")
     rows = []
     for line in lines:
-        one, other = line.split()[:4], line.split()[4:]
-        image, label = (other, one) if one[0] == "cls" else (one, other)
+        image, label = line.split()[:4], line.split()[4:]
+        if image[0] == "cls":
+            image, label = label, image
         if label[0] != "cls":
-            raise ValueError(f"{path.name}: a sample without its label")
+            raise ValueError(f"{path.name}: a sample has no label")
         rows.append([int(value) for value in (*image[1:3], *label[1:3])])
     return np.array(rows, dtype=np.int64).reshape(-1, 4)
