@@ -37,7 +37,7 @@ from fastlab.console import UserError, first_line, tell
 from fastlab.dataset.manifest import Manifest, check_sizes, fingerprint, read_manifest
 from fastlab.machine import has_bf16
 from fastlab.models.dropout import DropoutKeys
-from fastlab.models.norm import synchronise
+from fastlab.models.sync_norm import synchronise
 from fastlab.predict import sample_predictions
 from fastlab.runs import RunDir
 from fastlab.tracing import Tracer, span

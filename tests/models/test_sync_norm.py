@@ -13,7 +13,7 @@ from torch import nn
 
 from fastlab.config import ModelConfig
 from fastlab.models import build
-from fastlab.models.norm import synchronise
+from fastlab.models.sync_norm import synchronise
 
 CPU = torch.device("cpu")
 WORLD, STEPS, EACH, CHANNELS = 2, 3, 4, 6
