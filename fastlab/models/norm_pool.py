@@ -97,10 +97,10 @@ def _forward(
     eps: float,
     size: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    from fastlab.models import norm_pool_kernels as kernels
+    from fastlab.models.norm_pool_forward import forward
 
     outputs = _forward_outputs(x, size)
-    kernels.forward(channels_last(x), bias, weight, shift, key, p, eps, size, outputs)
+    forward(channels_last(x), bias, weight, shift, key, p, eps, size, outputs)
     return outputs
 
 
@@ -119,12 +119,12 @@ def _backward(
     eps: float,
     size: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    from fastlab.models import norm_pool_kernels as kernels
+    from fastlab.models.norm_pool_backward import backward
 
     outputs = _backward_outputs(x, bias)
     saved = (mean, var, codes, peaks)
     gy, x = channels_last(gy), channels_last(x)
-    kernels.backward(gy, x, bias, weight, key, saved, p, eps, size, outputs)
+    backward(gy, x, bias, weight, key, saved, p, eps, size, outputs)
     return outputs
 
 

@@ -71,33 +71,14 @@ def traffic(
     return forward * image, backward * image, 3, 3
 
 
-def _inputs(x, bias, weight, shift, key, statistics, others, residual) -> "Inputs":
-    """For the kernels. others: x2, weight2, shift2, or None each."""
+def _inputs(x, bias, weight, shift, key, x2, weight2, shift2, residual, *statistics) -> "Inputs":
+    """The inputs as the kernels take them."""
     from fastlab.models.norm_relu_kernels import Inputs
 
-    x2, weight2, shift2 = others
-    mean, var, mean2, var2 = statistics
-    if x2 is None:
-        mean2, var2 = None, None
-    else:
-        x2 = channels_last(x2)
-    if residual is not None:
-        residual = channels_last(residual)
-    return Inputs(
-        channels_last(x),
-        bias,
-        weight,
-        shift,
-        mean,
-        var,
-        x2,
-        weight2,
-        shift2,
-        mean2,
-        var2,
-        residual,
-        key,
+    x, x2, residual = (
+        None if image is None else channels_last(image) for image in (x, x2, residual)
     )
+    return Inputs(x, bias, weight, shift, key, x2, weight2, shift2, residual, *statistics)
 
 
 def _forward_outputs(x: torch.Tensor, x2: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
@@ -154,8 +135,7 @@ def _forward(
 
     outputs = _forward_outputs(x, x2)
     y, *statistics = outputs
-    others = x2, weight2, shift2
-    inputs = _inputs(x, bias, weight, shift, key, statistics, others, residual)
+    inputs = _inputs(x, bias, weight, shift, key, x2, weight2, shift2, residual, *statistics)
     kernels.forward(inputs, kernels.Settings(p, eps, drop_after), y)
     return outputs
 
@@ -192,8 +172,8 @@ def _backward(
     from fastlab.models import norm_relu_kernels as kernels
 
     outputs = _backward_outputs(x, bias, x2, residual)
-    others, statistics = (x2, weight2, shift2), (mean, var, mean2, var2)
-    inputs = _inputs(x, bias, weight, shift, key, statistics, others, residual)
+    tensors = x, bias, weight, shift, key, x2, weight2, shift2, residual, mean, var, mean2, var2
+    inputs = _inputs(*tensors)
     settings, gradients = kernels.Settings(p, eps, drop_after), kernels.Gradients(*outputs)
     kernels.backward(channels_last(gy), inputs, settings, gradients)
     return outputs

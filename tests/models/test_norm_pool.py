@@ -175,9 +175,10 @@ def test_many_parts_tiles_and_strips_add_up(kernels, monkeypatch):
     """Loops that only large batches would go through more than once."""
     for name, value in {"TILE": 64, "PARTS": 5, "PARTS_TILE": 2}.items():
         monkeypatch.setattr(kernels.norm_kernels, name, value)
-    small = {"TILE": 64, "GRADIENT_PARTS": 4, "WINDOW_TILE": 32, "STRIP": 2}
-    for name, value in small.items():
-        monkeypatch.setattr(kernels.norm_pool_kernels, name, value)
+    for name, value in {"TILE": 64, "GRADIENT_PARTS": 4}.items():
+        monkeypatch.setattr(kernels.norm_pool_backward, name, value)
+    for name, value in {"WINDOW_TILE": 32, "STRIP": 2}.items():
+        monkeypatch.setattr(kernels.norm_pool_forward, name, value)
     assert_right(make_case((2, 12, 9, 7)))
 
 
@@ -297,15 +298,15 @@ def test_traffic_counts_the_kernels_that_run(kernels, monkeypatch, bias):
 
 def launches_of(monkeypatch, loaded: SimpleNamespace, case: Case) -> list[Launch]:
     """Of a forward and a backward pass. No kernel runs."""
-    kernels = loaded.norm_pool_kernels
-    launched = triton_kernels.record_launches(monkeypatch, kernels)
+    launched = triton_kernels.record_launches(monkeypatch, loaded.norm_pool_backward)
     inputs = case.inputs()
     outputs = norm_pool._forward_outputs(case.x, case.size)
     settings = (case.p, EPS, case.size)
-    kernels.forward(*inputs, case.key, *settings, outputs)
+    loaded.norm_pool_forward.forward(*inputs, case.key, *settings, outputs)
     gradients = norm_pool._backward_outputs(case.x, case.bias)
     saved = outputs[1:]
-    kernels.backward(outputs[0], *inputs[:3], case.key, saved, *settings, gradients)
+    backward = loaded.norm_pool_backward.backward
+    backward(outputs[0], *inputs[:3], case.key, saved, *settings, gradients)
     return launched
 
 
@@ -315,7 +316,7 @@ def test_kernels_compile_for_an_h100_without_spilling_registers(
 ):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     loaded = triton_kernels.fresh()
-    monkeypatch.setattr(loaded.norm_pool_kernels, "GRADIENT_PARTS", gradient_parts)
+    monkeypatch.setattr(loaded.norm_pool_backward, "GRADIENT_PARTS", gradient_parts)
     case = make_case((1, 64, 64, 64), torch.bfloat16, size=size, p=p)
     for launch in launches_of(monkeypatch, loaded, case):
         assert triton_kernels.registers(launch, tmp_path) <= 128, launch.kernel

@@ -16,8 +16,8 @@ import torch
 
 from fastlab import models
 
-# The first is what the others share.
-NAMES = ("norm_kernels", "norm_pool_kernels", "norm_relu_kernels")
+# In the order of their imports: each imports from those before it.
+NAMES = ("norm_kernels", "norm_pool_forward", "norm_pool_backward", "norm_relu_kernels")
 
 
 def fresh() -> SimpleNamespace:
