@@ -26,6 +26,7 @@ from fastlab.models.norm_kernels import (
     sum_parts,
     vector,
 )
+from fastlab.models.norm_pool import channels_last
 
 ROWS_TILE = 2048  # elements of a tile: 8 per thread, because up to three tensors are held at a time
 
@@ -301,7 +302,8 @@ class _Launch(NamedTuple):
 
 
 def forward(inputs: Inputs, settings: Settings, y: torch.Tensor) -> None:
-    """Fill `y`, and the statistics among `inputs`. All images are channels-last."""
+    """Fill `y`, which is channels-last, and the statistics among `inputs`."""
+    inputs = _laid_out(inputs)
     x, bias, key = inputs.x, inputs.bias, inputs.key
     p_before = 0.0 if settings.drop_after else settings.p
     targets, other_targets = (inputs.mean, inputs.var), (inputs.mean2, inputs.var2)
@@ -311,7 +313,8 @@ def forward(inputs: Inputs, settings: Settings, y: torch.Tensor) -> None:
 
 
 def backward(gy: torch.Tensor, inputs: Inputs, settings: Settings, gradients: Gradients) -> None:
-    """Fill `gradients`. All images are channels-last."""
+    """Fill `gradients`, whose images are channels-last."""
+    gy, inputs = channels_last(gy), _laid_out(inputs)
     x = inputs.x
     launch = _launch(x, settings)
     # The norm cancels what is added to all of a channel, unless dropout comes in between.
@@ -336,6 +339,13 @@ def backward(gy: torch.Tensor, inputs: Inputs, settings: Settings, gradients: Gr
     )  # fmt: skip
     if not sum_dropped:
         gradients.bias.zero_()
+
+
+def _laid_out(inputs: Inputs) -> Inputs:
+    x2, residual = (
+        None if image is None else channels_last(image) for image in (inputs.x2, inputs.residual)
+    )
+    return inputs._replace(x=channels_last(inputs.x), x2=x2, residual=residual)
 
 
 def _launch(x: torch.Tensor, settings: Settings) -> _Launch:

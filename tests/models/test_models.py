@@ -11,7 +11,6 @@ import torchvision
 from torch import nn
 
 from fastlab.config import ModelConfig, ModelName
-from fastlab.console import UserError
 from fastlab.models import MODELS, SMALLEST_IMAGE, build, count_parameters
 from fastlab.models.dropout import Dropout, DropoutKeys
 from fastlab.models.layers import Pointwise
@@ -281,8 +280,3 @@ def test_without_shortcuts_a_block_of_zero_weights_passes_nothing_on(name):
                 nn.init.zeros_(block.conv2.bias)
         logits = model(images(2))
         assert torch.equal(logits[0], logits[1]) != shortcuts
-
-
-def test_unknown_model_is_refused_with_the_nearest_name():
-    with pytest.raises(UserError, match=r'"resnet12"; nearest: resnet1'):
-        build(ModelConfig(name="resnet12"), 5)
