@@ -210,6 +210,7 @@ def _store_vectors(
 
 @triton.jit
 def _apply(linear, gradient, distance):
+    """The value of a `_linear` function."""
     of_gradient, of_distance, constant = linear
     return of_gradient * gradient + (of_distance * distance + constant)
 

@@ -5,10 +5,11 @@ import importlib
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -164,3 +165,27 @@ def assert_same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Ten
     assert first.keys() == second.keys()
     for name in first:
         assert torch.equal(first[name], second[name]), name
+
+
+def assert_replays(run: Callable[[Any], dict[str, torch.Tensor]], case: Any) -> None:
+    """`run(case)`, captured in a CUDA graph, gives the same bits as without one, and its replays
+    follow changes of `case.key`."""
+    expected = run(case)
+    other_keys = [key.to("cuda") for key in torch.tensor([[1, 2], [-3, 4]], dtype=torch.int32)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run(case)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(case)
+    for _ in range(2):
+        graph.replay()
+        assert_same_bits(captured, expected)
+    for key in other_keys:
+        case.key.copy_(key)
+        graph.replay()
+        assert not torch.equal(captured["y"], expected["y"])
+        assert_same_bits(captured, run(case))
