@@ -1,7 +1,8 @@
-"""Pseudo-random words that are a pure function of counters: no generator, no state to save.
+"""Pseudo-random words that are a pure function of counters: no generator, and no state to save.
 
-All draws of fastlab mix 32-bit words by "lowbias32" (Wellons, 2018), the same on the host (`int`),
-in PyTorch (int32 tensors) and in the kernels of `pipelines.augment_cpu` and `fastlab.models`.
+All of fastlab's draws mix 32-bit words by "lowbias32" (Wellons, 2018), with the same results on the
+host (`int`), in PyTorch (int32 tensors) and in the kernels of `pipelines.augment_cpu` and
+`fastlab.models`.
 """
 
 import torch
@@ -12,19 +13,20 @@ WORD = 0xFFFFFFFF
 
 
 def mix_int(x: int) -> int:
-    """A bijection of 32-bit words."""
+    """Map 32-bit words one to one onto 32-bit words."""
     x = (x ^ (x >> 16)) * M1 & WORD
     x = (x ^ (x >> 15)) * M2 & WORD
     return x ^ (x >> 16)
 
 
 def mix_tensor(x: torch.Tensor) -> torch.Tensor:
-    """`mix_int` in int32: products wrap, and masks clear what a shift copies from the sign."""
+    """`mix_int` for an int32 tensor: products wrap around, and masks clear the copies of the sign
+    bit that a right shift brings in."""
     x = (x ^ (x >> 16 & 0xFFFF)) * signed(M1)
     x = (x ^ (x >> 15 & 0x1FFFF)) * signed(M2)
     return x ^ (x >> 16 & 0xFFFF)
 
 
 def signed(word: int) -> int:
-    """The int32 with the low 32 bits of `word`: torch takes no larger constant beside an int32."""
+    """The int32 with the low 32 bits of `word`; torch takes no larger constant next to an int32."""
     return (word + (1 << 31) & WORD) - (1 << 31)

@@ -1,6 +1,13 @@
-"""Models by name. `build` is the one way to make one."""
+"""Models by name; `build` makes them.
 
-import difflib
+`cnn` and `resnet` define the models. `layers` has their convolutions and norms, and the functions
+that run groups of layers: one by one, or when training on a GPU as one fused operator. The fused
+operators are `norm_pool` (dropout, norm, ReLU, max pool) and `norm_relu` (dropout, norm, ReLU and
+the sum of a residual block); their Triton kernels are in `norm_pool_forward`, `norm_pool_backward`
+and `norm_relu_kernels`, and share `norm_kernels`. `dropout` draws masks from counters, and
+`sync_norm` takes batch statistics over all processes.
+"""
+
 from collections.abc import Callable
 from functools import partial
 
@@ -8,7 +15,6 @@ import torch
 from torch import nn
 
 from fastlab.config import ModelConfig
-from fastlab.console import UserError
 from fastlab.models.cnn import CNN
 from fastlab.models.resnet import ResNet, ResNet18
 
@@ -22,24 +28,18 @@ MODELS: dict[str, Callable[[ModelConfig, int], nn.Module]] = {
     "resnet18": ResNet18,
 }
 
-# Pixels a side: each stage of a CNN halves them once more. The ResNets take any.
+# The least height and width, which each stage of a CNN halves. The ResNets take any size.
 SMALLEST_IMAGE = {"cnn8": 16, "cnn10": 32, "cnn12": 64}
 
 
 def build(config: ModelConfig, classes: int) -> nn.Module:
-    """The model `config` names, with `classes` outputs, on the CPU, in fp32.
-
-    Raises `UserError` for an unknown name.
-    """
-    if config.name not in MODELS:
-        near = difflib.get_close_matches(config.name, MODELS, n=1, cutoff=0)
-        raise UserError(f'model.name: unknown model "{config.name}"; nearest: {near[0]}')
+    """The model that `config` names, with `classes` outputs, in fp32 on the CPU."""
     return MODELS[config.name](config, classes)
 
 
 def set_memory_format(model: nn.Module, channels_last: bool) -> None:
-    """Of weights and activations. Pipelines give channels-last images, and a convolution takes that
-    layout where either its weights or its inputs have it."""
+    """Run the model in channels-last, or in contiguous memory format. A convolution runs in
+    channels-last if either its weights or its inputs do, and pipelines give such images."""
     if channels_last:
         model.to(memory_format=torch.channels_last)
     else:

@@ -1,7 +1,8 @@
 """The reference report's CNNs."""
 
-import torch
-from torch import nn
+from typing import cast
+
+from torch import Tensor, nn
 
 from fastlab.config import ModelConfig
 from fastlab.models.dropout import Dropout
@@ -11,7 +12,7 @@ from fastlab.models.layers import (
     StemConvolution,
     activated,
     freeze_cancelled,
-    norm,
+    make_norm,
     pooled,
 )
 
@@ -19,18 +20,17 @@ from fastlab.models.layers import (
 def _convolution(config: ModelConfig, inputs: int, outputs: int, size: int) -> list[nn.Module]:
     kind = StemConvolution if inputs == 3 else Convolution
     conv = kind(inputs, outputs, size, padding=size // 2)
-    layers = [conv, Dropout(config.dropout_conv), norm(config, outputs), nn.ReLU()]
-    freeze_cancelled(conv, config.dropout_conv, layers[2])
-    return layers
+    norm = make_norm(config, outputs)
+    freeze_cancelled(conv, config.dropout_conv, norm)
+    return [conv, Dropout(config.dropout_conv), norm, nn.ReLU()]
 
 
 class CNN(nn.Module):
     """CNN-8, 10 and 12 of the report, with 3, 4 and 5 stages.
 
     A 5x5 convolution to w channels and a max pool; stages of two 3x3 convolutions, the first of
-    which doubles the width, and a max pool; average pool; a hidden layer (256 for three stages,
-    twice that with each further one, scaled with w); the classifier. Takes [b, 3, H, W], returns
-    logits [b, classes].
+    which doubles the width, and a max pool; average pool; a hidden layer (of 4w for three stages,
+    doubled by each further stage); the classifier. Takes [b, 3, H, W], returns logits [b, classes].
     """
 
     def __init__(self, config: ModelConfig, classes: int, *, stages: int) -> None:
@@ -52,11 +52,12 @@ class CNN(nn.Module):
             nn.Linear(hidden, classes),
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         statistics = RunningStatistics()
         layers = list(self.features)
         while layers:
-            (conv, dropout, norm), layers = layers[:3], layers[4:]
+            conv, dropout, norm = cast(tuple[Convolution, Dropout, nn.Module], layers[:3])
+            layers = layers[4:]
             if layers and isinstance(layers[0], nn.MaxPool2d):
                 x = pooled(conv, dropout, norm, layers[0], x, statistics)
                 layers = layers[1:]

@@ -1,8 +1,8 @@
 """Dropout from a counter: whether an element is dropped is a pure function of (seed, rank, step,
 layer, element), the same on every device.
 
-A generator would have to be saved, and on a CPU it takes longer than the convolution's arithmetic
-that follows it; mixing a counter takes a tenth of it once compiled.
+The state of a random generator would have to be saved, and on a CPU it takes longer than the
+arithmetic of the convolution that follows; mixing a counter takes a tenth of that once compiled.
 """
 
 import torch
@@ -10,18 +10,20 @@ from torch import nn
 
 from fastlab.mixing import GOLDEN, M1, M2, WORD, mix_int, mix_tensor, signed
 
-# Elements that a CPU draws at a time: their words stay in its cache from one operation to the next.
+# Elements that a CPU draws at a time, so that their words stay in its cache between operations.
 _BLOCK = 1 << 17
 
 
 class Dropout(nn.Module):
-    """Set each element to zero with probability `p`, and divide the others by 1 - p, in training
+    """In training, set each element to zero with probability `p`, and divide the others by 1 - p
     (Srivastava et al., 2014)."""
+
+    keys: torch.Tensor
 
     def __init__(self, p: float) -> None:
         super().__init__()
         self.p = p
-        self.layer = 0
+        self.layer = 0  # this layer's row of `keys`
         self.register_buffer("keys", torch.zeros(1, 2, dtype=torch.int32), persistent=False)
 
     @property
@@ -29,26 +31,26 @@ class Dropout(nn.Module):
         return self.training and self.p > 0
 
     def key(self) -> torch.Tensor:
-        """int32 [2]: what tells this step of this layer from all others."""
+        """int32 [2], different for each layer and step."""
         return self.keys[self.layer]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.active:
             return x
         mask = kept(x.shape, self.key(), self.p, x.device)
-        # Of one type: a CPU multiplies mixed ones slowly, and once more in the backward pass.
-        # (`torch.where` would give the result the memory layout of the mask.)
+        # The mask is cast because a CPU multiplies mixed types slowly, and does so again in the
+        # backward pass. (`torch.where` would give the result the memory layout of the mask.)
         return (x * mask.to(x.dtype)).div_(1 - self.p)
 
 
 def threshold(p: float) -> int:
-    """The least int32 word that keeps its element."""
+    """The lowest int32 word whose element is kept."""
     return min(round(p * (WORD + 1)), WORD) - (1 << 31)
 
 
 def kept(shape: torch.Size, key: torch.Tensor, p: float, device: torch.device) -> torch.Tensor:
-    """bool of `shape`, [b, c] or [b, c, h, w]: False with probability `p`. Elements are numbered in
-    channels-last order."""
+    """A bool mask of `shape`, [b, c] or [b, c, h, w], that is False with probability `p`. Elements
+    are numbered in channels-last order."""
     count = shape.numel()
     if device.type == "cpu" and not torch.compiler.is_compiling():
         mask = torch.empty(count, dtype=torch.bool)
@@ -65,15 +67,16 @@ def kept(shape: torch.Size, key: torch.Tensor, p: float, device: torch.device) -
 def _kept(
     first: int, count: int, key: torch.Tensor, p: float, device: torch.device
 ) -> torch.Tensor:
-    """bool [count]: of the elements from number `first` on."""
-    many = first + count > torch.iinfo(torch.int32).max
-    dtype = torch.int64 if many else torch.int32
+    """The mask of `count` elements from number `first` on: bool [count]."""
+    large = first + count > torch.iinfo(torch.int32).max
+    dtype = torch.int64 if large else torch.int32
     word = torch.arange(first, first + count, dtype=dtype, device=device).int()
-    # In place: to allocate for each operation would take longer than the operations.
+    # In place, because allocating memory for each operation would take longer than the operations.
     word ^= key[0]
     word ^= (word >> 16).bitwise_and_(0xFFFF)
     word *= signed(M1)
-    # The second key comes in between: by the first alone, two steps would permute one mask.
+    # The second key comes in here: with the first alone, the masks of two steps would be
+    # permutations of each other.
     word ^= key[1]
     word ^= (word >> 15).bitwise_and_(0x1FFFF)
     word *= signed(M2)  # its high bits are well mixed by now
@@ -81,7 +84,7 @@ def _kept(
 
 
 class DropoutKeys:
-    """The keys of all `Dropout` layers of a model, which share one tensor on its device."""
+    """Sets the keys of all `Dropout` layers of a model, which share one tensor on its device."""
 
     def __init__(self, model: nn.Module, seed: int, rank: int, device: torch.device) -> None:
         layers = [module for module in model.modules() if isinstance(module, Dropout)]
@@ -98,5 +101,5 @@ class DropoutKeys:
         self._stream.fill_(signed(mix_int(mix_int(seed) ^ self._rank)))
 
     def set(self, step: torch.Tensor) -> None:
-        """For the step with the number `step` of the run: int64 [1] on the device."""
+        """Set the keys for step number `step` of the run: int64 [1] on the device."""
         self._keys.copy_(mix_tensor(mix_tensor(step.int() ^ self._stream) + self._offsets))

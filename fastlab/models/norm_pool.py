@@ -1,39 +1,52 @@
 """Dropout, batch norm, ReLU and max pool of a convolution's output as one operator on a GPU.
 
-These layers do nothing but move memory. Each by itself, even with what torch.compile fuses, reads
-and writes images of full size several times; here the forward pass reads them twice and the
-backward pass reads and writes them once. Dropout is drawn anew wherever it is needed.
+These layers do nothing but move memory. Run one by one, even with what torch.compile fuses, they
+read and write full-size images several times. Here the forward pass reads them twice, and the
+backward pass reads and writes them once. Dropout is drawn again wherever it is needed.
 """
 
+from typing import NamedTuple
+
 import torch
+from torch import Tensor
 
 
-def supported(x: torch.Tensor) -> bool:
-    """Whether `dropout_norm_relu_pool` takes `x`."""
+class Traffic(NamedTuple):
+    """What an operator's kernels move, if each reads and writes each of its images once, and how
+    many kernels there are. Partial sums are left out: they are less than 2% at realistic sizes."""
+
+    forward_bytes: int
+    backward_bytes: int
+    forward_kernels: int
+    backward_kernels: int
+
+
+def supported(x: Tensor) -> bool:
+    """Whether the fused operators take `x`."""
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     layout = torch.channels_last
     return x.is_cuda and x.dtype in dtypes and x.is_contiguous(memory_format=layout)
 
 
 def dropout_norm_relu_pool(
-    x: torch.Tensor,
-    bias: torch.Tensor | None,
-    weight: torch.Tensor,
-    shift: torch.Tensor,
-    key: torch.Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    weight: Tensor,
+    shift: Tensor,
+    key: Tensor,
     p: float,
     eps: float,
     size: int,
     padding: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """max_pool2d(relu(batch_norm(z)), size, stride 2, padding) with z = dropout(x + bias), in
-    training; and the mean and biased variance of z, which have no gradient.
+    training; and the mean and biased variance of z, through which no gradient flows.
 
-    x: [b, c, h, w], bfloat16, float16 or float32, channels-last: a convolution's output, without
-    its `bias`: float32 [c]. weight, shift: float32 [c], of the batch norm, as is `eps`. key: int32
-    [2], drops the elements that `fastlab.models.dropout.kept` drops. size, padding: 2, 0 or 3, 1.
-    Arithmetic is in float32, and repeated to the bit. Returns [b, c, h', w'] of x's dtype,
-    channels-last; float32 [c]; float32 [c].
+    x: [b, c, h, w], bfloat16, float16 or float32, channels-last: the output of a convolution
+    without its `bias`, float32 [c]. weight, shift: float32 [c], of the batch norm, as is `eps`.
+    key: int32 [2], for `fastlab.models.dropout.kept`, which defines what is dropped. (size,
+    padding): (2, 0) or (3, 1); `ValueError` otherwise. Arithmetic is in float32, and two runs agree
+    to the bit. Returns [b, c, h', w'] of x's dtype, channels-last; float32 [c]; float32 [c].
     """
     if (size, padding) not in ((2, 0), (3, 1)):
         raise ValueError(f"a pool of size {size} with padding {padding} is not supported")
@@ -42,29 +55,26 @@ def dropout_norm_relu_pool(
 
 def traffic(
     x_shape: tuple[int, ...], dtype_bytes: int, size: int, padding: int, bias: bool
-) -> tuple[int, int, int, int]:
-    """Bytes of device memory that the forward and the backward pass move, if each kernel reads and
-    writes each of its images once, and the numbers of their kernels. Partial sums are left out:
-    they are less than 1% at the sizes that matter."""
+) -> Traffic:
     b, c, h, w = x_shape
     inputs = b * c * h * w * dtype_bytes
     outputs = b * c * _pooled(h, size, padding) * _pooled(w, size, padding)
     statistics, pool = inputs, inputs + outputs * (2 * dtype_bytes + 1)
     sums, gradient = outputs * (2 * dtype_bytes + 1), 2 * inputs + outputs * (dtype_bytes + 1)
-    return statistics + pool, sums + gradient, 3, 4 if bias else 3
+    return Traffic(statistics + pool, sums + gradient, 3, 4 if bias else 3)
 
 
 def _pooled(length: int, size: int, padding: int) -> int:
     return (length + 2 * padding - size) // 2 + 1
 
 
-def channels_last(x: torch.Tensor) -> torch.Tensor:
-    """`x` itself, where a compiler chose no other layout for it."""
+def channels_last(x: Tensor) -> Tensor:
+    """`x` itself, unless the compiler chose another layout for it."""
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _forward_outputs(x: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
-    """Room for y, mean, var, and what the backward pass needs: codes and peaks."""
+def _forward_outputs(x: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Allocate y, mean, var, and what the backward pass needs: codes and peaks."""
     b, c, h, w = x.shape
     shape = (b, c, _pooled(h, size, size - 2), _pooled(w, size, size - 2))
     y, codes, peaks = (
@@ -75,56 +85,57 @@ def _forward_outputs(x: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
     return y, mean, var, codes, peaks
 
 
-def _backward_outputs(x: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-    """Room for the gradients of x, bias (none: empty), weight and shift."""
+def _backward_outputs(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Allocate the gradients of x, bias (empty if there is none), weight and shift."""
     c = x.shape[1]
     sizes = (0 if bias is None else c, c, c)
-    vectors = (x.new_empty(size, dtype=torch.float32) for size in sizes)
-    return torch.empty_like(x, memory_format=torch.channels_last), *vectors
+    grad_bias, grad_weight, grad_shift = (x.new_empty(n, dtype=torch.float32) for n in sizes)
+    dx = torch.empty_like(x, memory_format=torch.channels_last)
+    return dx, grad_bias, grad_weight, grad_shift
 
 
-# Triton is imported where the operators run: an installation for CPUs has none.
+# The kernels are imported where the operators run: an installation for CPUs lacks Triton.
 
 
 @torch.library.custom_op("fastlab::norm_pool", mutates_args=())
 def _forward(
-    x: torch.Tensor,
-    bias: torch.Tensor | None,
-    weight: torch.Tensor,
-    shift: torch.Tensor,
-    key: torch.Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    weight: Tensor,
+    shift: Tensor,
+    key: Tensor,
     p: float,
     eps: float,
     size: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    from fastlab.models import norm_pool_kernels as kernels
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from fastlab.models.norm_pool_forward import forward
 
     outputs = _forward_outputs(x, size)
-    kernels.forward(channels_last(x), bias, weight, shift, key, p, eps, size, outputs)
+    forward(channels_last(x), bias, weight, shift, key, p, eps, size, outputs)
     return outputs
 
 
 @torch.library.custom_op("fastlab::norm_pool_backward", mutates_args=())
 def _backward(
-    gy: torch.Tensor,
-    x: torch.Tensor,
-    bias: torch.Tensor | None,
-    weight: torch.Tensor,
-    key: torch.Tensor,
-    mean: torch.Tensor,
-    var: torch.Tensor,
-    codes: torch.Tensor,
-    peaks: torch.Tensor,
+    gy: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    weight: Tensor,
+    key: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    codes: Tensor,
+    peaks: Tensor,
     p: float,
     eps: float,
     size: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    from fastlab.models import norm_pool_kernels as kernels
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from fastlab.models.norm_pool_backward import backward
 
     outputs = _backward_outputs(x, bias)
     saved = (mean, var, codes, peaks)
     gy, x = channels_last(gy), channels_last(x)
-    kernels.backward(gy, x, bias, weight, key, saved, p, eps, size, outputs)
+    backward(gy, x, bias, weight, key, saved, p, eps, size, outputs)
     return outputs
 
 
@@ -134,7 +145,7 @@ def _(x, bias, weight, shift, key, p, eps, size):
 
 
 @_backward.register_fake
-def _(gy, x, bias, weight, key, mean, var, codes, peaks, p, eps, size):
+def _(gy, x, bias, *_):
     return _backward_outputs(x, bias)
 
 
@@ -146,10 +157,9 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _gradients(ctx, gy, *_):
-    x, bias, *others = ctx.saved_tensors
-    dx, grad_bias, grad_weight, grad_shift = _backward(gy, x, bias, *others, *ctx.settings)
-    grad_bias = None if bias is None else grad_bias
-    return dx, grad_bias, grad_weight, grad_shift, None, None, None, None
+    x, bias, *tensors = ctx.saved_tensors
+    dx, grad_bias, grad_weight, grad_shift = _backward(gy, x, bias, *tensors, *ctx.settings)
+    return dx, None if bias is None else grad_bias, grad_weight, grad_shift, *[None] * 4
 
 
 _forward.register_autograd(_gradients, setup_context=_save)

@@ -1,11 +1,11 @@
-"""The Triton kernels of `fastlab.models.norm_relu`, and their launches. This imports Triton.
+"""The Triton kernels of `fastlab.models.norm_relu`, and their launches.
 
-How they are laid out on a GPU: see `fastlab.models.norm_kernels`. Each kernel goes over elements
-in the order of memory. What ReLU let through is computed anew in the backward pass, by `_relu_of`
-as in the forward pass, so that no mask is stored.
+How the kernels are laid out on a GPU: see `fastlab.models.norm_kernels`. Each kernel goes over the
+elements in the order of memory. No mask of what ReLU passes is stored: the backward pass computes
+it again, by the same `_load_tile` as the forward pass.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,7 +15,6 @@ from fastlab.models.dropout import threshold
 from fastlab.models.norm_kernels import (
     CHANNELS,
     WARPS,
-    blocks,
     buffers,
     folded_keys,
     in_units_of_x,
@@ -23,176 +22,124 @@ from fastlab.models.norm_kernels import (
     part_of_rows,
     split,
     statistics,
+    store_part,
     sum_parts,
+    vector,
 )
+from fastlab.models.norm_pool import channels_last
 
-ROWS_TILE = 2048  # elements of a tile: 8 a thread, because up to three tensors are held at a time
-
-
-@triton.jit
-def _vector(values, channel, known):
-    """[1, channels] in float32."""
-    return tl.load(values + channel, mask=known, other=0.0)[None, :]
+ROWS_TILE = 2048  # elements of a tile: 8 per thread, because up to three tensors are held at a time
 
 
 @triton.jit
-def _of_norms(
-    bias, weight, shift, mean, var, x2, weight2, shift2, mean2, var2, before, eps, channel, known
-):
-    """The x that dropout makes 0; of each norm its mean, what makes its variance 1, in units of x
-    and x2, and its weight; the sum of shifts. Without x2, what is returned of it means nothing."""
-    zero, centre, rstd = in_units_of_x(bias, mean, var, before, eps, channel, known)
-    weights, added = _vector(weight, channel, known), _vector(shift, channel, known)
+def _norms(
+    bias, weight, shift, mean, var, weight2, shift2, mean2, var2, scale, eps, channel, valid
+):  # fmt: skip
+    """What `_load_tile` needs to know of the norms, float32 [1, channels] each: the x that stands
+    for a dropped one; the centre, 1 / deviation and weight of x, in units of x; the same of x2; the
+    sum of the shifts. Without x2, its three values have no meaning."""
+    zero, centre, rstd = in_units_of_x(bias, mean, var, scale, eps, channel, valid)
+    weights, added = vector(weight, channel, valid), vector(shift, channel, valid)
     centre2, rstd2, weights2 = centre, rstd, weights
-    if x2 is not None:
-        _, centre2, rstd2 = in_units_of_x(None, mean2, var2, 1.0, eps, channel, known)
-        weights2 = _vector(weight2, channel, known)
-        added += _vector(shift2, channel, known)
+    if weight2 is not None:
+        _, centre2, rstd2 = in_units_of_x(None, mean2, var2, 1.0, eps, channel, valid)
+        weights2 = vector(weight2, channel, valid)
+        added += vector(shift2, channel, valid)
     return zero, centre, rstd, weights, centre2, rstd2, weights2, added
 
 
 @triton.jit
-def _relu_of(
-    x, x2, residual, first, place, inside, keeps,
-    zero, centre, factor, centre2, factor2, added, DROP_BEFORE: tl.constexpr,
+def _load_tile(
+    x, x2, residual, first, row, offsets, rows_left, valid, keys, drop_below, norms,
+    DROP_BEFORE: tl.constexpr, DROP_AFTER: tl.constexpr,
 ):  # fmt: skip
-    """What ReLU is taken of, but for dropout after the norm; and how far x and x2 are from their
-    means. Were `tl.fma` left to the compiler, two kernels might round differently."""
-    value = tl.load(x + first + place, mask=inside, other=0.0).to(tl.float32)
+    """The sum that ReLU takes, before any dropout that follows the norm; the distances of x and x2
+    from their means; which elements exist, and which of them dropout keeps.
+
+    If `tl.fma` were left to the compiler, two kernels might round differently.
+    """
+    zero, centre, rstd, weights, centre2, rstd2, weights2, added = norms
+    inside = (row < rows_left)[:, None] & valid[None, :]
+    keeps = inside
+    if DROP_BEFORE or DROP_AFTER:
+        keeps = kept(first.to(tl.uint32) + offsets.to(tl.uint32), keys, drop_below)
+    value = tl.load(x + first + offsets, mask=inside, other=0.0).to(tl.float32)
     if DROP_BEFORE:
         value = tl.where(keeps, value, zero)
     distance = value - centre
     distance2 = distance
-    out = tl.fma(distance, factor, added)
+    out = tl.fma(distance, weights * rstd, added)
     if x2 is not None:
-        distance2 = tl.load(x2 + first + place, mask=inside, other=0.0).to(tl.float32) - centre2
-        out = tl.fma(distance2, factor2, out)
+        distance2 = tl.load(x2 + first + offsets, mask=inside, other=0.0).to(tl.float32) - centre2
+        out = tl.fma(distance2, weights2 * rstd2, out)
     if residual is not None:
-        out += tl.load(residual + first + place, mask=inside, other=0.0).to(tl.float32)
-    return out, distance, distance2
+        out += tl.load(residual + first + offsets, mask=inside, other=0.0).to(tl.float32)
+    return out, distance, distance2, inside, keeps
 
 
 @triton.jit
-def _gradient_of_relu(
-    gy, out, first, place, inside, keeps, after, DROP_AFTER: tl.constexpr
+def _gradient_of_sum(
+    gy, out, first, offsets, inside, keeps, after, DROP_AFTER: tl.constexpr
 ):  # fmt: skip
-    """The gradient of the sum of norms and residual, 0 outside."""
-    gradient = tl.load(gy + first + place, mask=inside, other=0.0).to(tl.float32)
+    """The gradient of the sum `out` that ReLU takes, 0 outside the tensor."""
+    gradient = tl.load(gy + first + offsets, mask=inside, other=0.0).to(tl.float32)
     gradient = tl.where(out <= 0, 0.0, gradient)
     if DROP_AFTER:
         gradient = tl.where(keeps, gradient * after, 0.0)
     return gradient
 
 
-@triton.jit(do_not_specialize=["least"], do_not_specialize_on_alignment=["key"])
+@triton.jit(do_not_specialize=["drop_below"], do_not_specialize_on_alignment=["key"])
 def normalise_and_rectify(
-    x,
-    bias,
-    weight,
-    shift,
-    mean,
-    var,
-    x2,
-    weight2,
-    shift2,
-    mean2,
-    var2,
-    residual,
-    key,
-    y,
-    rows,
-    rows_each,
-    before,
-    after,
-    least,
-    eps,
-    C: tl.constexpr,
-    DROP_BEFORE: tl.constexpr,
-    DROP_AFTER: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """The output. `before` and `after`: what dropout before and after the norm multiplies by."""
-    channel, known, row, place, first, count = part_of_rows(rows, rows_each, C, BLOCK_R, BLOCK_C)
-    zero, centre, rstd, weights, centre2, rstd2, weights2, added = _of_norms(
-        bias, weight, shift, mean, var, x2, weight2, shift2, mean2, var2, before, eps, channel,
-        known,
-    )  # fmt: skip
-    key0, key1 = folded_keys(key)
+    x, bias, weight, shift, key, x2, weight2, shift2, residual, mean, var, mean2, var2,
+    y, rows, part_rows, before, after, drop_below, eps,
+    C: tl.constexpr, DROP_BEFORE: tl.constexpr, DROP_AFTER: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Store the output y. Dropout multiplies what it keeps by `before` if it comes before the norm,
+    and by `after` if it comes after it."""
+    channel, valid, row, offsets, first, count = part_of_rows(rows, part_rows, C, BLOCK_R, BLOCK_C)
+    norms = _norms(
+        bias, weight, shift, mean, var, weight2, shift2, mean2, var2, before, eps, channel, valid
+    )
+    keys = folded_keys(key)
     for done in range(0, count, BLOCK_R):
-        inside = (row < count - done)[:, None] & known[None, :]
-        keeps = inside
-        if DROP_BEFORE or DROP_AFTER:
-            keeps = kept(first.to(tl.uint32) + place.to(tl.uint32), key0, key1, least)
-        out, _, _ = _relu_of(
-            x, x2, residual, first, place, inside, keeps,
-            zero, centre, weights * rstd, centre2, weights2 * rstd2, added, DROP_BEFORE,
+        out, _, _, inside, keeps = _load_tile(
+            x, x2, residual, first, row, offsets, count - done, valid, keys, drop_below, norms,
+            DROP_BEFORE, DROP_AFTER,
         )  # fmt: skip
         out = tl.where(out <= 0, 0.0, out)
         if DROP_AFTER:
             out = tl.where(keeps, out * after, 0.0)
-        tl.store(y + first + place, out.to(y.dtype.element_ty), mask=inside)
+        tl.store(y + first + offsets, out.to(y.dtype.element_ty), mask=inside)
         first += BLOCK_R * C
 
 
-@triton.jit(do_not_specialize=["least"], do_not_specialize_on_alignment=["key"])
+@triton.jit(do_not_specialize=["drop_below"], do_not_specialize_on_alignment=["key"])
 def partial_sums(
-    gy,
-    x,
-    bias,
-    weight,
-    shift,
-    mean,
-    var,
-    x2,
-    weight2,
-    shift2,
-    mean2,
-    var2,
-    residual,
-    key,
-    parts,
-    grad_residual,
-    rows,
-    rows_each,
-    before,
-    after,
-    least,
-    eps,
-    C: tl.constexpr,
-    DROP_BEFORE: tl.constexpr,
-    DROP_AFTER: tl.constexpr,
-    SUM_DROPPED: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """Over `rows_each` rows, the sums of the gradient of what ReLU is taken of, and of its products
-    with normalised x and x2; with `SUM_DROPPED` also over the dropped elements alone, and their
-    number. The gradient is that of the residual, and stored for it."""
-    channel, known, row, place, first, count = part_of_rows(rows, rows_each, C, BLOCK_R, BLOCK_C)
-    zero, centre, rstd, weights, centre2, rstd2, weights2, added = _of_norms(
-        bias, weight, shift, mean, var, x2, weight2, shift2, mean2, var2, before, eps, channel,
-        known,
-    )  # fmt: skip
-    key0, key1 = folded_keys(key)
+    gy, x, bias, weight, shift, key, x2, weight2, shift2, residual, mean, var, mean2, var2,
+    parts, grad_residual, rows, part_rows, before, after, drop_below, eps,
+    C: tl.constexpr, DROP_BEFORE: tl.constexpr, DROP_AFTER: tl.constexpr,
+    SUM_DROPPED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Store the `_sums` of a part of the rows, and the gradient of the residual."""
+    channel, valid, row, offsets, first, count = part_of_rows(rows, part_rows, C, BLOCK_R, BLOCK_C)
+    norms = _norms(
+        bias, weight, shift, mean, var, weight2, shift2, mean2, var2, before, eps, channel, valid
+    )
+    _, _, rstd, _, _, rstd2, _, _ = norms
+    keys = folded_keys(key)
     total = tl.full((BLOCK_R, BLOCK_C), 0.0, tl.float32)
-    product = tl.full((BLOCK_R, BLOCK_C), 0.0, tl.float32)
-    product2 = tl.full((BLOCK_R, BLOCK_C), 0.0, tl.float32)
-    dropped = tl.full((BLOCK_R, BLOCK_C), 0.0, tl.float32)
-    number = tl.full((BLOCK_R, BLOCK_C), 0.0, tl.float32)
+    product, product2, dropped, number = total, total, total, total
     for done in range(0, count, BLOCK_R):
-        inside = (row < count - done)[:, None] & known[None, :]
-        keeps = inside
-        if DROP_BEFORE or DROP_AFTER:
-            keeps = kept(first.to(tl.uint32) + place.to(tl.uint32), key0, key1, least)
-        out, distance, distance2 = _relu_of(
-            x, x2, residual, first, place, inside, keeps,
-            zero, centre, weights * rstd, centre2, weights2 * rstd2, added, DROP_BEFORE,
+        out, distance, distance2, inside, keeps = _load_tile(
+            x, x2, residual, first, row, offsets, count - done, valid, keys, drop_below, norms,
+            DROP_BEFORE, DROP_AFTER,
         )  # fmt: skip
-        gradient = _gradient_of_relu(gy, out, first, place, inside, keeps, after, DROP_AFTER)
+        gradient = _gradient_of_sum(gy, out, first, offsets, inside, keeps, after, DROP_AFTER)
         if grad_residual is not None:
             rounded = gradient.to(grad_residual.dtype.element_ty)
-            tl.store(grad_residual + first + place, rounded, mask=inside)
+            tl.store(grad_residual + first + offsets, rounded, mask=inside)
         total += gradient
         product += gradient * distance
         if x2 is not None:
@@ -201,151 +148,135 @@ def partial_sums(
             dropped += tl.where(keeps, 0.0, gradient)
             number += tl.where(inside & (keeps == 0), 1.0, 0.0)
         first += BLOCK_R * C
-    known = known[None, :]
-    of_one = tl.num_programs(0) * C
-    parts += tl.program_id(0) * C + channel[None, :]
-    tl.store(parts, tl.sum(total, 0)[None, :], mask=known)
-    tl.store(parts + of_one, tl.sum(product, 0)[None, :] * rstd, mask=known)
+    store_part(parts, 0, tl.sum(total, 0)[None, :], channel, valid, C)
+    store_part(parts, 1, tl.sum(product, 0)[None, :] * rstd, channel, valid, C)
     if x2 is not None:
-        tl.store(parts + 2 * of_one, tl.sum(product2, 0)[None, :] * rstd2, mask=known)
+        store_part(parts, 2, tl.sum(product2, 0)[None, :] * rstd2, channel, valid, C)
     if SUM_DROPPED:
-        tl.store(parts + 2 * of_one, tl.sum(dropped, 0)[None, :], mask=known)
-        tl.store(parts + 3 * of_one, tl.sum(number, 0)[None, :], mask=known)
+        store_part(parts, 2, tl.sum(dropped, 0)[None, :], channel, valid, C)
+        store_part(parts, 3, tl.sum(number, 0)[None, :], channel, valid, C)
 
 
 @triton.jit
 def _linear(weights, rstd, total, product, inverse_count):
-    """The gradient of x is weight * rstd * (g - mean of g - normal * mean of (g * normal)), where
-    normal is distance * rstd: the factors of g and of the distance, and the constant."""
+    """The gradient of x as a linear function of g, the gradient of the normalised x, and of the
+    distance of x from its mean: the factor of g, the factor of the distance and the constant.
+
+    It is weight * rstd * (g - mean of g - normal * mean of (g * normal)), with normal = distance *
+    rstd. `total` and `product` are the sums of g and of g * normal.
+    """
     of_gradient = weights * rstd
     of_distance = 0.0 - of_gradient * product * inverse_count * rstd
     return of_gradient, of_distance, 0.0 - of_gradient * total * inverse_count
 
 
-@triton.jit(do_not_specialize=["least"], do_not_specialize_on_alignment=["key"])
-def input_gradients(
-    gy,
-    x,
-    bias,
-    weight,
-    shift,
-    mean,
-    var,
-    x2,
-    weight2,
-    shift2,
-    mean2,
-    var2,
-    residual,
-    key,
-    grad_weight,
-    grad_shift,
-    grad_weight2,
-    dropped,
-    number,
-    dx,
-    dx2,
-    grad_residual,
-    grad_bias,
-    grad_shift2,
-    inverse_count,
-    rows,
-    rows_each,
-    before,
-    after,
-    least,
-    eps,
-    C: tl.constexpr,
-    DROP_BEFORE: tl.constexpr,
-    DROP_AFTER: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """The gradients of x and x2. And of two vectors, by the first programs: the second shift's, a
-    copy of the first's; and the bias', the sum of x's gradient over what was kept. Over all, before
-    dropout, that sum would be 0, so it is what is missing of the dropped ones, which are alike.
-    """
-    channel, known, row, place, first, count = part_of_rows(rows, rows_each, C, BLOCK_R, BLOCK_C)
-    zero, centre, rstd, weights, centre2, rstd2, weights2, added = _of_norms(
-        bias, weight, shift, mean, var, x2, weight2, shift2, mean2, var2, before, eps, channel,
-        known,
-    )  # fmt: skip
-    key0, key1 = folded_keys(key)
-    writes = known[None, :] & (tl.program_id(0) == 0)
-    total = _vector(grad_shift, channel, known)
-    of_gradient, of_distance, constant = _linear(
-        weights, rstd, total, _vector(grad_weight, channel, known), inverse_count
-    )
+@triton.jit
+def _linears(
+    norms, grad_weight, grad_shift, grad_weight2, x2, inverse_count, channel, valid
+):  # fmt: skip
+    """`_linear` of x and of x2. Without x2, that of x twice."""
+    _, _, rstd, weights, _, rstd2, weights2, _ = norms
+    total, product = vector(grad_shift, channel, valid), vector(grad_weight, channel, valid)
+    linear = _linear(weights, rstd, total, product, inverse_count)
+    linear2 = linear
     if x2 is not None:
-        product2 = _vector(grad_weight2, channel, known)
-        of_gradient2, of_distance2, constant2 = _linear(
-            weights2, rstd2, total, product2, inverse_count
-        )
-        tl.store(grad_shift2 + channel[None, :], total, mask=writes)
+        product2 = vector(grad_weight2, channel, valid)
+        linear2 = _linear(weights2, rstd2, total, product2, inverse_count)
+    return linear, linear2
+
+
+@triton.jit
+def _store_vectors(
+    grad_bias, grad_shift, grad_shift2, dropped, number, norms, linear, channel, valid
+):  # fmt: skip
+    """By the first program of each block of channels, store the gradients of shift2 and of the
+    bias, if they are wanted.
+
+    That of shift2 is a copy of shift's. That of the bias is the sum of x's gradient over the kept
+    elements. Over all elements, before dropout, the sum would be 0, so it is minus the sum over the
+    dropped ones, whose x are all the same.
+    """
+    first_program = valid[None, :] & (tl.program_id(0) == 0)
+    if grad_shift2 is not None:
+        total = vector(grad_shift, channel, valid)
+        tl.store(grad_shift2 + channel[None, :], total, mask=first_program)
     if grad_bias is not None:
-        missing = _vector(number, channel, known) * (of_distance * (zero - centre) + constant)
-        missing += of_gradient * _vector(dropped, channel, known)
-        tl.store(grad_bias + channel[None, :], 0.0 - missing, mask=writes)
+        zero, centre, _, _, _, _, _, _ = norms
+        of_gradient, of_distance, constant = linear
+        missing = vector(number, channel, valid) * (of_distance * (zero - centre) + constant)
+        missing += of_gradient * vector(dropped, channel, valid)
+        tl.store(grad_bias + channel[None, :], 0.0 - missing, mask=first_program)
+
+
+@triton.jit
+def _apply(linear, gradient, distance):
+    """The value of a `_linear` function."""
+    of_gradient, of_distance, constant = linear
+    return of_gradient * gradient + (of_distance * distance + constant)
+
+
+@triton.jit(do_not_specialize=["drop_below"], do_not_specialize_on_alignment=["key"])
+def input_gradients(
+    gy, x, bias, weight, shift, key, x2, weight2, shift2, residual, mean, var, mean2, var2,
+    grad_weight, grad_shift, grad_weight2, dropped, number,
+    dx, dx2, grad_residual, grad_bias, grad_shift2, inverse_count,
+    rows, part_rows, before, after, drop_below, eps,
+    C: tl.constexpr, DROP_BEFORE: tl.constexpr, DROP_AFTER: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Store the gradients of x and x2, and the vectors of `_store_vectors`."""
+    channel, valid, row, offsets, first, count = part_of_rows(rows, part_rows, C, BLOCK_R, BLOCK_C)
+    norms = _norms(
+        bias, weight, shift, mean, var, weight2, shift2, mean2, var2, before, eps, channel, valid
+    )
+    keys = folded_keys(key)
+    linear, linear2 = _linears(
+        norms, grad_weight, grad_shift, grad_weight2, x2, inverse_count, channel, valid
+    )
+    _store_vectors(
+        grad_bias, grad_shift, grad_shift2, dropped, number, norms, linear, channel, valid
+    )
     for done in range(0, count, BLOCK_R):
-        inside = (row < count - done)[:, None] & known[None, :]
-        keeps = inside
-        if DROP_BEFORE or DROP_AFTER:
-            keeps = kept(first.to(tl.uint32) + place.to(tl.uint32), key0, key1, least)
-        out, distance, distance2 = _relu_of(
-            x, x2, residual, first, place, inside, keeps,
-            zero, centre, weights * rstd, centre2, weights2 * rstd2, added, DROP_BEFORE,
+        out, distance, distance2, inside, keeps = _load_tile(
+            x, x2, residual, first, row, offsets, count - done, valid, keys, drop_below, norms,
+            DROP_BEFORE, DROP_AFTER,
         )  # fmt: skip
         if grad_residual is not None:
-            gradient = tl.load(grad_residual + first + place, mask=inside, other=0.0)
+            gradient = tl.load(grad_residual + first + offsets, mask=inside, other=0.0)
             gradient = gradient.to(tl.float32)
         else:
-            gradient = _gradient_of_relu(gy, out, first, place, inside, keeps, after, DROP_AFTER)
-        of_x = of_gradient * gradient + (of_distance * distance + constant)
+            gradient = _gradient_of_sum(gy, out, first, offsets, inside, keeps, after, DROP_AFTER)
+        grad_x = _apply(linear, gradient, distance)
         if DROP_BEFORE:
-            of_x = tl.where(keeps, of_x, 0.0)
-        tl.store(dx + first + place, of_x.to(dx.dtype.element_ty), mask=inside)
+            grad_x = tl.where(keeps, grad_x, 0.0)
+        tl.store(dx + first + offsets, grad_x.to(dx.dtype.element_ty), mask=inside)
         if x2 is not None:
-            of_x2 = of_gradient2 * gradient + (of_distance2 * distance2 + constant2)
-            tl.store(dx2 + first + place, of_x2.to(dx2.dtype.element_ty), mask=inside)
+            grad_x2 = _apply(linear2, gradient, distance2)
+            tl.store(dx2 + first + offsets, grad_x2.to(dx2.dtype.element_ty), mask=inside)
         first += BLOCK_R * C
 
 
 class Inputs(NamedTuple):
-    """Of the operator, its statistics among them; None where its form has none."""
+    """The operator's inputs and statistics, in the order in which the kernels take them. None where
+    the form has no such input; then its statistics are empty."""
 
     x: torch.Tensor
     bias: torch.Tensor | None
     weight: torch.Tensor
     shift: torch.Tensor
-    mean: torch.Tensor
-    var: torch.Tensor
+    key: torch.Tensor | None
     x2: torch.Tensor | None
     weight2: torch.Tensor | None
     shift2: torch.Tensor | None
-    mean2: torch.Tensor | None
-    var2: torch.Tensor | None
     residual: torch.Tensor | None
-    key: torch.Tensor | None
-
-
-class Settings(NamedTuple):
-    p: float
-    eps: float
-    drop_after: bool
-
-
-def forward(inputs: Inputs, settings: Settings, y: torch.Tensor) -> None:
-    """Fill `y`, and the means and variances among `inputs`. All images are channels-last."""
-    x, x2, drop_after = inputs.x, inputs.x2, settings.drop_after
-    others = () if x2 is None else (inputs.mean2, inputs.var2)
-    p_before = 0.0 if drop_after else settings.p
-    statistics(x, inputs.bias, inputs.key, p_before, (inputs.mean, inputs.var), x2, others)
-    parts, numbers, options = _launch(x, settings)
-    normalise_and_rectify[parts, blocks(x.shape[1], CHANNELS)](*inputs, y, *numbers, **options)
+    mean: torch.Tensor
+    var: torch.Tensor
+    mean2: torch.Tensor
+    var2: torch.Tensor
 
 
 class Gradients(NamedTuple):
-    """Of the operator's inputs; empty where its form has none."""
+    """The gradients of the operator's inputs; empty where the form has no such input."""
 
     x: torch.Tensor
     bias: torch.Tensor
@@ -357,41 +288,73 @@ class Gradients(NamedTuple):
     residual: torch.Tensor
 
 
+class Settings(NamedTuple):
+    p: float
+    eps: float
+    drop_after: bool
+
+
+class _Launch(NamedTuple):
+    """What the launches of all kernels over rows share."""
+
+    grid: tuple[int, int]
+    scalars: tuple[float, ...]
+    options: dict[str, Any]
+
+
+def forward(inputs: Inputs, settings: Settings, y: torch.Tensor) -> None:
+    """Fill `y`, which is channels-last, and the statistics among `inputs`."""
+    inputs = _laid_out(inputs)
+    x, bias, key = inputs.x, inputs.bias, inputs.key
+    p_before = 0.0 if settings.drop_after else settings.p
+    targets, other_targets = (inputs.mean, inputs.var), (inputs.mean2, inputs.var2)
+    statistics(x, bias, key, p_before, targets, inputs.x2, other_targets)
+    launch = _launch(x, settings)
+    normalise_and_rectify[launch.grid](*inputs, y, *launch.scalars, **launch.options)
+
+
 def backward(gy: torch.Tensor, inputs: Inputs, settings: Settings, gradients: Gradients) -> None:
-    """Fill `gradients`."""
+    """Fill `gradients`, whose images are channels-last."""
+    gy, inputs = channels_last(gy), _laid_out(inputs)
     x = inputs.x
-    rows, c = x.numel() // x.shape[1], x.shape[1]
-    parts, numbers, options = _launch(x, settings)
-    grid = parts, blocks(c, CHANNELS)
-    # What is added to all of a channel, normalisation takes away again, unless dropout is between.
-    sum_dropped = inputs.bias is not None and options["DROP_BEFORE"]
-    dropped = x.new_empty((2, c), dtype=torch.float32) if sum_dropped else ()
+    launch = _launch(x, settings)
+    # The norm cancels what is added to all of a channel, unless dropout comes in between.
+    sum_dropped = inputs.bias is not None and launch.options["DROP_BEFORE"]
+    dropped = x.new_empty((2, x.shape[1]), dtype=torch.float32) if sum_dropped else ()
     sums = [gradients.shift, gradients.weight, *dropped]
     if inputs.x2 is not None:
         sums.append(gradients.weight2)
     grad_residual = None if inputs.residual is None else gradients.residual
-    values = buffers(len(sums), parts, x)
-    partial_sums[grid](
-        gy, *inputs, values, grad_residual, *numbers, SUM_DROPPED=sum_dropped, **options
-    )
-    sum_parts(values, *sums)
-    input_gradients[grid](
+    parts = buffers(len(sums), launch.grid[0], x)
+    partial_sums[launch.grid](
+        gy, *inputs, parts, grad_residual, *launch.scalars, SUM_DROPPED=sum_dropped,
+        **launch.options,
+    )  # fmt: skip
+    sum_parts(parts, *sums)
+    input_gradients[launch.grid](
         gy, *inputs, gradients.weight, gradients.shift, gradients.weight2,
         *(dropped if sum_dropped else (None, None)), gradients.x, gradients.x2, grad_residual,
-        gradients.bias if sum_dropped else None, gradients.shift2, 1 / rows, *numbers, **options,
+        gradients.bias if sum_dropped else None,
+        None if inputs.x2 is None else gradients.shift2,
+        x.shape[1] / x.numel(), *launch.scalars, **launch.options,
     )  # fmt: skip
     if not sum_dropped:
         gradients.bias.zero_()
 
 
-def _launch(x: torch.Tensor, settings: Settings) -> tuple[int, tuple, dict[str, int]]:
-    """The number of parts of the rows; and what all kernels that go over them take last."""
+def _laid_out(inputs: Inputs) -> Inputs:
+    x2, residual = (
+        None if image is None else channels_last(image) for image in (inputs.x2, inputs.residual)
+    )
+    return inputs._replace(x=channels_last(inputs.x), x2=x2, residual=residual)
+
+
+def _launch(x: torch.Tensor, settings: Settings) -> _Launch:
     p, eps, drop_after = settings
     rows, c = x.numel() // x.shape[1], x.shape[1]
-    rows_each, parts, tile = split(rows, c, ROWS_TILE)
-    drop_before, drop_after = p > 0 and not drop_after, p > 0 and drop_after
-    scale = 1 / (1 - p)
-    before, after = scale if drop_before else 1.0, scale if drop_after else 1.0
-    numbers = rows, rows_each, before, after, threshold(p), eps
-    drops = {"DROP_BEFORE": drop_before, "DROP_AFTER": drop_after}
-    return parts, numbers, {"C": c, **drops, **tile, "num_warps": WARPS}
+    part_rows, parts, tile = split(rows, c, ROWS_TILE)
+    drops = {"DROP_BEFORE": p > 0 and not drop_after, "DROP_AFTER": p > 0 and drop_after}
+    before, after = (1 / (1 - p) if drop else 1.0 for drop in drops.values())
+    scalars = rows, part_rows, before, after, threshold(p), eps
+    options = {"C": c, **drops, **tile, "num_warps": WARPS}
+    return _Launch((parts, triton.cdiv(c, CHANNELS)), scalars, options)

@@ -19,7 +19,7 @@ from fastlab.config import Config
 from fastlab.console import UserError
 from fastlab.dataset.manifest import Manifest, check_sizes, read_manifest
 from fastlab.machine import has_bf16
-from fastlab.models.norm import synchronise
+from fastlab.models.sync_norm import synchronise
 from fastlab.runs import RunDir
 from fastlab.training.distributed import agreed
 from fastlab.training.optim import make_optimizer

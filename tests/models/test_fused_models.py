@@ -1,4 +1,4 @@
-"""Whole models by the fused operators, in Triton's interpreter on a CPU, against plain layers."""
+"""Whole models with fused operators, in Triton's interpreter on a CPU, against plain layers."""
 
 from collections.abc import Iterator
 
@@ -15,15 +15,10 @@ from tests.models import triton_kernels
 pytest.importorskip("triton")
 
 
-@pytest.fixture(scope="module")
-def interpreted():
-    return triton_kernels.interpreted()
-
-
 @pytest.fixture
 def fused(interpreted, monkeypatch) -> Iterator[list[str]]:
-    """Operators run wherever they would on a GPU; the tensors of higher precision, for reference,
-    take the plain layers. Lists the operators that ran."""
+    """Fused operators run wherever they would on a GPU, except on float64 tensors: the reference
+    takes the plain layers. Lists the operators that ran."""
     ran = []
     for module, name in ((norm_pool, "dropout_norm_relu_pool"), (norm_relu, "norm_relu")):
         operator = getattr(module, name)
@@ -42,7 +37,8 @@ def recorded(operator, ran: list[str]):
 
 
 def make_model(name: str, dtype: torch.dtype, settings: dict, seed: int = 3) -> nn.Module:
-    """Away from its initial values, with weights of both signs in its norms."""
+    """A model whose parameters are not the initial ones: the weights of its norms have both
+    signs."""
     torch.manual_seed(seed)
     model = build(ModelConfig(name=name, width=4, **settings), 5)
     with torch.no_grad():
@@ -54,11 +50,12 @@ def make_model(name: str, dtype: torch.dtype, settings: dict, seed: int = 3) -> 
 def trained(
     model: nn.Module, steps: int, half: torch.dtype | None = None
 ) -> dict[str, torch.Tensor]:
-    """Logits, gradients and running statistics of each step; under autocast to `half`, if given."""
+    """Train the model; return the logits, gradients and running statistics of each step. With
+    `half`, under autocast to it."""
     dtype = next(model.parameters()).dtype
     generator = torch.Generator().manual_seed(4)
     keys = DropoutKeys(model, 1, rank=0, device=torch.device("cpu"))
-    found = {}
+    results = {}
     for step in range(steps):
         keys.set(torch.tensor([step]))
         images = torch.randn(4, 3, 16, 16, generator=generator).to(dtype)
@@ -71,18 +68,18 @@ def trained(
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
-                    found[f"{step} {name}"] = parameter.grad.clone()
+                    results[f"{step} {name}"] = parameter.grad.clone()
                     parameter.sub_(0.01 * parameter.grad)
-        found[f"{step} logits"] = logits.detach()
+        results[f"{step} logits"] = logits.detach()
         running = {n: b for n, b in model.named_buffers() if "running" in n}
-        found |= {f"{step} {name}": buffer.clone() for name, buffer in running.items()}
-    return found
+        results |= {f"{step} {name}": buffer.clone() for name, buffer in running.items()}
+    return results
 
 
-def errors(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Of each tensor, relative to its size."""
-    assert found.keys() == exact.keys()
-    return torch.stack([(found[n].double() - exact[n]).norm() / exact[n].norm() for n in exact])
+def errors(results: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The error of each tensor, relative to its norm."""
+    assert results.keys() == exact.keys()
+    return torch.stack([(results[n].double() - exact[n]).norm() / exact[n].norm() for n in exact])
 
 
 MODELS = [
@@ -96,12 +93,12 @@ MODELS = [
 
 
 @pytest.mark.parametrize(("name", "settings", "operators"), MODELS)
-def test_single_precision_is_that_of_plain_layers(fused, name, settings, operators):
+def test_single_precision_equals_that_of_plain_layers(fused, name, settings, operators):
     exact = trained(make_model(name, torch.float64, settings), 2)
     assert not fused
-    found = trained(make_model(name, torch.float32, settings), 2)
+    results = trained(make_model(name, torch.float32, settings), 2)
     assert len(fused) == 2 * operators
-    assert errors(found, exact).max() < 1e-4
+    assert errors(results, exact).max() < 1e-4
 
 
 @pytest.mark.slow
@@ -109,8 +106,8 @@ def test_single_precision_is_that_of_plain_layers(fused, name, settings, operato
 def test_half_precision_is_about_as_good_as_that_of_plain_layers(
     fused, monkeypatch, name, settings, operators
 ):
-    """Rounding takes elements across ReLU's edge, so that the errors of one so small a model are
-    anywhere between half and twice those of another: several are asked."""
+    """Rounding moves elements across the kink of ReLU, so the errors of one such small model are
+    anywhere between half and twice those of another: several models are averaged."""
     seeds, half = 4, torch.bfloat16
     exact = [trained(make_model(name, torch.float64, settings, seed), 1) for seed in range(seeds)]
     ours = [trained(make_model(name, torch.float32, settings, n), 1, half) for n in range(seeds)]
@@ -119,7 +116,7 @@ def test_half_precision_is_about_as_good_as_that_of_plain_layers(
         monkeypatch.setattr(module, "supported", lambda x: False)
     plain = [trained(make_model(name, torch.float32, settings, n), 1, half) for n in range(seeds)]
     ours, plain = (
-        torch.stack([errors(one, right) for one, right in zip(found, exact, strict=True)])
-        for found in (ours, plain)
+        torch.stack([errors(run, reference) for run, reference in zip(runs, exact, strict=True)])
+        for runs in (ours, plain)
     )
     assert (ours / plain).log().mean().exp() < 1.5

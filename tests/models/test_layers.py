@@ -1,4 +1,4 @@
-"""Convolutions and norms: what they leave out must not show."""
+"""Convolutions and norms: leaving out a bias or a counter must not change results."""
 
 import copy
 from typing import get_args
@@ -23,7 +23,7 @@ def frozen(**settings) -> set[str]:
     return {name for name, p in model.named_parameters() if not p.requires_grad}
 
 
-def test_biases_that_a_norm_follows_without_dropout_are_exempt_from_training():
+def test_biases_that_a_norm_follows_without_dropout_are_not_trained():
     blocks = [f"blocks.{number}." for number in range(5)]
     always = {f"{block}{part}.bias" for block in blocks for part in ("conv2", "shortcut.0")}
     assert frozen(name="resnet11") == always
@@ -39,7 +39,7 @@ def test_without_norms_every_bias_is_trained(name):
 
 
 def with_bias() -> tuple[nn.Module, nn.Module]:
-    """A convolution and a norm whose statistics are those of many batches."""
+    """A convolution with a bias, and a norm whose statistics are not the initial ones."""
     torch.manual_seed(1)
     conv, norm = Convolution(3, 6, 3, padding=1), BatchNorm(6)
     nn.init.normal_(conv.bias)
@@ -49,7 +49,7 @@ def with_bias() -> tuple[nn.Module, nn.Module]:
 
 
 def test_a_cancelled_bias_changes_nothing_but_the_running_mean():
-    """Against PyTorch's own layers, which add it."""
+    """The reference, PyTorch's own layers, adds the bias."""
     conv, norm = with_bias()
     plain = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6))
     plain[0].load_state_dict(conv.state_dict())
@@ -73,7 +73,7 @@ def test_a_cancelled_bias_changes_nothing_but_the_running_mean():
 
 
 def test_a_bias_before_dropout_is_added():
-    """What is dropped is zero, not the bias: the norm does not cancel it."""
+    """A dropped element is zero and lacks the bias, so the norm does not cancel the bias."""
     conv, norm = with_bias()
     dropout = Dropout(0.5)
     freeze_cancelled(conv, 0.5, norm)
@@ -97,7 +97,7 @@ def test_batches_are_not_counted_and_older_weights_load(name):
     build(ModelConfig(name=name, width=4), 5).load_state_dict(older)
 
 
-def test_the_stem_takes_images_that_are_filled_up_to_eight_channels(monkeypatch):
+def test_a_stem_filled_up_to_eight_channels_computes_the_same(monkeypatch):
     stem = StemConvolution(3, 4, 5, padding=2)
     padded, seen = copy.deepcopy(stem), []
     monkeypatch.setattr(layers, "STEM_INPUTS", 8)

@@ -11,7 +11,6 @@ import torchvision
 from torch import nn
 
 from fastlab.config import ModelConfig, ModelName
-from fastlab.console import UserError
 from fastlab.models import MODELS, SMALLEST_IMAGE, build, count_parameters
 from fastlab.models.dropout import Dropout, DropoutKeys
 from fastlab.models.layers import Pointwise
@@ -63,7 +62,7 @@ def parameters(classes: int = 200, **settings) -> int:
 
 
 def usual_resnet18(classes: int) -> nn.Module:
-    """torchvision's, its stem replaced by a 3x3 convolution of stride 1 without a pool."""
+    """torchvision's ResNet-18, with a stem of a 3x3 convolution of stride 1 and no pool."""
     model = torchvision.models.resnet18(num_classes=classes)
     model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     model.maxpool = nn.Identity()
@@ -71,7 +70,7 @@ def usual_resnet18(classes: int) -> nn.Module:
 
 
 def shaken(model: nn.Module) -> nn.Module:
-    """`model` with every weight and statistic away from its initial value."""
+    """Move every weight and statistic of `model` away from its initial value; return it."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
@@ -86,7 +85,7 @@ def images(count: int, side: int = 64) -> torch.Tensor:
 
 
 class Plain:
-    """Takes a model's layers in the order of the network and applies them as functions."""
+    """Applies a model's layers as functions, each kind in the order of the network."""
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = {
@@ -119,7 +118,7 @@ class Plain:
         mask = expected_mask(x.shape, tuple(layer.key().tolist()), p)
         return x * torch.from_numpy(mask) / (1 - p)
 
-    def left(self) -> Iterator[nn.Module]:
+    def unused(self) -> Iterator[nn.Module]:
         return (layer for layers in self._layers.values() for layer in layers)
 
 
@@ -145,7 +144,7 @@ def plain_cnn8(plain: Plain, x: torch.Tensor, p: dict[str, float]) -> torch.Tens
     return plain.dense(plain.drop(x, p["fc"]))
 
 
-def test_names_of_the_configuration_are_those_of_the_models():
+def test_the_configuration_names_exactly_the_models():
     assert set(get_args(ModelName)) == set(MODELS)
 
 
@@ -155,13 +154,13 @@ def test_resnet11_has_the_reports_number_of_parameters():
 
 @pytest.mark.parametrize("classes", [10, 200])
 @pytest.mark.parametrize("name", RESNET_DEPTHS)
-def test_resnet_has_the_number_of_parameters_of_its_description(name, classes):
+def test_a_resnet_has_the_number_of_parameters_of_its_description(name, classes):
     assert parameters(classes, name=name) == resnet_count(name, classes)
 
 
 @pytest.mark.parametrize("classes", [10, 200])
 @pytest.mark.parametrize("name", CNN_DEPTHS)
-def test_cnn_has_the_number_of_parameters_of_its_description(name, classes):
+def test_a_cnn_has_the_number_of_parameters_of_its_description(name, classes):
     assert parameters(classes, name=name) == cnn_count(name, classes)
 
 
@@ -181,7 +180,7 @@ def test_resnet18_gives_torchvisions_logits():
 
 @pytest.mark.parametrize("classes", [2, 200])
 @pytest.mark.parametrize("name", get_args(ModelName))
-def test_logits_have_a_row_an_image_and_a_column_a_class(name, classes):
+def test_logits_have_a_row_per_image_and_a_column_per_class(name, classes):
     model = build(ModelConfig(name=name, width=8), classes)
     logits = model(images(3))
     assert logits.shape == (3, classes)
@@ -191,7 +190,7 @@ def test_logits_have_a_row_an_image_and_a_column_a_class(name, classes):
 
 
 @pytest.mark.parametrize("name", SMALLEST_IMAGE)
-def test_a_cnn_takes_images_down_to_the_smallest_named(name):
+def test_a_cnn_takes_images_down_to_its_smallest_size(name):
     model = build(ModelConfig(name=name, width=2), 5)
     smallest = SMALLEST_IMAGE[name]
     assert model(images(2, smallest)).shape == (2, 5)
@@ -202,31 +201,31 @@ def test_a_cnn_takes_images_down_to_the_smallest_named(name):
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("inputs", [2, 4, 7, 8, 12, 15, 16, 24])
 @pytest.mark.parametrize("images", [5, 16])
-def test_pointwise_convolution_in_channels_last_has_the_gradients_of_fp64(images, inputs, stride):
-    """Left to oneDNN with few channels, the strided one ends in a crash on some CPUs."""
+def test_a_pointwise_convolution_in_channels_last_has_the_gradients_of_fp64(images, inputs, stride):
+    """With few channels, oneDNN's strided convolution would crash on some CPUs."""
     layer = Pointwise(inputs, 2 * inputs, stride)
     exact = nn.Conv2d(inputs, 2 * inputs, 1, stride, dtype=torch.float64)
     exact.load_state_dict(layer.state_dict())
     layer.to(memory_format=torch.channels_last)
     batch = torch.randn(images, inputs, 32, 32)
     for _ in range(3):
-        found = batch.clone(memory_format=torch.channels_last).requires_grad_()
+        actual = batch.clone(memory_format=torch.channels_last).requires_grad_()
         expected = batch.double().requires_grad_()
         layer.zero_grad()
         exact.zero_grad()
-        layer(found).square().sum().backward()
+        layer(actual).square().sum().backward()
         exact(expected).square().sum().backward()
-        pairs = [(found, expected), *zip(layer.parameters(), exact.parameters(), strict=True)]
+        pairs = [(actual, expected), *zip(layer.parameters(), exact.parameters(), strict=True)]
         for mine, theirs in pairs:
             torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 @pytest.mark.parametrize(("name", "plain"), [("resnet11", plain_resnet11), ("cnn8", plain_cnn8)])
-def test_forward_pass_is_that_of_the_description_with_each_dropout_in_its_place(
+def test_the_forward_pass_follows_the_description_with_each_dropout_in_its_place(
     name, plain, training
 ):
-    """In training the same values are dropped only where shapes, order and shares agree."""
+    """In training, the same values are dropped only if shapes, order and probabilities agree."""
     shares = {"stem": 0.15, "conv": 0.3, "fc": 0.5}
     settings = {f"dropout_{key}": value for key, value in shares.items()}
     model = shaken(build(ModelConfig(name=name, width=8, **settings), 20)).train(training)
@@ -235,7 +234,7 @@ def test_forward_pass_is_that_of_the_description_with_each_dropout_in_its_place(
     with torch.no_grad():
         expected = plain(layers, images(4), shares)
         torch.testing.assert_close(model(images(4)), expected, rtol=1e-4, atol=1e-4)
-    assert not list(layers.left())
+    assert not list(layers.unused())
     assert expected.std() > 0.01
 
 
@@ -250,17 +249,17 @@ def test_each_dropout_setting_reaches_its_own_part(name, stem, conv_part, head):
 
 
 @pytest.mark.parametrize("name", get_args(ModelName))
-def test_without_batch_norm_there_is_none(name):
+def test_without_batch_norm_a_model_has_no_norm(name):
     model = build(ModelConfig(name=name, width=8, batch_norm=False), 5)
     assert not [m for m in model.modules() if "norm" in type(m).__name__.lower()]
     assert {name.rpartition(".")[2] for name, _ in model.named_buffers()} <= {"keys"}
-    assert model(images(1)).isfinite().all()  # one image is enough then
+    assert model(images(1)).isfinite().all()  # without norms, one image is enough
     # A convolution that no norm follows needs its own bias.
     assert all(m.bias is not None for m in model.modules() if isinstance(m, nn.Conv2d))
 
 
 @pytest.mark.parametrize("name", RESNET_DEPTHS)
-def test_without_shortcuts_exactly_their_parameters_are_gone(name):
+def test_without_shortcuts_exactly_their_parameters_are_missing(name):
     gone = sum(conv(i, o, 1) + norm(o) for i, o in RESNET_BLOCKS[: RESNET_DEPTHS[name]])
     assert parameters(name=name) - parameters(name=name, shortcuts=False) == gone
 
@@ -272,7 +271,7 @@ def test_resnet18_without_shortcuts_lacks_its_three_projections():
 
 
 @pytest.mark.parametrize("name", ["resnet11", "resnet18"])
-def test_without_shortcuts_a_block_of_zero_weights_passes_nothing_on(name):
+def test_without_shortcuts_a_block_of_zero_weights_passes_nothing(name):
     for shortcuts in (True, False):
         model = build(ModelConfig(name=name, width=8, shortcuts=shortcuts), 5).eval()
         for block in model.blocks:
@@ -281,8 +280,3 @@ def test_without_shortcuts_a_block_of_zero_weights_passes_nothing_on(name):
                 nn.init.zeros_(block.conv2.bias)
         logits = model(images(2))
         assert torch.equal(logits[0], logits[1]) != shortcuts
-
-
-def test_unknown_model_is_refused_with_the_nearest_name():
-    with pytest.raises(UserError, match=r'"resnet12"; nearest: resnet1'):
-        build(ModelConfig(name="resnet12"), 5)

@@ -7,21 +7,21 @@ from fastlab.models.norm_pool import dropout_norm_relu_pool, supported
 from tests.models.test_norm_pool import (
     EPS,
     Case,
-    assert_right,
-    assert_same_bits,
+    assert_correct,
     make_case,
     run,
 )
+from tests.models.triton_kernels import assert_replays, assert_same_bits
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    # What torch and Triton warn of on one machine or another is no failure of fastlab's.
+    # torch and Triton warn of different things on different machines.
     pytest.mark.filterwarnings("ignore"),
 ]
 
 HALF = torch.bfloat16
-# Sums of half a million terms, whose order is not the reference's.
+# The limit for sums of half a million terms, which the reference adds in another order.
 SUMS = 1e-4
 
 
@@ -34,14 +34,14 @@ def cuda_case(shape: tuple[int, ...], dtype: torch.dtype = HALF, **settings) -> 
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("p", [0.0, 0.15])
 @pytest.mark.parametrize("shape", [(8, 64, 64, 64), (128, 64, 64, 64)])
-def test_batches_of_the_usual_size_are_right_and_repeated_to_the_bit(shape, p, size):
+def test_batches_of_the_usual_size_are_correct_and_two_runs_agree_to_the_bit(shape, p, size):
     case = cuda_case(shape, size=size, p=p)
-    assert_same_bits(assert_right(case, SUMS), run(case))
+    assert_same_bits(assert_correct(case, SUMS), run(case))
 
 
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("bias", [False, True])
-# One type a shape: each pair compiles all kernels anew, and a rented GPU is paid by the minute.
+# One type per shape: each pair compiles all kernels again, and a rented GPU costs by the minute.
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [
@@ -51,29 +51,29 @@ def test_batches_of_the_usual_size_are_right_and_repeated_to_the_bit(shape, p, s
         ((2, 512, 9, 8), torch.float32),
     ],
 )
-def test_odd_sizes_and_other_types_are_right(shape, bias, dtype, size):
-    assert_right(cuda_case(shape, dtype, size=size, bias=bias), SUMS)
+def test_odd_sizes_and_other_types_are_correct(shape, bias, dtype, size):
+    assert_correct(cuda_case(shape, dtype, size=size, bias=bias), SUMS)
 
 
-def test_single_precision_far_from_zero_is_right():
-    assert_right(cuda_case((16, 64, 32, 32), torch.float32, mean=100.0), SUMS)
+def test_single_precision_far_from_zero_is_correct():
+    assert_correct(cuda_case((16, 64, 32, 32), torch.float32, mean=100.0), SUMS)
 
 
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
-def test_of_equal_values_the_first_is_chosen_as_by_max_pool2d(sign):
+def test_the_first_of_equal_values_is_chosen_as_by_max_pool2d(sign):
     case = cuda_case((4, 64, 33, 32), p=0.3, bias=False)
     case.x.copy_(case.x.round().clamp(-1, 1))
     case.weight.fill_(sign)
-    assert_right(case, SUMS)
+    assert_correct(case, SUMS)
 
 
-def test_statistics_take_more_tiles_than_one_of_each_program():
-    """A batch whose parts of sums are of several tiles, and whose strips are too many for one of
-    each program."""
-    assert_right(cuda_case((64, 512, 32, 32)), SUMS)
+def test_programs_that_take_several_tiles_and_strips_are_correct():
+    """In this batch, each part of a sum has several tiles, and there are more strips than
+    programs."""
+    assert_correct(cuda_case((64, 512, 32, 32)), SUMS)
 
 
-def test_what_is_not_a_number_shows_in_its_channel():
+def test_nan_shows_in_its_channel_only():
     case = cuda_case((2, 64, 16, 16))
     case.x[1, 2, 3, 3] = float("nan")
     y = run(case)["y"]
@@ -82,20 +82,20 @@ def test_what_is_not_a_number_shows_in_its_channel():
 
 
 def doubled(x, *others):
-    """The operator, fed by a product that a compiler may lay out as it likes."""
+    """The operator on a product, for which the compiler may choose any layout."""
     return dropout_norm_relu_pool(x * 2, *others)
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_compiled_code_gets_the_same_bits(bias):
+def test_compiled_code_gives_the_same_bits(bias):
     case = cuda_case((8, 64, 64, 64), bias=bias)
     torch.compiler.reset()
     compiled = torch.compile(doubled, fullgraph=True)
     assert_same_bits(run(case, compiled), run(case, doubled))
 
 
-def test_compiled_convolution_feeds_it():
-    """A convolution whose output has the layout of its own choice: what follows gets it right."""
+def test_the_output_of_a_compiled_convolution_is_taken_in_any_layout():
+    """The compiler chooses the layout of the convolution's output."""
     case = cuda_case((8, 64, 32, 32))
     kernel = torch.randn(64, 64, 3, 3, device="cuda", dtype=HALF) / 24
     kernel = kernel.contiguous(memory_format=torch.channels_last)
@@ -104,36 +104,19 @@ def test_compiled_convolution_feeds_it():
         return dropout_norm_relu_pool(torch.conv2d(x, kernel, padding=1), *others)
 
     torch.compiler.reset()
-    found, expected = run(case, torch.compile(convolved, fullgraph=True)), run(case, convolved)
-    for name in ("y", "mean", "var", "weight", "shift"):  # another algorithm may convolve
+    results, expected = run(case, torch.compile(convolved, fullgraph=True)), run(case, convolved)
+    # The compiler may choose another algorithm for the convolution.
+    for name in ("y", "mean", "var", "weight", "shift"):
         largest = expected[name].abs().max().item()
-        torch.testing.assert_close(found[name], expected[name], rtol=0.02, atol=0.02 * largest)
+        torch.testing.assert_close(results[name], expected[name], rtol=0.02, atol=0.02 * largest)
 
 
 def test_a_captured_graph_replays_the_same_bits_and_follows_its_inputs():
     case = cuda_case((8, 64, 64, 64))
-    expected = run(case)
-    others = [key.to("cuda") for key in torch.tensor([[1, 2], [-3, 4]], dtype=torch.int32)]
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run(case)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run(case)
-    for _ in range(2):
-        graph.replay()
-        assert_same_bits(captured, expected)
-    for key in others:
-        case.key.copy_(key)
-        graph.replay()
-        assert not torch.equal(captured["y"], expected["y"])
-        assert_same_bits(captured, run(case))
+    assert_replays(run, case)
 
 
-def test_the_operators_keep_what_they_promise_to_the_compiler():
+def test_the_operators_pass_opcheck():
     from fastlab.models import norm_pool
 
     case = cuda_case((2, 64, 8, 8))

@@ -1,14 +1,15 @@
-"""The project's Triton kernels in tests: run by Triton's interpreter on a CPU, or compiled for an
-H100 without one."""
+"""Tests run the project's Triton kernels in Triton's interpreter on a CPU, or compile them for an
+H100 without having one."""
 
 import importlib
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,12 +17,12 @@ import torch
 
 from fastlab import models
 
-# The first is what the others share.
-NAMES = ("norm_kernels", "norm_pool_kernels", "norm_relu_kernels")
+# In the order of their imports: each imports from those before it.
+NAMES = ("norm_kernels", "norm_pool_forward", "norm_pool_backward", "norm_relu_kernels")
 
 
 def fresh() -> SimpleNamespace:
-    """The modules of the kernels, loaded once more: how they run is settled while they load."""
+    """Load the modules of the kernels once more: how kernels run is decided while they load."""
     modules = {name: f"{models.__name__}.{name}" for name in NAMES}
     with pytest.MonkeyPatch.context() as patch:
         for name, module in modules.items():
@@ -32,7 +33,7 @@ def fresh() -> SimpleNamespace:
 
 
 def interpreted() -> SimpleNamespace:
-    """The modules of the kernels for Triton's interpreter."""
+    """Load the modules of the kernels for Triton's interpreter."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         return fresh()
@@ -40,17 +41,17 @@ def interpreted() -> SimpleNamespace:
 
 @contextmanager
 def running(loaded: SimpleNamespace) -> Iterator[None]:
-    """Within it, operators run these kernels, which are `interpreted`."""
+    """Within this context, operators run the kernels of `loaded`, which are `interpreted`."""
     from triton import language
     from triton.runtime import interpreter
 
     with pytest.MonkeyPatch.context() as patch:
-        # Triton itself was loaded to compile; the interpreter takes no function meant for that.
+        # Triton's own functions were loaded to be compiled, and the interpreter cannot run those.
         patch.setattr(language, "sum", _interpreted_sum)
         patched = _with_index(interpreter._patch_lang_tensor)
         patch.setattr(interpreter, "_patch_lang_tensor", patched)
         patch.setattr(interpreter, "_convert_float", _rounded)
-        # Each call inside a kernel would prepare the language once more, which takes milliseconds.
+        # Each call inside a kernel would patch the language again, which takes milliseconds.
         patch.setattr(interpreter.InterpretedFunction, "__call__", _call_prepared)
         for name, module in vars(loaded).items():
             patch.setitem(sys.modules, f"{models.__name__}.{name}", module)
@@ -69,7 +70,7 @@ def _call_prepared(function, *args, **settings):
 
 
 def _with_index(patch_tensor):
-    """Triton 3.6 takes an array of one element for a number, as numpy no longer does."""
+    """Triton 3.6 uses an array of one element as a number, which numpy no longer allows."""
 
     def patched(tensor, scope):
         patch_tensor(tensor, scope)
@@ -82,22 +83,22 @@ _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def _rounded(values, source, target, rounding):
-    """Between float32 and bfloat16 as a GPU does: the interpreter would cut the lower bits off."""
+    """Convert between float32 and bfloat16 as a GPU does: the interpreter would truncate."""
     types = [_TYPES[dtype.name] for dtype in (source, target)]
     tensor = torch.from_numpy(np.ascontiguousarray(values)).view(types[0]).to(types[1])
     return tensor.view(torch.uint16 if target.name == "bf16" else torch.uint32).numpy()
 
 
 class Launch:
-    """A kernel, and what it was launched with."""
+    """A kernel and the arguments of its launch."""
 
     def __init__(self, kernel, args: tuple, settings: dict[str, int]) -> None:
         self.kernel, self.args, self.settings = kernel, args, settings
 
 
 def record_launches(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> list[Launch]:
-    """Launches from now on of kernels of the kind that `module`, one with `partial_sums`, has. None
-    of them runs."""
+    """Record launches from now on, into the list returned, and run none of the kernels. `module`
+    has a kernel `partial_sums` of the kind to record: interpreted or compiled."""
     launched = []
 
     def record(kernel, *args, grid, warmup, **settings):
@@ -116,7 +117,8 @@ _POINTERS = {
 
 
 def compiled(launch: Launch) -> dict[str, str | bytes]:
-    """The kernel for an H100, as this launch would have it compiled: its forms by name."""
+    """Compile the kernel for an H100 as this launch would; return its code in each form by name,
+    such as "ptx"."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -143,7 +145,7 @@ def compiled(launch: Launch) -> dict[str, str | bytes]:
 
 
 def registers(launch: Launch, directory: Path) -> int:
-    """How many registers a thread of the kernel takes on an H100. It fails where they spill."""
+    """How many registers a thread of the kernel takes on an H100. Fails if registers spill."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -154,6 +156,36 @@ def registers(launch: Launch, directory: Path) -> int:
     usage = subprocess.run(
         [tool, "-res-usage", binary], capture_output=True, text=True, check=True
     ).stdout
-    found = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    assert found["STACK"] == found["LOCAL"] == 0, launch.kernel
-    return found["REG"]
+    resources = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    assert resources["STACK"] == resources["LOCAL"] == 0, launch.kernel
+    return resources["REG"]
+
+
+def assert_same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def assert_replays(run: Callable[[Any], dict[str, torch.Tensor]], case: Any) -> None:
+    """`run(case)`, captured in a CUDA graph, gives the same bits as without one, and its replays
+    follow changes of `case.key`."""
+    expected = run(case)
+    other_keys = [key.to("cuda") for key in torch.tensor([[1, 2], [-3, 4]], dtype=torch.int32)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run(case)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(case)
+    for _ in range(2):
+        graph.replay()
+        assert_same_bits(captured, expected)
+    for key in other_keys:
+        case.key.copy_(key)
+        graph.replay()
+        assert not torch.equal(captured["y"], expected["y"])
+        assert_same_bits(captured, run(case))

@@ -1,4 +1,4 @@
-"""Batch normalisation over all processes, on any device."""
+"""Batch normalisation whose statistics are those of all processes, on any device."""
 
 import torch
 import torch.distributed as dist
@@ -6,15 +6,15 @@ from torch import nn
 
 
 def synchronise(model: nn.Module, device: torch.device) -> nn.Module:
-    """Make each batch norm take its statistics over all processes: torch's own `SyncBatchNorm` on
-    accelerators; on a CPU, where torch has none, the same arithmetic by gloo."""
+    """Make each batch norm take its statistics over all processes: by torch's own `SyncBatchNorm`
+    on accelerators; on a CPU, for which torch has none, by the same arithmetic over gloo."""
     if device.type != "cpu":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for name, child in model.named_children():
         if isinstance(child, nn.BatchNorm2d):
-            other = CPUSyncBatchNorm(child.num_features, child.eps, child.momentum)
-            other.load_state_dict(child.state_dict())
-            setattr(model, name, other)
+            synchronised = CPUSyncBatchNorm(child.num_features, child.eps, child.momentum)
+            synchronised.load_state_dict(child.state_dict())
+            setattr(model, name, synchronised)
         else:
             synchronise(child, device)
     return model
@@ -24,10 +24,12 @@ class CPUSyncBatchNorm(nn.BatchNorm2d):
     """Batch norm over all processes of a gloo group, each of which must hold equally many values,
     as fastlab's batches do. With one process it is `BatchNorm2d`."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
-            return super().forward(x)
-        out, mean, var, count = _SyncNorm.apply(x, self.weight, self.bias, self.eps)
+            return super().forward(input)
+        out, mean, var, count = _SyncNorm.apply(input, self.weight, self.bias, self.eps)
+        assert self.running_mean is not None and self.running_var is not None
+        assert self.num_batches_tracked is not None and self.momentum is not None
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
@@ -36,21 +38,25 @@ class CPUSyncBatchNorm(nn.BatchNorm2d):
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
+    """`x` in float32, or in float64 if it has it."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _channel_sum(x: torch.Tensor) -> torch.Tensor:
+    """[b, c, h, w] to [c]."""
     return _wide(x).sum(dim=(0, 2, 3))
 
 
 def _reduced_mean(total: torch.Tensor, count: int) -> torch.Tensor:
+    """Collective: add `total` over all processes, in place, and divide it by `count`."""
     dist.all_reduce(total)
     return total / count
 
 
 class _SyncNorm(torch.autograd.Function):
-    """Two passes, mean first, so that no cancellation makes the statistics differ from one
-    process's. The gradient is that of batch normalisation (Ioffe and Szegedy, 2015)."""
+    """Batch normalisation and its gradient (Ioffe and Szegedy, 2015). The mean comes first and the
+    deviations from it second, so that no cancellation makes the statistics differ from those of a
+    single process."""
 
     @staticmethod
     @torch.compiler.disable
@@ -68,10 +74,10 @@ class _SyncNorm(torch.autograd.Function):
         return out.to(x.dtype), mean, var, count
 
     @staticmethod
-    def backward(ctx, grad, *_):
+    def backward(ctx, *gradients):
         normal, weight, scale = ctx.saved_tensors
-        grad = _wide(grad)
-        # The local sums are this process's share; the gradient reduction adds the others'.
+        grad = _wide(gradients[0])
+        # These sums are this process's share; the reduction of gradients adds those of the others.
         grad_bias, grad_weight = _channel_sum(grad), _channel_sum(grad * normal)
         shared = torch.stack([grad_bias, grad_weight])
         mean_grad, mean_product = _reduced_mean(shared.clone(), ctx.count)[:, :, None, None]

@@ -13,7 +13,7 @@ from torch import nn
 
 from fastlab.config import ModelConfig
 from fastlab.models import build
-from fastlab.models.norm import synchronise
+from fastlab.models.sync_norm import synchronise
 
 CPU = torch.device("cpu")
 WORLD, STEPS, EACH, CHANNELS = 2, 3, 4, 6
@@ -21,7 +21,7 @@ SHAPE = (STEPS, WORLD * EACH, CHANNELS, 5, 7)
 
 
 class Wrapped(nn.Module):
-    """A norm away from its initial state, inside a module as in any model."""
+    """A norm inside a module, as in any model, whose state is not the initial one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,32 +51,32 @@ def trace(model: nn.Module, x: torch.Tensor, grads: torch.Tensor) -> dict[str, t
     outputs = torch.stack([model(part) for part in x])
     outputs.backward(grads)
     norm = model.norm
-    found = {"outputs": outputs.detach(), "inputs": x.grad}
-    found |= {"weight": norm.weight.grad, "bias": norm.bias.grad}
-    return found | {name: buffer.clone() for name, buffer in norm.named_buffers()}
+    results = {"outputs": outputs.detach(), "inputs": x.grad}
+    results |= {"weight": norm.weight.grad, "bias": norm.bias.grad}
+    return results | {name: buffer.clone() for name, buffer in norm.named_buffers()}
 
 
 def work(rank: int, folder: Path) -> None:
-    """One of the processes: saves what it found on its share of each batch."""
+    """Run one of the processes: save its results on its share of each batch."""
     dist.init_process_group("gloo", f"file://{folder}/init", rank=rank, world_size=WORLD)
     share = slice(rank * EACH, (rank + 1) * EACH)
-    found = {}
+    results = {}
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         x, grads = values(dtype)
         model = synchronise(Wrapped(), CPU)
-        if dtype == torch.bfloat16:  # autocast: the weights stay as they are
+        if dtype == torch.bfloat16:  # as under autocast, the weights stay in float32
             out = model.train()(x[0, share])
-            found[str(dtype)] = {"outputs": out.detach()}
+            results[str(dtype)] = {"outputs": out.detach()}
             continue
-        found[str(dtype)] = trace(model, x[:, share], grads[:, share])
-        found[str(dtype)]["evaluated"] = model.eval()(x[0, share]).detach()
-    torch.save(found, folder / f"found-{rank}.pt")
+        results[str(dtype)] = trace(model, x[:, share], grads[:, share])
+        results[str(dtype)]["evaluated"] = model.eval()(x[0, share]).detach()
+    torch.save(results, folder / f"results-{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory) -> list[dict[str, dict[str, torch.Tensor]]]:
-    """What each process found."""
+    """The results of each process."""
     folder = tmp_path_factory.mktemp("processes")
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     started = [
@@ -96,7 +96,7 @@ def processes(tmp_path_factory) -> list[dict[str, dict[str, torch.Tensor]]]:
         for process in started:
             process.kill()
             process.wait()
-    return [torch.load(folder / f"found-{rank}.pt") for rank in range(WORLD)]
+    return [torch.load(folder / f"results-{rank}.pt") for rank in range(WORLD)]
 
 
 @pytest.mark.multiprocess
@@ -106,13 +106,13 @@ def test_two_processes_equal_one_on_the_whole_batch(processes, dtype, limit):
     model = Wrapped()
     expected = trace(model, x, grads)
     expected["evaluated"] = model.eval()(x[0]).detach()
-    found = [each[str(dtype)] for each in processes]
+    results = [process[str(dtype)] for process in processes]
     both = {
-        name: torch.cat([each[name] for each in found], dim=dim)
+        name: torch.cat([result[name] for result in results], dim=dim)
         for name, dim in (("outputs", 1), ("inputs", 1), ("evaluated", 0))
     }
-    both |= {name: sum(each[name] for each in found) for name in ("weight", "bias")}
-    both |= {name: found[0][name] for name in ("running_mean", "running_var")}
+    both |= {name: sum(result[name] for result in results) for name in ("weight", "bias")}
+    both |= {name: results[0][name] for name in ("running_mean", "running_var")}
     for name, tensor in both.items():
         assert tensor.dtype == dtype
         atol = limit * max(1, expected[name].abs().max().item())  # sums grow with their terms
@@ -121,15 +121,15 @@ def test_two_processes_equal_one_on_the_whole_batch(processes, dtype, limit):
 
 @pytest.mark.multiprocess
 def test_both_processes_keep_the_same_statistics(processes):
-    one, two = (each[str(torch.float32)] for each in processes)
+    first, second = (process[str(torch.float32)] for process in processes)
     for name in ("running_mean", "running_var", "num_batches_tracked"):
-        assert torch.equal(one[name], two[name])
-    assert one["num_batches_tracked"] == STEPS
+        assert torch.equal(first[name], second[name])
+    assert first["num_batches_tracked"] == STEPS
 
 
 @pytest.mark.multiprocess
-def test_bfloat16_stays_bfloat16_with_statistics_in_full_precision(processes):
-    outputs = torch.cat([each[str(torch.bfloat16)]["outputs"] for each in processes])
+def test_bfloat16_outputs_are_bfloat16_with_statistics_in_full_precision(processes):
+    outputs = torch.cat([process[str(torch.bfloat16)]["outputs"] for process in processes])
     expected = Wrapped().train()(values(torch.bfloat16)[0][0].float()).bfloat16()
     assert outputs.dtype == torch.bfloat16
     torch.testing.assert_close(outputs, expected, rtol=2**-7, atol=1e-6)
@@ -153,8 +153,10 @@ def test_conversion_reaches_every_norm_and_keeps_names_and_values(name, device):
     assert list(after) == list(before)
     assert all(torch.equal(after[key], before[key]) for key in before)
     assert not any(type(m) is nn.BatchNorm2d for m in converted.modules())
-    others = [m for m in converted.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    assert len(others) == norms > 0
+    synchronised = [
+        m for m in converted.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
+    ]
+    assert len(synchronised) == norms > 0
 
 
 if __name__ == "__main__":
