@@ -193,7 +193,7 @@ class _Images:
 
 
 def _has_header(data: np.ndarray) -> bool:
-    from nvidia.nvimgcodec import CodeStream  # ty: ignore[missing-module-member]  (compiled)
+    from nvidia.nvimgcodec import CodeStream
 
     try:
         image = CodeStream(data)

@@ -79,7 +79,7 @@ def write_split(
     if encoding == "jpeg":
         _check_jpegs(source, split, tick)
         # The field would encode pixels a second time. Readers know its type, so the type stays.
-        image.encode = _pass_through  # ty: ignore[invalid-assignment]  (FFCV has no types)
+        image.encode = _pass_through
         images = lambda row: source.tree.read(split.paths[row])[0]  # noqa: E731
     # One process: several write the pages in the order in which they happen to fill.
     writer = DatasetWriter(
