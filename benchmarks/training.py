@@ -7,15 +7,15 @@ A round of a variant trains whole epochs (``--epochs``; ``--steps`` takes the fi
 it begins with the epoch's order and ends when the device has done the last step. Validation and
 checkpoints are not in it. "held" repeats the step on one batch that stays on the device, for a
 quarter of the round's steps, right after: what an infinitely fast input path would give. The stall
-is the share of a step's time between the two. FLOP are counted by torch, not assumed, 2 a
+is the share of a step's time between the two. FLOP are counted by torch, not assumed, 2 for a
 multiply-add.
 
 One process for each configuration and batch size holds all variants, which take turns round by
 round: the images are uploaded once, and each variant is compiled once. A variant whose loss or
-weights are no longer finite is left out: such numbers change the power that a device draws, and
-with it the clock.
+weights are no longer finite is skipped and reported: such numbers change the power that a device
+draws, and with it the clock.
 
-With ``--out``, every round is saved at once, and the same command goes on where it was cut off.
+With ``--out``, every round is saved at once, and the same command continues after an interruption.
 """
 
 import argparse
@@ -28,7 +28,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Literal
 
 import torch
 
@@ -36,13 +37,17 @@ from benchmarks import ceilings, savings
 from benchmarks.measurements import (
     Results,
     Session,
+    add_overrides,
     check_dataset,
     check_measured,
     check_names,
+    command_line,
     device_of,
-    read_record,
-    tell_round,
+    load,
+    report_round,
+    report_skipped,
 )
+from benchmarks.timing import default_device
 from fastlab import config as configs
 from fastlab.console import UserError, positive_int, positive_ints, run_command
 
@@ -56,7 +61,7 @@ class Variant:
     step: str = "eager"
     channels_last: bool = True
     change: str | None = None
-    """One of `savings.CHANGES`."""
+    """A key of `savings.CHANGES`."""
 
     def overrides(self) -> list[str]:
         return [
@@ -97,7 +102,7 @@ class Case:
 
 
 class Failed(Exception):
-    """A case that could not be measured, and why."""
+    """A case could not be measured; the message says why."""
 
     def __init__(self, case: Case, reason: str) -> None:
         super().__init__(reason)
@@ -105,22 +110,20 @@ class Failed(Exception):
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__, rounds=3)
     parser.add_argument("--config", type=Path, nargs="+", required=True)
-    parser.add_argument("--set", action="append", default=[], dest="overrides")
+    add_overrides(parser)
     parser.add_argument("--batches", type=positive_ints, default=[128], help="such as 128,1024")
     parser.add_argument("--variants", default="", help="names, separated by semicolons")
     parser.add_argument(
         "--savings", action="store_true", help="the captured step, each of its savings undone"
     )
-    parser.add_argument("--rounds", type=positive_int, default=3)
-    parser.add_argument("--epochs", type=positive_int, default=1, help="of a round")
-    parser.add_argument("--steps", type=positive_int, help="of each epoch; default: all")
+    parser.add_argument("--epochs", type=positive_int, default=1, help="epochs of a round")
+    parser.add_argument("--steps", type=positive_int, help="steps of each epoch; default: all")
     parser.add_argument("--ceilings", type=Path, help="a record of benchmarks.ceilings")
     parser.add_argument("--traces", type=Path, help="a trace of each case, for fastlab trace")
-    parser.add_argument("--out", type=Path, help="write the records to this JSON file")
     parser.add_argument(
-        "--compile-only", action="store_true", help="fill the caches of torch.compile, and end"
+        "--compile-only", action="store_true", help="only fill the caches of torch.compile"
     )
     return run_command(run, parser.parse_args(argv))
 
@@ -134,7 +137,7 @@ def run(args: argparse.Namespace) -> None:
         for config, batch in itertools.product(args.config, args.batches)
     ]
     if args.compile_only:
-        tell(compile_all(args, groups))
+        report_skipped(compile_all(args, groups))
         return
     results = Results("training", args.out)
     problems = measure_all(args, groups, results)
@@ -143,117 +146,105 @@ def run(args: argparse.Namespace) -> None:
 
 
 def variants(names: str) -> list[str]:
-    """Raises `UserError` for one that is unknown, or that this machine cannot run."""
-    gpu = ceilings.default_device().type == "cuda"
+    """The names that `names` lists; "" stands for this machine's default. Raises `UserError` for a
+    variant that is unknown, or that this machine cannot run."""
+    gpu = default_device().type == "cuda"
     known = [name for name, variant in VARIANTS.items() if gpu or variant.step == "eager"]
-    found = names.split(";") if names else _GPU_DEFAULT if gpu else known
-    check_names(found, known, "--variants")
-    return found
+    if not names:
+        return _GPU_DEFAULT if gpu else known
+    check_names(names.split(";"), known, "--variants")
+    return names.split(";")
 
 
 def measure_all(
     args: argparse.Namespace, groups: list[list[Case]], results: Results
 ) -> dict[str, str]:
-    """Every round that `results` lacks. Returns the reasons of cases that failed, by name."""
+    """Measure every round that `results` lacks. Returns the reasons of cases that failed, by
+    name."""
     limits = limits_of(args.ceilings, results.session)
-    problems: dict[str, str] = {}
+
+    def untraced(case: Case) -> bool:
+        return bool(args.traces) and not (args.traces / case.folder).exists()
 
     def left(case: Case) -> bool:
-        return results.rounds(case.name) < args.rounds or untraced(args, case)
+        return results.rounds(case.name) < args.rounds or untraced(case)
 
     def work(process: "Process", cases: list[Case]) -> None:
         take_turns(process, cases, args.rounds, results, limits)
-        for case in cases:
-            if untraced(args, case):
-                process.ask("trace", case)
+        for case in filter(untraced, cases):
+            process.ask("trace", case)
 
-    for cases in groups:
-        problems |= in_processes(args, cases, left, work)
-    return problems
+    return in_processes(args, groups, left, work)
 
 
-def limits_of(path: Path | None, found: Session) -> dict[str, float]:
-    """FLOP/s and bytes/s by the ceiling's name: those of `found`, of the record at `path`, or
+def limits_of(path: Path | None, session: Session) -> dict[str, float]:
+    """FLOP/s and bytes/s by the ceiling's name: those of `session`, of the record at `path`, or
     measured now. Raises `UserError` where the record is of another device."""
-    if found.records:
-        return found.records[0].details["limits"]
+    if session.records:
+        return session.records[0].details["limits"]
     if not path:
-        limits = ceilings.measure(ceilings.default_device())
-        torch.cuda.empty_cache()  # this process keeps nothing that the trainings may need
+        limits = ceilings.measure(default_device())
+        torch.cuda.empty_cache()  # this process keeps no memory that the trainings may need
         return limits
-    record = read_record(path, "--ceilings")
-    if device_of(record.machine) != device_of(found.machine):
+    record = load(path, "--ceilings")
+    if device_of(record.machine) != device_of(session.machine):
         raise UserError(f"--ceilings {path}: measured on {', '.join(device_of(record.machine))}")
     return {ceiling.case: ceiling.median for ceiling in record.records}
-
-
-def untraced(args: argparse.Namespace, case: Case) -> bool:
-    return bool(args.traces) and not (args.traces / case.folder).exists()
 
 
 def take_turns(
     process: "Process", cases: list[Case], rounds: int, results: Results, limits: dict[str, float]
 ) -> None:
-    for turn in range(rounds):
-        for case in cases:
-            if results.rounds(case.name) <= turn:
-                found = measure(process, case, results)
-                once = {**found["once"], "limits": limits}
-                results.add(case.name, "images/s", found["rate"], found["each"], once)
-                tell_round(turn + 1, case.name, found["rate"])
-
-
-def measure(process: "Process", case: Case, results: Results) -> dict[str, Any]:
-    try:
-        return process.ask("measure", case)
-    except Failed:
-        results.drop(case.name)
-        raise
+    """Measure the rounds that `results` lacks, interleaved. Raises `Failed`."""
+    for turn, case in itertools.product(range(rounds), cases):
+        if results.rounds(case.name) > turn:
+            continue
+        try:
+            answer = process.ask("measure", case)
+        except Failed:
+            results.drop(case.name)
+            raise
+        once = {**answer["once"], "limits": limits}
+        results.add(case.name, "images/s", answer["rate"], answer["each"], once)
+        report_round(turn + 1, case.name, answer["rate"])
 
 
 def compile_all(args: argparse.Namespace, groups: list[list[Case]]) -> dict[str, str]:
-    """A few steps of each case. Returns the reasons of cases that failed, by name."""
-    done: list[Case] = []
-    problems: dict[str, str] = {}
+    """Do a few steps of each case. Returns the reasons of cases that failed, by name."""
+    done: set[Case] = set()
 
     def work(process: "Process", cases: list[Case]) -> None:
         for case in cases:
             seconds = process.ask("compile", case)["seconds"]
-            done.append(case)
+            done.add(case)
             print(f"{case.name}: compiled in {seconds:.0f} s", flush=True)
 
-    for cases in groups:
-        problems |= in_processes(args, cases, lambda case: case not in done, work)
-    return problems
-
-
-def tell(problems: dict[str, str]) -> None:
-    for name, problem in problems.items():
-        print(f"left out: {name}: {problem}", file=sys.stderr)
+    return in_processes(args, groups, lambda case: case not in done, work)
 
 
 def in_processes(
     args: argparse.Namespace,
-    cases: list[Case],
+    groups: list[list[Case]],
     left: Callable[[Case], bool],
     work: Callable[["Process", list[Case]], None],
 ) -> dict[str, str]:
-    """`work` on those of `cases` that are `left`, which share configuration and batch size, in a
-    process. A case that fails may have spoilt it: the others go on in a new one. Returns the
-    reasons by the case's name."""
+    """Do `work` on the cases that are `left`, in a process for each group, whose cases share
+    configuration and batch size. A failed case may have damaged the state of its process: the
+    others continue in a new one. Returns the reasons of cases that failed, by name."""
     problems: dict[str, str] = {}
-    while rest := [case for case in cases if case.name not in problems and left(case)]:
-        try:
-            with Process(args, rest[0]) as process:
-                work(process, rest)
-        except Failed as failure:
-            problems[failure.case.name] = str(failure)
+    for cases in groups:
+        while rest := [case for case in cases if case.name not in problems and left(case)]:
+            try:
+                with Process(args, rest[0]) as process:
+                    work(process, rest)
+            except Failed as failure:
+                problems[failure.case.name] = str(failure)
     return problems
 
 
 class Process:
     """`benchmarks.training_process`, which holds the variants of one configuration at one batch
-    size; a context that ends it."""
+    size. The context ends it."""
 
     def __init__(self, args: argparse.Namespace, case: Case) -> None:
         command = [sys.executable, "-m", "benchmarks.training_process"]
@@ -265,24 +256,31 @@ class Process:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
+        assert self._process.stdin and self._process.stdout
+        self._requests, self._answers = self._process.stdin, self._process.stdout
 
     def __enter__(self) -> "Process":
         return self
 
-    def __exit__(self, kind: type | None, *_: Any) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         if kind:
             self._process.kill()
         with suppress(BrokenPipeError):
-            self._process.stdin.close()
-        self._process.stdout.close()
+            self._requests.close()
+        self._answers.close()
         self._process.wait()
 
-    def ask(self, what: str, case: Case) -> dict[str, Any]:
-        """The answer to a request, "measure", "compile" or "trace". Raises `Failed`."""
-        with suppress(BrokenPipeError):  # it ended: so does its output, below
+    def ask(self, what: Literal["measure", "compile", "trace"], case: Case) -> dict[str, Any]:
+        """The answer to a request. Raises `Failed`."""
+        with suppress(BrokenPipeError):  # the process has ended: its output has too, below
             request = {"what": what, "variant": case.variant, "folder": case.folder}
-            print(json.dumps(request), file=self._process.stdin, flush=True)
-        line = self._process.stdout.readline()
+            print(json.dumps(request), file=self._requests, flush=True)
+        line = self._answers.readline()
         if not line:
             raise Failed(case, f"its process ended with status {self._process.wait()}")
         answer = json.loads(line)
@@ -291,22 +289,21 @@ class Process:
         return answer
 
 
-def table(found: Session) -> str:
-    """Markdown: a row a case."""
+def table(session: Session) -> str:
+    """In Markdown: a row for each case."""
     lines = [
         "| case | images/s | held batch | stall | FLOP/s | of matrix rate | memory | compile |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for record in found.records:
-        more = record.details
-        flops = record.median * more["flop"]
-        limit = more["limits"]["matmul_bf16" if "bf16" in record.case else "matmul_fp32"]
-        memory = f"{more['memory'] / 1e9:.2f} GB" if more["memory"] else "not measured"
+    for record in session.records:
+        details = record.details
+        flops = record.median * details["flop"]
+        limit = details["limits"]["matmul_bf16" if "bf16" in record.case else "matmul_fp32"]
+        memory = f"{details['memory'] / 1e9:.2f} GB" if details["memory"] else "not measured"
         lines.append(
-            f"| {record.case} | {record.median:,.0f} ± {record.spread:.0%} "
-            f"| {statistics.median(more['held']):,.0f} | {statistics.median(more['stall']):.1%} "
-            f"| {flops / 1e12:.3g} T | {flops / limit:.1%} | {memory} "
-            f"| {more['compile']:.0f} s |"
+            f"| {record.case} | {record.cell()} | {statistics.median(details['held']):,.0f} "
+            f"| {statistics.median(details['stall']):.1%} | {flops / 1e12:.3g} T "
+            f"| {flops / limit:.1%} | {memory} | {details['compile']:.0f} s |"
         )
     return "\n".join(lines)
 
