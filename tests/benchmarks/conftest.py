@@ -1,3 +1,5 @@
+"""Fixtures of the benchmarks' tests: a generated dataset of 320 training images."""
+
 import pytest
 from accelerate.state import AcceleratorState
 

@@ -54,9 +54,7 @@ KEPT = ("place", "memory", "cores", "limit")
 
 
 @pytest.mark.parametrize("changed", ["argv", "versions", "device", *KEPT])
-def test_results_continue_only_where_one_record_can_name_their_origin(
-    changed, tmp_path, monkeypatch
-):
+def test_results_continue_only_with_the_same_origin(changed, tmp_path, monkeypatch):
     """A record names neither its place nor the memory of a rented machine, which grows."""
     out = tmp_path / "x.json"
     monkeypatch.setattr(sys, "argv", ["x", "--out", str(out)])

@@ -37,8 +37,6 @@ def test_scaling_measures_each_number_of_processes(dataset, tmp_path):
     assert done.returncode == 0, done.stderr
     one, two = load(out).records
     assert (one.details["processes"], two.details["processes"]) == (1, 2)
-    assert (
-        one.details["cores"] == two.details["cores"]
-    )  # for each process, or the comparison is void
+    assert one.details["cores"] == two.details["cores"]  # else it is no comparison
     assert len(one.rounds) == len(two.rounds) == 1 and min(one.rounds + two.rounds) > 0
     assert scaling.table(load(out)) in done.stdout
