@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.measurements import Record, Session, command_line, new_session, publish
+from benchmarks.measurements import Record, Session, command_line, new_session, save
 from benchmarks.timing import default_device, timed
 from fastlab.console import run_command
 
@@ -47,7 +47,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    publish(new_session("ceilings", measure_rounds(default_device())), table, args.out)
+    session = new_session("ceilings", measure_rounds(default_device()))
+    print(table(session))
+    if args.out:
+        save(session, args.out)
 
 
 def table(session: Session) -> str:

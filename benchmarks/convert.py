@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,12 +24,11 @@ import numpy as np
 import simplejpeg
 
 from benchmarks.measurements import (
-    Record,
+    Results,
+    Round,
     Session,
     command_line,
     interleave,
-    new_session,
-    publish,
     share_cell,
 )
 from fastlab.console import positive_int, run_command
@@ -59,34 +57,29 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
+    results = Results("convert", args.out)
     args.scratch.mkdir(parents=True, exist_ok=True)
     tree, paths = _open(args.sources[0], args.scratch)
     data = [tree.read(path)[0] for path in paths]
-    cases: dict[str, Callable[[], float]] = {}
-    cases["decode"] = partial(rate, _decode_all, _split(data, args.workers))
-    for source in args.sources:
-        cases |= _source_cases(source, len(data), args)
-    values = interleave(cases, args.rounds)
-    shutil.rmtree(args.scratch, ignore_errors=True)
     details = {"images": len(data), "bytes": sum(map(len, data)), "workers": args.workers}
-    records = [Record(name, "images/s", rates, details) for name, rates in values.items()]
-    publish(new_session("convert", records), table, args.out)
 
+    def case(measure: Callable[..., float], *arguments: Any) -> Callable[[], Round]:
+        return lambda: Round(measure(*arguments), {}, details)
 
-def _source_cases(
-    source: Path, images: int, args: argparse.Namespace
-) -> dict[str, Callable[[], float]]:
-    name = "directory" if source.is_dir() else source.name.partition(".")[2]
-    tree, paths = _open(source, args.scratch)
-    parts = _split(paths, args.workers)
-    reading = [Share(tree, part, None) for part in parts]
-    writing = [Share(tree, part, args.scratch / f"{i}.raw") for i, part in enumerate(parts)]
-    converting = partial(convert_rate, source, args.scratch / "dataset", args.workers, images)
-    return {
-        f"read, decode {name}": partial(rate, _read_decode, reading),
-        f"read, decode, write {name}": partial(rate, _read_decode, writing),
-        f"convert {name}": converting,
-    }
+    cases = {"decode": case(rate, _decode_all, _split(data, args.workers))}
+    for source in args.sources:
+        name = "directory" if source.is_dir() else source.name.partition(".")[2]
+        tree, paths = _open(source, args.scratch)
+        parts = _split(paths, args.workers)
+        reading = [Share(tree, part, None) for part in parts]
+        writing = [Share(tree, part, args.scratch / f"{i}.raw") for i, part in enumerate(parts)]
+        out = args.scratch / "dataset"
+        cases[f"read, decode {name}"] = case(rate, _read_decode, reading)
+        cases[f"read, decode, write {name}"] = case(rate, _read_decode, writing)
+        cases[f"convert {name}"] = case(convert_rate, source, out, args.workers, len(data))
+    interleave(cases, args.rounds, results, warmup=1)
+    shutil.rmtree(args.scratch, ignore_errors=True)
+    print(table(results.session))
 
 
 def _open(source: Path, scratch: Path) -> tuple[Tree, list[str]]:
@@ -102,11 +95,10 @@ def _split(items: list[Any], parts: int) -> list[list[Any]]:
 
 def table(session: Session) -> str:
     """In Markdown: a row for each case."""
-    limit = session["decode"].rounds
     lines = ["| case | images/s | of bare decoding |", "| --- | --- | --- |"]
     for record in session.records:
-        shares = [a / b for a, b in zip(record.rounds, limit, strict=True)]
-        lines.append(f"| {record.case} | {record.cell()} | {share_cell(shares, 0)} |")
+        shares = share_cell(record.rounds, session["decode"].rounds, digits=0)
+        lines.append(f"| {record.case} | {record.cell()} | {shares} |")
     return "\n".join(lines)
 
 

@@ -23,7 +23,6 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,12 +35,13 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from benchmarks.measurements import (
     Record,
     Results,
+    Round,
     Session,
     check_dataset,
     check_measured,
     check_names,
     command_line,
-    report_round,
+    interleave,
     share_cell,
 )
 from benchmarks.timing import Seconds, default_device, timed
@@ -106,13 +106,11 @@ def table(session: Session) -> str:
 
 
 def _share(session: Session, record: Record) -> str:
-    """The share of the bytes/s that copies of the same batch size reached, round by round."""
+    """The share of the bytes/s that copies of the same batch size reached."""
     roof = session.get(f"{_ROOF}, {record.details['batch']}")
     if roof is None:
         return "not measured"
-    # An interrupted command has one round more of its first cases.
-    pairs = zip(record.details["bytes/s"], roof.details["bytes/s"], strict=False)
-    return share_cell([reached / limit for reached, limit in pairs])
+    return share_cell(record.details["bytes/s"], roof.details["bytes/s"])
 
 
 class Data:
@@ -149,68 +147,56 @@ class Work(NamedTuple):
     """Bytes that are read and written for an image."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """A case at one batch size, compiled and warmed up."""
-
-    name: str
-    work: Work
-    batch: int
-    """Images of a batch."""
-    batches: int
-    """Batches that a round times."""
-
-    def measure(self, device: torch.device, results: Results) -> float:
-        """Add a round to `results`. Returns its images/s."""
-        seconds = _batch_seconds(self.work, self.batches, device)
-        rate = self.batch / seconds.device
-        each = {
-            "bytes/s": rate * self.work.bytes,
-            "device seconds": seconds.device,
-            "host seconds": seconds.host,
-        }
-        once = {"batch": self.batch, "bytes": self.work.bytes, "batches": self.batches}
-        results.add(self.name, "images/s", rate, each, once)
-        return rate
-
-
 def measure(
     args: argparse.Namespace, names: list[str], data: Data, results: Results
 ) -> dict[str, str]:
-    """Measure every round that `results` lacks: all rounds of one batch size, interleaved over its
-    cases, before the next. Returns the reasons of cases that failed, by name."""
+    """Measure the rounds that `results` lacks: all rounds of one batch size before the next.
+    Returns the reasons of cases that failed, by name."""
     problems: dict[str, str] = {}
     for batch in args.batches:
         left = [name for name in names if results.rounds(f"{name}, {batch}") < args.rounds]
         cases = _prepare_all(left, data, batch, problems)
-        for turn, case in itertools.product(range(args.rounds), cases):
-            if results.rounds(case.name) <= turn:
-                report_round(turn + 1, case.name, case.measure(data.device, results))
+        problems |= interleave(cases, args.rounds, results)
     return problems
 
 
-def _prepare_all(names: list[str], data: Data, batch: int, problems: dict[str, str]) -> list[Case]:
+def _prepare_all(
+    names: list[str], data: Data, batch: int, problems: dict[str, str]
+) -> dict[str, Callable[[], Round]]:
     """The cases that work here; adds the reasons of the others to `problems`."""
     images = len(data.uploaded[0])
     if batch > images:
         problems[f"batch {batch}"] = f"the training split has only {images} images"
-        return []
-    cases = []
+        return {}
+    cases = {}
     for name in names:
         if batch > _LARGEST.get(name, batch):
             continue
         try:
-            cases.append(_prepare(name, data, batch))
+            cases[f"{name}, {batch}"] = _prepare(name, data, batch)
         except (UserError, RuntimeError) as error:
             problems[f"{name}, {batch}"] = first_line(error)
     return cases
 
 
-def _prepare(name: str, data: Data, batch: int) -> Case:
-    """Compile and warm up. Raises `UserError` or `RuntimeError` where the case cannot run."""
+def _prepare(name: str, data: Data, batch: int) -> Callable[[], Round]:
+    """Compile and warm up; what is returned measures a round. Raises `UserError` or `RuntimeError`
+    where the case cannot run."""
     work = CASES[name](data, batch)
     seconds = _batch_seconds(work, _FEWEST, data.device).device
-    return Case(f"{name}, {batch}", work, batch, max(_FEWEST, math.ceil(_LEAST / seconds)))
+    batches = max(_FEWEST, math.ceil(_LEAST / seconds))
+
+    def measure() -> Round:
+        seconds = _batch_seconds(work, batches, data.device)
+        rate = batch / seconds.device
+        each = {
+            "bytes/s": rate * work.bytes,
+            "device seconds": seconds.device,
+            "host seconds": seconds.host,
+        }
+        return Round(rate, each, {"batch": batch, "bytes": work.bytes, "batches": batches})
+
+    return measure
 
 
 def _batch_seconds(work: Work, batches: int, device: torch.device) -> Seconds:

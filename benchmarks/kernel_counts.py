@@ -29,7 +29,7 @@ from benchmarks.measurements import (
     load,
     new_session,
     public_config,
-    publish,
+    save,
 )
 from fastlab import config as configs
 from fastlab import models
@@ -114,7 +114,6 @@ def main(argv: list[str] | None = None) -> int:
         "--savings", action="store_true", help="also with each saving of the step undone"
     )
     parser.add_argument("--largest", type=positive_int, default=0, help="list so many kernels")
-    parser.add_argument("--write", type=Path, help="write the generated code to this directory")
     return run_command(run, parser.parse_args(argv))
 
 
@@ -125,7 +124,10 @@ def run(args: argparse.Namespace) -> None:
     changes = [None, *savings.CHANGES] if args.savings else [None]
     cases = itertools.product(args.config, changes)
     records = [_count(path, change, args) for path, change in cases]
-    publish(new_session("kernel_counts", records), table, args.out)
+    session = new_session("kernel_counts", records)
+    print(table(session))
+    if args.out:
+        save(session, args.out)
 
 
 def _count(path: Path, change: str | None, args: argparse.Namespace) -> Record:
@@ -133,10 +135,7 @@ def _count(path: Path, change: str | None, args: argparse.Namespace) -> Record:
     cfg = configs.load(path, args.overrides)
     name = f"{path.stem}, {change}" if change else path.stem
     with faked_gpu.faked_gpu(), savings.changed(change):
-        graphs = generated_step(cfg, args.batch)
-        if args.write:
-            _write(graphs, args.write, name)
-        passes = [count_pass(graph) for graph in graphs]
+        passes = [count_pass(graph) for graph in generated_step(cfg, args.batch)]
     for kernel in largest(passes, args.largest):
         print(f"{name}: {kernel.bytes / 1e6:6.0f} MB  {kernel.name}")
     return _record(name, cfg, args.batch, passes)
@@ -176,12 +175,6 @@ def _custom_kernels(call: Call) -> Kernel:
 def largest(passes: list[Pass], number: int) -> list[Kernel]:
     kernels = [kernel for each in passes for kernel in each.kernels]
     return sorted(kernels, key=lambda kernel: kernel.bytes, reverse=True)[:number]
-
-
-def _write(graphs: list[Generated], directory: Path, name: str) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    for direction, graph in zip(("forward", "backward"), graphs, strict=True):
-        (directory / f"{name}-{direction}.py").write_text(graph.code, encoding="utf-8")
 
 
 def _record(name: str, cfg: Config, batch: int, passes: list[Pass]) -> Record:

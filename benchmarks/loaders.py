@@ -24,7 +24,8 @@ from typing import Any, Literal
 import numpy as np
 
 from benchmarks.measurements import (
-    Record,
+    Results,
+    Round,
     Session,
     check_dataset,
     check_measured,
@@ -32,8 +33,6 @@ from benchmarks.measurements import (
     child_result,
     command_line,
     interleave,
-    new_session,
-    publish,
 )
 from fastlab.console import UserError, positive_ints, run_command
 from fastlab.dataset.manifest import read_manifest
@@ -63,44 +62,27 @@ def run(args: argparse.Namespace) -> None:
     names = args.only.split(";") if args.only else list(CASES)
     check_names(names, CASES, "--only")
     check_dataset(args.dataset)
-    publish(measure_all(args, [name for name in CASES if name in names]), table, args.out)
+    results = Results("loaders", args.out)
+    cases = {
+        _case(name, count): partial(_measure_in_child, args, name, count)
+        for count, name in itertools.product(args.cores, CASES)
+        if name in names
+    }
+    problems = interleave(cases, args.rounds, results, warmup=1)
+    check_measured(results.session.records, problems)
+    print(table(results.session))
 
 
-def measure_all(args: argparse.Namespace, names: list[str]) -> Session:
-    results: dict[str, dict[str, Any]] = {}
-    problems: dict[str, str] = {}
-
-    def rate(name: str, cores: int) -> float:
-        if name in problems:
-            return 0.0
-        try:
-            result = child_result("benchmarks.loaders", _arguments(args, name, cores))
-        except RuntimeError as error:
-            problems[name] = str(error)
-            return 0.0
-        results[_case(name, cores)] = {"cores": cores, **result}
-        return result["rate"]
-
-    pairs = list(itertools.product(args.cores, names))
-    values = interleave({_case(n, c): partial(rate, n, c) for c, n in pairs}, args.rounds)
-    records = []
-    for count, name in pairs:
-        if name not in problems:
-            case = _case(name, count)
-            del results[case]["rate"]
-            records.append(Record(case, "images/s", values[case], results[case]))
-    check_measured(records, problems)
-    return new_session("loaders", records)
+def _measure_in_child(args: argparse.Namespace, name: str, cores: int) -> Round:
+    arguments = [str(args.dataset), "--case", name, "--cores", str(cores)]
+    arguments += ["--seconds", str(args.seconds)]
+    arguments += ["--originals", str(args.originals)] if args.originals else []
+    details = child_result("benchmarks.loaders", arguments)
+    return Round(details.pop("rate"), {}, {"cores": cores, **details})
 
 
 def _case(name: str, cores: int) -> str:
     return f"{name}, {cores}"
-
-
-def _arguments(args: argparse.Namespace, name: str, cores: int) -> list[str]:
-    arguments = [str(args.dataset), "--case", name, "--cores", str(cores)]
-    arguments += ["--seconds", str(args.seconds)]
-    return arguments + (["--originals", str(args.originals)] if args.originals else [])
 
 
 def table(session: Session) -> str:

@@ -1,7 +1,9 @@
 """Typed records of measurements: what was measured, how often, where, when and by which command."""
 
 import argparse
+import itertools
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -9,14 +11,17 @@ import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from fastlab import config as configs
 from fastlab.config import Config
-from fastlab.console import UserError, positive_int, public_command, public_path
+from fastlab.console import UserError, first_line, positive_int, public_command, public_path
 from fastlab.dataset.manifest import check_sizes, read_manifest
 from fastlab.files import write_atomically
 from fastlab.machine import environment
+
+_PATIENCE = 900  # seconds for a case in a process of its own
 
 
 @dataclass(frozen=True)
@@ -186,49 +191,58 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def publish(session: Session, table: Callable[[Session], str], out: Path | None) -> None:
-    """Print the table of `session` and write its records to `out`."""
-    print(table(session))
-    if out:
-        save(session, out)
-
-
-def child_result(module: str, arguments: list[str], timeout: float = 900) -> dict[str, Any]:
+def child_result(
+    module: str, arguments: list[str], environment: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Any]:
     """What ``python -m MODULE ARGUMENTS`` prints as JSON in its last line.
 
     A case in a process of its own leaves no memory, threads or compiled code to the next. Raises
-    `RuntimeError` with the last line of the process's standard error where it fails.
+    `RuntimeError` with the last line of the process's standard error where it fails; the rest of it
+    is printed.
     """
-    command = [sys.executable, "-m", module, *arguments]
+    command, variables = [sys.executable, "-m", module, *arguments], {**os.environ, **environment}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_PATIENCE, env=variables
+        )
     except subprocess.TimeoutExpired:
-        raise RuntimeError(f"took more than {timeout:.0f} s") from None
+        raise RuntimeError(f"took more than {_PATIENCE} s") from None
     if done.returncode:
-        reason = (done.stderr.strip() or f"exit {done.returncode}").splitlines()[-1]
+        *lines, reason = done.stderr.strip().splitlines() or [f"exit {done.returncode}"]
+        print("\n".join(lines), end="\n" if lines else "", file=sys.stderr)
         raise RuntimeError(reason.removeprefix("fastlab: "))
     return json.loads(done.stdout.splitlines()[-1])
 
 
+class Round(NamedTuple):
+    """What one round of a case measured, in the unit of its record, and the details that
+    `Results.add` takes."""
+
+    value: float
+    each: dict[str, Any]
+    once: dict[str, Any]
+
+
 def interleave(
-    cases: Mapping[str, Callable[[], float]], rounds: int, warmup: int = 1
-) -> dict[str, list[float]]:
-    """Run every case in turn, `warmup` + `rounds` times; return what the later rounds returned.
-
-    Interleaved, so that a change of the machine's speed touches all cases alike.
-    """
-    values: dict[str, list[float]] = {name: [] for name in cases}
-    for turn in range(warmup + rounds):
-        for name, measure in cases.items():
-            value = measure()
-            report_round(turn - warmup + 1, name, value)
-            if turn >= warmup:
-                values[name].append(value)
-    return values
-
-
-def report_round(number: int, case: str, value: float) -> None:
-    print(f"round {number:2d}  {case:<32} {value:14,.1f}", flush=True)
+    cases: Mapping[str, Callable[[], Round]], rounds: int, results: Results, warmup: int = 0
+) -> dict[str, str]:
+    """Measure every case in turn until `results` has its rounds, after `warmup` turns that are not
+    kept. Interleaved, so that a change of the machine's speed touches all cases alike. Returns the
+    reasons of the cases that failed with `RuntimeError`, by name; they lose their rounds."""
+    problems: dict[str, str] = {}
+    for turn, case in itertools.product(range(-warmup, rounds), cases):
+        if case in problems or results.rounds(case) > turn >= 0:
+            continue
+        try:
+            measured = cases[case]()
+        except RuntimeError as error:
+            problems[case] = first_line(error)
+            results.drop(case)
+            continue
+        print(f"round {turn + 1:2d}  {case:<32} {measured.value:14,.1f}", flush=True)
+        if turn >= 0:
+            results.add(case, "images/s", *measured)
+    return problems
 
 
 def check_dataset(path: str | Path) -> None:
@@ -251,13 +265,15 @@ def report_skipped(problems: dict[str, str]) -> None:
 
 
 def check_measured(records: list[Record], problems: dict[str, str]) -> None:
-    """Report the cases that failed. Raises `UserError` where no records are left."""
+    """Report the cases that failed. Raises `UserError` where no record is left."""
     report_skipped(problems)
     if not records:
         raise UserError("no case could be measured")
 
 
-def share_cell(shares: list[float], digits: int = 1) -> str:
-    """The median and the range of `shares`, which were taken round by round."""
+def share_cell(rounds: list[float], limits: list[float], digits: int = 1) -> str:
+    """The median and the range of `rounds` as shares of `limits`, taken round by round. An
+    interrupted command has one round more of its first cases."""
+    shares = [value / limit for value, limit in zip(rounds, limits, strict=False)]
     median, least, most = statistics.median(shares), min(shares), max(shares)
     return f"{median:.{digits}%} ({least:.{digits}%} to {most:.{digits}%})"

@@ -5,9 +5,9 @@
 
 The commands run in a new folder that holds the content of an upload and nothing else: the files
 that git tracks or does not ignore, ``wheels/`` and the pieces of a dataset. They run under a Python
-that sees, of the packages of `--python`, only those that the machine has. So the machine will not
-lack a file, a package or a name that worked here. Generated images are cut into three pieces, unless
-`--pieces` has pieces of real ones.
+that sees, of the packages of `--python`, only those that the machine has. So whatever works here
+will not lack a file or a package there. The pieces are of generated images, unless `--pieces` has
+real ones.
 """
 
 import argparse

@@ -11,8 +11,6 @@ import argparse
 import itertools
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from functools import partial
@@ -21,19 +19,20 @@ from pathlib import Path
 import torch
 
 from benchmarks.measurements import (
-    Record,
+    Results,
+    Round,
     Session,
     add_overrides,
     check_dataset,
+    check_measured,
+    child_result,
     command_line,
     interleave,
-    new_session,
-    publish,
     share_cell,
 )
 from benchmarks.timing import default_device, step_seconds
 from fastlab import config as configs
-from fastlab.console import UserError, positive_int, positive_ints, run_command
+from fastlab.console import positive_int, positive_ints, run_command
 from fastlab.machine import cores
 from fastlab.runs import RunDir
 from fastlab.train import Trainer, make_accelerator, torch_settings
@@ -61,36 +60,28 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> None:
     if args.cores:
         measure(args)
-    else:
-        publish(measure_all(args), table, args.out)
-
-
-def measure_all(args: argparse.Namespace) -> Session:
+        return
     check_dataset(configs.load(args.config, args.overrides).data.path)
-    each = max(1, cores() // max(args.processes))
-    cases = {str(n): partial(launch, args, n, each) for n in args.processes}
-    details = {"batch": args.batch, "cores": each, "device": default_device().type}
-    records = [
-        Record(f"{n} processes", "images/s", rates, {**details, "processes": int(n)})
-        for n, rates in interleave(cases, args.rounds, warmup=0).items()
-    ]
-    return new_session("scaling", records)
+    results = Results("scaling", args.out)
+    cases = {f"{n} processes": partial(launch, args, n) for n in args.processes}
+    problems = interleave(cases, args.rounds, results)
+    check_measured(results.session.records, problems)
+    print(table(results.session))
 
 
-def launch(args: argparse.Namespace, processes: int, cores: int) -> float:
+def launch(args: argparse.Namespace, processes: int) -> Round:
     """images/s over all processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", str(processes), "-m", "benchmarks.scaling"]
-    command += ["--config", str(args.config), "--batch", str(args.batch), "--cores", str(cores)]
-    command += ["--seconds", str(args.seconds)]
-    command += [part for override in args.overrides for part in ("--set", override)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(cores)}
+    each = max(1, cores() // max(args.processes))
+    arguments = ["--standalone", "--nproc_per_node", str(processes), "-m", "benchmarks.scaling"]
+    arguments += ["--config", str(args.config), "--batch", str(args.batch), "--cores", str(each)]
+    arguments += ["--seconds", str(args.seconds)]
+    arguments += [part for override in args.overrides for part in ("--set", override)]
+    environment = {"OMP_NUM_THREADS": str(each)}
     if not torch.cuda.is_available():
         environment["ACCELERATE_USE_CPU"] = "true"
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, timeout=900)
-    if done.returncode:
-        raise UserError(f"--processes {processes}: the training failed, for the reason above")
-    return json.loads(done.stdout.splitlines()[-1])
+    rate = child_result("torch.distributed.run", arguments, environment)["rate"]
+    details = {"batch": args.batch, "cores": each, "device": default_device().type}
+    return Round(rate, {}, {**details, "processes": processes})
 
 
 def table(session: Session) -> str:
@@ -98,9 +89,9 @@ def table(session: Session) -> str:
     base = session.records[0]
     lines = ["| processes | images/s | efficiency |", "| --- | --- | --- |"]
     for record in session.records:
-        times = record.details["processes"] / base.details["processes"]
-        shares = [a / b / times for a, b in zip(record.rounds, base.rounds, strict=True)]
-        lines.append(f"| {record.details['processes']} | {record.cell()} | {share_cell(shares)} |")
+        processes = record.details["processes"]
+        ideal = [rate * processes / base.details["processes"] for rate in base.rounds]
+        lines.append(f"| {processes} | {record.cell()} | {share_cell(record.rounds, ideal)} |")
     return "\n".join(lines)
 
 
@@ -123,7 +114,8 @@ def measure(args: argparse.Namespace) -> None:
         steps = max(3, int(args.seconds / accelerator.reduce(once, "mean").item()))
         mine = torch.tensor([seconds(steps=steps)], device=device)
         slowest = accelerator.gather(mine).max()
-        accelerator.print(json.dumps(args.batch * world / slowest.item()), flush=True)
+        rate = args.batch * world / slowest.item()
+        accelerator.print(json.dumps({"rate": rate}), flush=True)
         accelerator.end_training()
 
 

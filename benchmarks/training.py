@@ -27,8 +27,8 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import torch
@@ -36,6 +36,7 @@ import torch
 from benchmarks import ceilings, savings
 from benchmarks.measurements import (
     Results,
+    Round,
     Session,
     add_overrides,
     check_dataset,
@@ -43,8 +44,8 @@ from benchmarks.measurements import (
     check_names,
     command_line,
     device_of,
+    interleave,
     load,
-    report_round,
     report_skipped,
 )
 from benchmarks.timing import default_device
@@ -169,8 +170,17 @@ def measure_all(
     def left(case: Case) -> bool:
         return results.rounds(case.name) < args.rounds or untraced(case)
 
-    def work(process: "Process", cases: list[Case]) -> None:
-        take_turns(process, cases, args.rounds, results, limits)
+    def round_of(process: Process, case: Case) -> Round:
+        try:
+            answer = process.ask("measure", case)
+        except Failed:
+            results.drop(case.name)
+            raise
+        return Round(answer["rate"], answer["each"], {**answer["once"], "limits": limits})
+
+    def work(process: Process, cases: list[Case]) -> None:
+        measuring = {case.name: partial(round_of, process, case) for case in cases}
+        interleave(measuring, args.rounds, results)
         for case in filter(untraced, cases):
             process.ask("trace", case)
 
@@ -190,23 +200,6 @@ def limits_of(path: Path | None, session: Session) -> dict[str, float]:
     if device_of(record.machine) != device_of(session.machine):
         raise UserError(f"--ceilings {path}: measured on {', '.join(device_of(record.machine))}")
     return {ceiling.case: ceiling.median for ceiling in record.records}
-
-
-def take_turns(
-    process: "Process", cases: list[Case], rounds: int, results: Results, limits: dict[str, float]
-) -> None:
-    """Measure the rounds that `results` lacks, interleaved. Raises `Failed`."""
-    for turn, case in itertools.product(range(rounds), cases):
-        if results.rounds(case.name) > turn:
-            continue
-        try:
-            answer = process.ask("measure", case)
-        except Failed:
-            results.drop(case.name)
-            raise
-        once = {**answer["once"], "limits": limits}
-        results.add(case.name, "images/s", answer["rate"], answer["each"], once)
-        report_round(turn + 1, case.name, answer["rate"])
 
 
 def compile_all(args: argparse.Namespace, groups: list[list[Case]]) -> dict[str, str]:
@@ -262,12 +255,7 @@ class Process:
     def __enter__(self) -> "Process":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind:
             self._process.kill()
         with suppress(BrokenPipeError):

@@ -9,6 +9,8 @@ from benchmarks import (
 )
 from benchmarks.measurements import (
     Record,
+    Results,
+    Round,
     child_result,
     interleave,
     load,
@@ -34,15 +36,40 @@ def test_a_session_carries_what_made_it_and_survives_saving(tmp_path, monkeypatc
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["records.json"]
 
 
-def test_rounds_are_interleaved_and_the_first_is_dropped(capsys):
+def test_rounds_are_interleaved_and_warm_up_is_not_kept():
     calls = []
 
     def case(name):
         calls.append(name)
-        return float(len(calls))
+        return Round(float(len(calls)), {"each": name}, {"once": len(calls)})
 
-    values = interleave({"a": lambda: case("a"), "b": lambda: case("b")}, rounds=2)
-    assert calls == ["a", "b"] * 3 and values == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
+    results = Results("x", None)
+    cases = {"a": lambda: case("a"), "b": lambda: case("b")}
+    assert interleave(cases, 2, results, warmup=1) == {}
+    assert calls == ["a", "b"] * 3
+    details = {"call": [1, 1]}
+    assert results.session.records == [
+        Record("a", "images/s", [3.0, 5.0], {"each": ["a", "a"], "once": 5, **details}),
+        Record("b", "images/s", [4.0, 6.0], {"each": ["b", "b"], "once": 6, **details}),
+    ]
+    interleave(cases, 3, results)
+    assert calls == ["a", "b"] * 4
+
+
+def test_a_case_that_fails_loses_its_rounds_and_the_others_continue():
+    calls = []
+
+    def fails():
+        calls.append("a")
+        if len(calls) == 2:
+            raise RuntimeError("no memory\nat all")
+        return Round(1.0, {}, {})
+
+    results = Results("x", None)
+    cases = {"a": fails, "b": lambda: Round(2.0, {}, {})}
+    assert interleave(cases, 3, results) == {"a": "no memory"}
+    assert calls == ["a", "a"]
+    assert [(r.case, r.rounds) for r in results.session.records] == [("b", [2.0] * 3)]
 
 
 def test_a_failed_process_is_reported_with_its_last_line():
@@ -58,7 +85,7 @@ def test_results_continue_only_with_the_same_origin(changed, tmp_path, monkeypat
     """A record names neither its place nor the memory of a rented machine, which grows."""
     out = tmp_path / "x.json"
     monkeypatch.setattr(sys, "argv", ["x", "--out", str(out)])
-    measurements.Results("x", out).add("case", "s", 1.0, {}, {"limit": 1})
+    Results("x", out).add("case", "s", 1.0, {}, {"limit": 1})
     made = measurements.environment(1)
     monkeypatch.setattr(measurements, "environment", lambda processes: made)
     if changed == "argv":
@@ -80,9 +107,9 @@ def test_results_continue_only_with_the_same_origin(changed, tmp_path, monkeypat
         monkeypatch.setattr(sys, "argv", ["x", "--out", str(out)])
     if changed not in KEPT:
         with pytest.raises(UserError, match="measured by another command, device or version"):
-            measurements.Results("x", out)
+            Results("x", out)
         return
-    again = measurements.Results("x", out)
+    again = Results("x", out)
     again.add("case", "s", 2.0, {}, {"limit": 2})
     assert load(out).records == [Record("case", "s", [1.0, 2.0], {"call": [1, 2], "limit": 2})]
     assert len(load(out).calls) == 2
@@ -92,7 +119,7 @@ def test_a_file_that_is_not_a_record_is_refused_in_one_line(tmp_path):
     out = tmp_path / "x.json"
     out.write_text("[]")
     with pytest.raises(UserError, match=r"x\.json: not a record"):
-        measurements.Results("x", out)
+        Results("x", out)
 
 
 @pytest.mark.parametrize(
