@@ -77,9 +77,9 @@ def run(args: argparse.Namespace) -> None:
         cases[f"read, decode {name}"] = case(rate, _read_decode, reading)
         cases[f"read, decode, write {name}"] = case(rate, _read_decode, writing)
         cases[f"convert {name}"] = case(convert_rate, source, out, args.workers, len(data))
-    interleave(cases, args.rounds, results, warmup=1)
+    problems = interleave(cases, args.rounds, results, warmup=1)
     shutil.rmtree(args.scratch, ignore_errors=True)
-    print(table(results.session))
+    results.report(table, problems)
 
 
 def _open(source: Path, scratch: Path) -> tuple[Tree, list[str]]:

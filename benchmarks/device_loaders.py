@@ -38,7 +38,6 @@ from benchmarks.measurements import (
     Round,
     Session,
     check_dataset,
-    check_measured,
     check_names,
     command_line,
     interleave,
@@ -82,8 +81,7 @@ def run(args: argparse.Namespace) -> None:
     limit = len(names) * len(args.batches)
     with dynamo.patch(recompile_limit=limit, fail_on_recompile_limit_hit=True):
         problems = measure(args, names, Data(args.dataset, default_device()), results)
-    check_measured(results.session.records, problems)
-    print(table(results.session))
+    results.report(table, problems)
 
 
 def table(session: Session) -> str:

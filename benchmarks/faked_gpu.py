@@ -127,19 +127,14 @@ def generate(model: nn.Module, *inputs: torch.Tensor) -> list[Generated]:
         on_gpu = [torch.empty_like(value, device="cuda") for value in inputs]
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=lowering.backend, fullgraph=True, dynamic=False)
-    with _compiler_settings(), suppress(_Lowered):
-        compiled(*on_gpu)
-    return lowering.graphs
-
-
-@contextmanager
-def _compiler_settings() -> Generator[None]:
-    """Lower the backward together with the forward, and use no cache for either."""
     with (
+        # Lower the backward together with the forward, and use no cache for either.
         functorch_config.patch(force_non_lazy_backward_lowering=True, enable_autograd_cache=False),
         inductor_config.patch(fx_graph_cache=False, compile_threads=1),
+        suppress(_Lowered),
     ):
-        yield
+        compiled(*on_gpu)
+    return lowering.graphs
 
 
 class _Lowered(Exception):

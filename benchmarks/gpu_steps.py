@@ -72,14 +72,16 @@ ON_CPU = Sizes(
 
 def smoke(sizes: Sizes, _: Path | None) -> list[Step]:
     """Whether everything works there at all; it also fills the compiler's cache."""
-    data = SYNTHETIC / "dataset"
+    originals, data = SYNTHETIC / "originals", SYNTHETIC / "dataset"
+    images = ("--classes", sizes.classes, "--per-class", 20)
+    synth = _python("fastlab", "synth", originals, *images, "--force")
     first_steps = ("--rounds", 1, "--epochs", 1, "--traces", RESULTS / "smoke-traces")
     training = _training(sizes, data, "smoke-training", "resnet11", *first_steps)
     loaders = _loaders(data, "smoke-loaders", "--batches", sizes.loader_batches, "--rounds", 1)
     race = _race(sizes, "reference", "smoke-race", data, "--runs", 1, "--set", "train.epochs=2")
     return [
-        Step("synth", _synth(sizes), 30),
-        Step("convert-synthetic", _convert(SYNTHETIC / "originals", data), 30),
+        Step("synth", synth, 30),
+        Step("convert-synthetic", _convert(originals, data), 30),
         Step("smoke-gpu-tests", _gpu_tests("smoke-gpu-tests"), 90, beside=True),
         Step("smoke-training", training, 80, beside=True),
         Step("smoke-loaders", loaders, 80, beside=True),
@@ -215,11 +217,6 @@ def _ceilings() -> list[Step]:
     """They are measured once in a rental."""
     command = _python("benchmarks.ceilings", "--out", CEILINGS)
     return [] if CEILINGS.exists() else [Step("ceilings", command, 25)]
-
-
-def _synth(sizes: Sizes) -> list[str]:
-    arguments = ("synth", SYNTHETIC / "originals", "--classes", sizes.classes, "--per-class", 20)
-    return _python("fastlab", *arguments, "--force")
 
 
 def _convert(originals: Path, dataset: Path) -> list[str]:

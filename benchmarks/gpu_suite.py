@@ -28,18 +28,7 @@ from typing import Any
 
 from benchmarks import gpu_steps, rehearsal
 from benchmarks.gpu_running import attempt
-from benchmarks.gpu_steps import (
-    CACHE,
-    LEASE,
-    LOGS,
-    ON_CPU,
-    ORIGINALS,
-    RESULTS,
-    RUNS,
-    SITE,
-    Sizes,
-    Step,
-)
+from benchmarks.gpu_steps import CACHE, LEASE, LOGS, ORIGINALS, RESULTS, RUNS, SITE, Sizes, Step
 from fastlab.console import UserError, run_command
 
 WHEELS = Path("wheels")
@@ -107,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     install_wheels()
     if args.cache:
         unpack_cache(args.cache)
-    sizes = Sizes() if identify()["machine"]["gpus"] else ON_CPU
+    sizes = Sizes() if identify()["machine"]["gpus"] else gpu_steps.ON_CPU
     sizes = replace(sizes, overrides=(*sizes.overrides, *args.set))
     deadline = started + sizes.patience * (args.seconds or stage.seconds)
     steps = [

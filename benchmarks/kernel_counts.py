@@ -92,16 +92,6 @@ class Pass(NamedTuple):
     library: Counter[str]
     """Number of calls of each operator that is not the project's."""
 
-    def launches(self, generated: bool) -> int:
-        return sum(k.kernels for k in self.kernels if k.generated == generated)
-
-    def bytes(self) -> int:
-        return sum(k.bytes for k in self.kernels)
-
-    def small(self) -> int:
-        """Kernels that move less than 1 MB."""
-        return sum(k.kernels for k in self.kernels if k.bytes / k.kernels < _SMALL)
-
 
 def main(argv: list[str] | None = None) -> int:
     parser = command_line(__doc__)
@@ -180,18 +170,19 @@ def largest(passes: list[Pass], number: int) -> list[Kernel]:
 def _record(name: str, cfg: Config, batch: int, passes: list[Pass]) -> Record:
     """The figure is exact, so there is one round."""
     forward, backward = map(_details, passes)
-    moved = sum(each.bytes() for each in passes) / batch
     details = {"batch": batch, "forward": forward, "backward": backward}
+    moved = (forward["bytes"] + backward["bytes"]) / batch
     return Record(name, "bytes/image", [moved], {**details, "config": public_config(cfg)})
 
 
 def _details(counted: Pass) -> dict[str, Any]:
+    kernels = counted.kernels
     return {
-        "generated": counted.launches(generated=True),
-        "custom": counted.launches(generated=False),
+        "generated": sum(k.kernels for k in kernels if k.generated),
+        "custom": sum(k.kernels for k in kernels if not k.generated),
         "library": dict(counted.library),
-        "small": counted.small(),
-        "bytes": counted.bytes(),
+        "small": sum(k.kernels for k in kernels if k.bytes / k.kernels < _SMALL),
+        "bytes": sum(k.bytes for k in kernels),
     }
 
 

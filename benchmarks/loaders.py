@@ -28,7 +28,6 @@ from benchmarks.measurements import (
     Round,
     Session,
     check_dataset,
-    check_measured,
     check_names,
     child_result,
     command_line,
@@ -69,8 +68,7 @@ def run(args: argparse.Namespace) -> None:
         if name in names
     }
     problems = interleave(cases, args.rounds, results, warmup=1)
-    check_measured(results.session.records, problems)
-    print(table(results.session))
+    results.report(table, problems)
 
 
 def _measure_in_child(args: argparse.Namespace, name: str, cores: int) -> Round:

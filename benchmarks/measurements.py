@@ -18,7 +18,7 @@ from fastlab import config as configs
 from fastlab.config import Config
 from fastlab.console import UserError, first_line, positive_int, public_command, public_path
 from fastlab.dataset.manifest import check_sizes, read_manifest
-from fastlab.files import write_atomically
+from fastlab.files import write_json
 from fastlab.machine import environment
 
 _PATIENCE = 900  # seconds for a case in a process of its own
@@ -85,7 +85,7 @@ def save(session: Session, path: Path) -> None:
     """Raises `UserError` where `path` cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(asdict(session), indent=1) + "\n")
+        write_json(path, asdict(session))
     except OSError as error:
         raise UserError(
             f"--out {path}: cannot be written ({error.strerror}); choose another"
@@ -148,6 +148,13 @@ class Results:
         """Remove the rounds of a case that failed."""
         self.session.records[:] = [r for r in self.session.records if r.case != case]
         self._save()
+
+    def report(self, table: Callable[[Session], str], problems: dict[str, str]) -> None:
+        """Print why cases failed, and the table. Raises `UserError` where no record is left."""
+        report_skipped(problems)
+        if not self.session.records:
+            raise UserError("no case could be measured")
+        print(table(self.session))
 
     def _save(self) -> None:
         if self._out:
@@ -262,13 +269,6 @@ def report_skipped(problems: dict[str, str]) -> None:
     """Print why each case that `problems` names could not be measured."""
     for name, problem in problems.items():
         print(f"skipped {name}: {problem}", file=sys.stderr)
-
-
-def check_measured(records: list[Record], problems: dict[str, str]) -> None:
-    """Report the cases that failed. Raises `UserError` where no record is left."""
-    report_skipped(problems)
-    if not records:
-        raise UserError("no case could be measured")
 
 
 def share_cell(rounds: list[float], limits: list[float], digits: int = 1) -> str:

@@ -24,7 +24,6 @@ from benchmarks.measurements import (
     Session,
     add_overrides,
     check_dataset,
-    check_measured,
     child_result,
     command_line,
     interleave,
@@ -64,9 +63,7 @@ def run(args: argparse.Namespace) -> None:
     check_dataset(configs.load(args.config, args.overrides).data.path)
     results = Results("scaling", args.out)
     cases = {f"{n} processes": partial(launch, args, n) for n in args.processes}
-    problems = interleave(cases, args.rounds, results)
-    check_measured(results.session.records, problems)
-    print(table(results.session))
+    results.report(table, interleave(cases, args.rounds, results))
 
 
 def launch(args: argparse.Namespace, processes: int) -> Round:

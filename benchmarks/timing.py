@@ -27,7 +27,7 @@ def wait(device: torch.device) -> None:
 
 
 def timed(work: Callable[[], object], device: torch.device) -> Seconds:
-    """Run `work`, which may only queue kernels, on an idle device."""
+    """Start `work`, which may only queue kernels, on an idle device."""
     wait(device)
     if device.type == "cpu":
         seconds = _host_seconds(work)

@@ -40,7 +40,6 @@ from benchmarks.measurements import (
     Session,
     add_overrides,
     check_dataset,
-    check_measured,
     check_names,
     command_line,
     device_of,
@@ -142,8 +141,7 @@ def run(args: argparse.Namespace) -> None:
         return
     results = Results("training", args.out)
     problems = measure_all(args, groups, results)
-    check_measured(results.session.records, problems)
-    print(table(results.session))
+    results.report(table, problems)
 
 
 def variants(names: str) -> list[str]:

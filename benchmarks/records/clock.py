@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -38,12 +38,7 @@ from fastlab import models
 from fastlab.config import Config
 from fastlab.console import UserError, positive_int, run_command
 from fastlab.runs import RunDir
-from fastlab.train import (
-    Trainer,
-    evaluate,
-    make_accelerator,
-    torch_settings,
-)
+from fastlab.train import Trainer, evaluate, make_accelerator, torch_settings
 
 _WARM = 5  # steps: a captured step is captured in the fourth
 
@@ -163,23 +158,18 @@ def table(session: Session) -> str:
     lines = ["| model | target | runs that reach it | seconds | epochs |", "| --- |" + " --- |" * 4]
     for record in session.records:
         runs = record.details["runs"]
-        reached = [run for run in runs if run["reached"]]
+        reached = [run["reached"] for run in runs]
+        seconds = list(itertools.compress(record.rounds, reached))
+        epochs = [len(run["top1"]) for run in itertools.compress(runs, reached)]
         lines.append(
-            f"| {record.case} | {record.details['target']:.2%} | {len(reached)} of {len(runs)} "
-            f"| {_mean_seconds(record.rounds, runs)} | {_mean_epochs(reached)} |"
+            f"| {record.case} | {record.details['target']:.2%} | {sum(reached)} of {len(runs)} "
+            f"| {_means(seconds, epochs)} |"
         )
     return "\n".join(lines)
 
 
-def _mean_seconds(rounds: list[float], runs: list[dict[str, Any]]) -> str:
-    seconds = [value for value, run in zip(rounds, runs, strict=True) if run["reached"]]
+def _means(seconds: list[float], epochs: list[int]) -> str:
     if not seconds:
-        return "not reached"
+        return "not reached | not reached"
     deviation = statistics.stdev(seconds) if len(seconds) > 1 else 0.0
-    return f"{statistics.mean(seconds):.2f} ± {deviation:.2f}"
-
-
-def _mean_epochs(reached: list[dict[str, Any]]) -> str:
-    if not reached:
-        return "not reached"
-    return f"{statistics.mean(len(run['top1']) for run in reached):.1f}"
+    return f"{statistics.mean(seconds):.2f} ± {deviation:.2f} | {statistics.mean(epochs):.1f}"
