@@ -158,7 +158,7 @@ def _read_decode(share: Share, ready: Callable[[], object]) -> int:
 
 def convert_rate(source: Path, out: Path, workers: int, images: int) -> float:
     shutil.rmtree(out, ignore_errors=True)
-    # A new process, as the command is one: this process holds all the encoded images.
+    # A new process, like that of the command: this process holds all the encoded images.
     command = [sys.executable, "-c", _TIMED, str(source), str(out), str(workers)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
     return images / float(done.stdout)

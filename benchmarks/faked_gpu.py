@@ -72,7 +72,7 @@ class Call(NamedTuple):
     operator: str
     """Such as "aten::convolution"."""
     arguments: dict[str, Any]
-    """By name; tensors have no data. An argument that is left to its default is not there."""
+    """The arguments by name, without those left to their defaults. Tensors have no data."""
 
 
 class CountError(Exception):

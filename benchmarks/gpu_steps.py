@@ -26,8 +26,8 @@ class Step:
     seconds: float
     """Time limit. At its end the command and what it started get SIGINT."""
     beside: bool = False
-    """It runs beside the steps that follow, in this stage and the next, which measure nothing; the
-    stages `smoke` and `ready` wait for it."""
+    """It runs beside later steps, which measure nothing, of this stage and the next; the stages
+    `smoke` and `ready` wait for it."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ ON_CPU = Sizes(
 
 
 def smoke(sizes: Sizes, _: Path | None) -> list[Step]:
-    """Whether everything works there at all; it also fills the compiler's cache."""
+    """Check that everything works on the machine, and fill the compiler's cache."""
     originals, data = SYNTHETIC / "originals", SYNTHETIC / "dataset"
     images = ("--classes", sizes.classes, "--per-class", 20)
     synth = _python("fastlab", "synth", originals, *images, "--force")
@@ -90,8 +90,8 @@ def smoke(sizes: Sizes, _: Path | None) -> list[Step]:
 
 
 def data(sizes: Sizes, piece: Path | None) -> list[Step]:
-    """Unpack one piece of the original images. The first piece is a whole, smaller dataset: with it
-    begins everything that needs no more."""
+    """Unpack one piece of the original images. The first piece is a whole, smaller dataset: its
+    arrival starts every step that needs no other piece."""
     if piece is None or not piece.is_file():
         raise UserError(f"--piece {piece}: no such file; name a piece of the dataset")
     unpack = ["tar", "-xf", str(piece), "-C", str(ORIGINALS), "--strip-components=1"]
@@ -118,7 +118,7 @@ def ready(sizes: Sizes, _: Path | None) -> list[Step]:
 
 
 def measure(sizes: Sizes, _: Path | None) -> list[Step]:
-    """What bounds a training step, and the step."""
+    """Measure what bounds a training step, and the step."""
     rounds = ("--rounds", sizes.rounds, "--epochs", 1)
     records = ("--ceilings", CEILINGS, "--traces", RESULTS / "traces")
     training = _training(sizes, DATASET, "training", "resnet11", *rounds, *records)
@@ -126,7 +126,8 @@ def measure(sizes: Sizes, _: Path | None) -> list[Step]:
 
 
 def savings(sizes: Sizes, _: Path | None) -> list[Step]:
-    """The step with each of its savings undone; the largest batch, bound by bytes, first."""
+    """Measure the step with each of its savings undone, first at the largest batch, which is bound
+    by bytes."""
     names = {f"savings-{batch}": batch for batch in sizes.savings_batches}
     return [
         Step(
@@ -139,8 +140,8 @@ def savings(sizes: Sizes, _: Path | None) -> list[Step]:
 
 
 def reference(sizes: Sizes, _: Path | None) -> list[Step]:
-    """The reference's ResNet-11 for all of its epochs, with the first seed that no earlier rental
-    finished."""
+    """Train the reference's ResNet-11 for all its epochs, with the first seed that no earlier
+    rental finished."""
     seed = next_seed("resnet11", Path("benchmarks/results"))
     run = RUNS / f"resnet11-seed{seed}"
     if (run / "config.toml").exists():
@@ -151,19 +152,19 @@ def reference(sizes: Sizes, _: Path | None) -> list[Step]:
 
 
 def loaders(sizes: Sizes, _: Path | None) -> list[Step]:
-    """The input path beside a copy of as many bytes, and nvJPEG."""
+    """Measure the input path beside a copy of as many bytes, and nvJPEG."""
     rounds = ("--batches", sizes.loader_batches, "--rounds", sizes.rounds)
     return [Step("loaders", _loaders(DATASET, "loaders", *rounds), 60)]
 
 
 def race(sizes: Sizes, _: Path | None) -> list[Step]:
-    """Seconds to the reference's 46.04 %."""
+    """Measure the seconds to the reference's 46.04 %."""
     limit = ("--runs", 5, "--limit", 140)
     return [Step("race", _race(sizes, "reference", "race-reference", DATASET, *limit), 160)]
 
 
 def more(sizes: Sizes, _: Path | None) -> list[Step]:
-    """The other models, then one attempt at 66 % in the time that is left."""
+    """Measure the other models, then attempt 66 % once in the time that is left."""
     options = ("--ceilings", CEILINGS, "--rounds", 1, "--steps", 100)
     names = {f"training-{model}": model for model in _OTHER_MODELS}
     limit = ("--runs", 1, "--limit", 90)
@@ -214,7 +215,7 @@ def _warm(sizes: Sizes, name: str, seconds: float, *options: object) -> Step:
 
 
 def _ceilings() -> list[Step]:
-    """They are measured once in a rental."""
+    """The ceilings, which are measured once in a rental."""
     command = _python("benchmarks.ceilings", "--out", CEILINGS)
     return [] if CEILINGS.exists() else [Step("ceilings", command, 25)]
 

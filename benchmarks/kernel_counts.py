@@ -47,7 +47,7 @@ class Traffic(NamedTuple):
 
     kernels: int
     bytes: int
-    """Of all of its kernels."""
+    """Bytes of all these kernels together."""
 
 
 def _pool(x: Any, bias: Any, size: int, **_: Any) -> tuple[Traffic, Traffic]:
@@ -104,6 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         "--savings", action="store_true", help="also with each saving of the step undone"
     )
     parser.add_argument("--largest", type=positive_int, default=0, help="list so many kernels")
+    parser.add_argument("--write", type=Path, help="write the generated code to this directory")
     return run_command(run, parser.parse_args(argv))
 
 
@@ -125,7 +126,10 @@ def _count(path: Path, change: str | None, args: argparse.Namespace) -> Record:
     cfg = configs.load(path, args.overrides)
     name = f"{path.stem}, {change}" if change else path.stem
     with faked_gpu.faked_gpu(), savings.changed(change):
-        passes = [count_pass(graph) for graph in generated_step(cfg, args.batch)]
+        graphs = generated_step(cfg, args.batch)
+        if args.write:
+            _write(graphs, args.write, name)
+        passes = [count_pass(graph) for graph in graphs]
     for kernel in largest(passes, args.largest):
         print(f"{name}: {kernel.bytes / 1e6:6.0f} MB  {kernel.name}")
     return _record(name, cfg, args.batch, passes)
@@ -165,6 +169,12 @@ def _custom_kernels(call: Call) -> Kernel:
 def largest(passes: list[Pass], number: int) -> list[Kernel]:
     kernels = [kernel for each in passes for kernel in each.kernels]
     return sorted(kernels, key=lambda kernel: kernel.bytes, reverse=True)[:number]
+
+
+def _write(graphs: list[Generated], directory: Path, name: str) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    for direction, graph in zip(("forward", "backward"), graphs, strict=True):
+        (directory / f"{name}-{direction}.py").write_text(graph.code, encoding="utf-8")
 
 
 def _record(name: str, cfg: Config, batch: int, passes: list[Pass]) -> Record:

@@ -106,14 +106,14 @@ class Results:
     """What a command measures, written to its `--out` file after every round.
 
     The same command continues there after an interruption, on the same device with the same
-    versions, since a record names one of each.
+    versions: a record names one device and one set of versions.
     """
 
     def __init__(self, benchmark: str, out: Path | None, script: str = "") -> None:
-        """With `out` None nothing is saved. `script` is the command's module where that is not
+        """Where `out` is None, nothing is saved. `script` is the command's module where that is not
         `benchmark`.
 
-        Raises `UserError` where `out` holds anything else.
+        Raises `UserError` where `out` holds anything but an earlier part of these results.
         """
         self._out = out
         new = new_session(benchmark, [], script)
@@ -146,8 +146,9 @@ class Results:
 
     def drop(self, case: str) -> None:
         """Remove the rounds of a case that failed."""
-        self.session.records[:] = [r for r in self.session.records if r.case != case]
-        self._save()
+        if self.rounds(case):
+            self.session.records.remove(self.session[case])
+            self._save()
 
     def report(self, table: Callable[[Session], str], problems: dict[str, str]) -> None:
         """Print why cases failed, and the table. Raises `UserError` where no record is left."""
@@ -162,7 +163,8 @@ class Results:
 
 
 def _origin(session: Session) -> tuple[str, list[str], dict[str, str]]:
-    """What two calls must share to continue one record: not where files lie, nor the time limit."""
+    """What two calls must share to continue one record; where files lie and the time limit may
+    differ."""
     command = re.sub(r" --(?:out|traces|limit)[= ]('[^']*'|\S+)", "", session.command)
     return command, device_of(session.machine), session.versions
 
@@ -204,8 +206,8 @@ def child_result(
     """What ``python -m MODULE ARGUMENTS`` prints as JSON in its last line.
 
     A case in a process of its own leaves no memory, threads or compiled code to the next. Raises
-    `RuntimeError` with the last line of the process's standard error where it fails; the rest of it
-    is printed.
+    `RuntimeError` with the last line of the process's standard error where it fails, and prints the
+    lines before it.
     """
     command, variables = [sys.executable, "-m", module, *arguments], {**os.environ, **environment}
     try:
@@ -222,10 +224,10 @@ def child_result(
 
 
 class Round(NamedTuple):
-    """What one round of a case measured, in the unit of its record, and the details that
-    `Results.add` takes."""
+    """What one round of a case measured, and the details that `Results.add` takes."""
 
     value: float
+    """In images/s."""
     each: dict[str, Any]
     once: dict[str, Any]
 
@@ -238,7 +240,8 @@ def interleave(
     reasons of the cases that failed with `RuntimeError`, by name; they lose their rounds."""
     problems: dict[str, str] = {}
     for turn, case in itertools.product(range(-warmup, rounds), cases):
-        if case in problems or results.rounds(case) > turn >= 0:
+        needed = turn + 1 if turn >= 0 else rounds
+        if case in problems or results.rounds(case) >= needed:
             continue
         try:
             measured = cases[case]()

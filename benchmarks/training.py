@@ -235,7 +235,7 @@ def in_processes(
 
 class Process:
     """`benchmarks.training_process`, which holds the variants of one configuration at one batch
-    size. The context ends it."""
+    size. The end of the context ends it."""
 
     def __init__(self, args: argparse.Namespace, case: Case) -> None:
         command = [sys.executable, "-m", "benchmarks.training_process"]

@@ -57,7 +57,7 @@ def begun(step: Step, file: Path) -> Running:
 
 @pytest.mark.parametrize("here", [signal.default_int_handler, signal.SIG_IGN])
 def test_a_step_gets_sigint_at_its_time_limit(here, lease):
-    """Also where the suite runs in the background of a shell, which lets it ignore SIGINT."""
+    """This holds also in the background of a shell, which starts the suite with SIGINT ignored."""
     code = (
         "import time\n"
         "try:\n"
