@@ -38,7 +38,7 @@ from benchmarks.measurements import (
     Round,
     Session,
     check_dataset,
-    check_names,
+    chosen,
     command_line,
     interleave,
     share_cell,
@@ -73,8 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    names = args.cases.split(";") if args.cases else list(CASES)
-    check_names(names, CASES, "--cases")
+    names = chosen(args.cases, CASES, "--cases")
     check_dataset(args.dataset)
     results = Results("device_loaders", args.out)
     # Beyond the limit of shapes, torch would silently run a function uncompiled.

@@ -28,8 +28,8 @@ from benchmarks.measurements import (
     Round,
     Session,
     check_dataset,
-    check_names,
     child_result,
+    chosen,
     command_line,
     interleave,
 )
@@ -58,8 +58,7 @@ def run(args: argparse.Namespace) -> None:
     if args.case:
         print("\n" + json.dumps(measure(args)))
         return
-    names = args.only.split(";") if args.only else list(CASES)
-    check_names(names, CASES, "--only")
+    names = chosen(args.only, CASES, "--only")
     check_dataset(args.dataset)
     results = Results("loaders", args.out)
     cases = {
@@ -158,7 +157,8 @@ def _peak_memory() -> int:
 
 # Batches without end: anything whose length is the number of its images.
 _Batches = Iterator[Any]
-_Case = Callable[[argparse.Namespace, int], _Batches]
+_Loader = Callable[[argparse.Namespace, int], _Batches]
+"""Takes the options and the number of cores."""
 
 
 def _forever(epoch: Callable[[], _Batches]) -> _Batches:
@@ -166,7 +166,7 @@ def _forever(epoch: Callable[[], _Batches]) -> _Batches:
         yield from epoch()
 
 
-def _fastlab(engine: Literal["resident", "ffcv", "dali", "torchvision"], dtype: str = "") -> _Case:
+def _fastlab(engine: Literal["resident", "ffcv", "dali", "torchvision"], dtype: str = "") -> _Loader:
     """`dtype` names the type of normalised batches; "" gives uint8, as the alternatives do."""
 
     def batches(args: argparse.Namespace, cores: int) -> _Batches:
@@ -255,7 +255,7 @@ def _pil(args: argparse.Namespace, cores: int) -> _Batches:
     return (images for images, _ in _forever(lambda: iter(loader)))
 
 
-def _stock_ffcv(augmented: bool) -> _Case:
+def _stock_ffcv(augmented: bool) -> _Loader:
     def batches(args: argparse.Namespace, cores: int) -> _Batches:
         from ffcv.fields.decoders import SimpleRGBImageDecoder
         from ffcv.loader import Loader, OrderOption
@@ -305,7 +305,7 @@ def _stock_dali(args: argparse.Namespace, cores: int) -> _Batches:
         yield pipeline.run()[0]
 
 
-CASES: dict[str, _Case] = {
+CASES: dict[str, _Loader] = {
     _LIMIT: _gather,
     "fastlab resident": _fastlab("resident"),
     "fastlab resident, normalised fp32": _fastlab("resident", "float32"),

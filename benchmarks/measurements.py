@@ -260,12 +260,14 @@ def check_dataset(path: str | Path) -> None:
     check_sizes(Path(path), read_manifest(Path(path)))
 
 
-def check_names(names: Collection[str], known: Collection[str], option: str) -> None:
-    """Raises `UserError` for a name that is not in `known`."""
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        expected = "; ".join(known)
-        raise UserError(f"{option} {unknown[0]!r}: no such name; expected some of {expected}")
+def chosen(names: str, known: Collection[str], option: str) -> list[str]:
+    """The names that `names` lists, separated by semicolons; "" stands for all. Raises `UserError`
+    for a name that is not in `known`."""
+    for name in names.split(";") if names else ():
+        if name not in known:
+            expected = "; ".join(known)
+            raise UserError(f"{option} {name!r}: no such name; expected some of {expected}")
+    return names.split(";") if names else list(known)
 
 
 def report_skipped(problems: dict[str, str]) -> None:

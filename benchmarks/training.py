@@ -24,7 +24,6 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -40,7 +39,7 @@ from benchmarks.measurements import (
     Session,
     add_overrides,
     check_dataset,
-    check_names,
+    chosen,
     command_line,
     device_of,
     interleave,
@@ -72,6 +71,8 @@ class Variant:
         ]
 
 
+Request = Literal["measure", "compile", "trace"]
+
 _CAPTURED = Variant("bf16", compile=True, step="captured")
 VARIANTS = {
     "eager fp32, channels first": Variant("fp32", channels_last=False),
@@ -99,14 +100,6 @@ class Case:
     @property
     def folder(self) -> str:
         return self.name.replace(", ", "-").replace(" ", "-")
-
-
-class Failed(Exception):
-    """A case could not be measured; the message says why."""
-
-    def __init__(self, case: Case, reason: str) -> None:
-        super().__init__(reason)
-        self.case = case
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -140,8 +133,7 @@ def run(args: argparse.Namespace) -> None:
         report_skipped(compile_all(args, groups))
         return
     results = Results("training", args.out)
-    problems = measure_all(args, groups, results)
-    results.report(table, problems)
+    results.report(table, measure_all(args, groups, results))
 
 
 def variants(names: str) -> list[str]:
@@ -149,10 +141,7 @@ def variants(names: str) -> list[str]:
     variant that is unknown, or that this machine cannot run."""
     gpu = default_device().type == "cuda"
     known = [name for name, variant in VARIANTS.items() if gpu or variant.step == "eager"]
-    if not names:
-        return _GPU_DEFAULT if gpu else known
-    check_names(names.split(";"), known, "--variants")
-    return names.split(";")
+    return chosen(names or (";".join(_GPU_DEFAULT) if gpu else ""), known, "--variants")
 
 
 def measure_all(
@@ -161,28 +150,20 @@ def measure_all(
     """Measure every round that `results` lacks. Returns the reasons of cases that failed, by
     name."""
     limits = limits_of(args.ceilings, results.session)
+    problems: dict[str, str] = {}
 
-    def untraced(case: Case) -> bool:
-        return bool(args.traces) and not (args.traces / case.folder).exists()
-
-    def left(case: Case) -> bool:
-        return results.rounds(case.name) < args.rounds or untraced(case)
-
-    def round_of(process: Process, case: Case) -> Round:
-        try:
-            answer = process.ask("measure", case)
-        except Failed:
-            results.drop(case.name)
-            raise
+    def measure(process: Process, case: Case) -> Round:
+        answer = process.ask("measure", case)
         return Round(answer["rate"], answer["each"], {**answer["once"], "limits": limits})
 
-    def work(process: Process, cases: list[Case]) -> None:
-        measuring = {case.name: partial(round_of, process, case) for case in cases}
-        interleave(measuring, args.rounds, results)
-        for case in filter(untraced, cases):
-            process.ask("trace", case)
-
-    return in_processes(args, groups, left, work)
+    for cases in groups:
+        with Process(args, cases[0]) as process:
+            measuring = {case.name: partial(measure, process, case) for case in cases}
+            problems |= interleave(measuring, args.rounds, results)
+            for case in cases if args.traces else ():
+                if case.name not in problems and not (args.traces / case.folder).exists():
+                    attempt(process, "trace", case, problems)
+    return problems
 
 
 def limits_of(path: Path | None, session: Session) -> dict[str, float]:
@@ -202,77 +183,83 @@ def limits_of(path: Path | None, session: Session) -> dict[str, float]:
 
 def compile_all(args: argparse.Namespace, groups: list[list[Case]]) -> dict[str, str]:
     """Do a few steps of each case. Returns the reasons of cases that failed, by name."""
-    done: set[Case] = set()
-
-    def work(process: "Process", cases: list[Case]) -> None:
-        for case in cases:
-            seconds = process.ask("compile", case)["seconds"]
-            done.add(case)
-            print(f"{case.name}: compiled in {seconds:.0f} s", flush=True)
-
-    return in_processes(args, groups, lambda case: case not in done, work)
-
-
-def in_processes(
-    args: argparse.Namespace,
-    groups: list[list[Case]],
-    left: Callable[[Case], bool],
-    work: Callable[["Process", list[Case]], None],
-) -> dict[str, str]:
-    """Do `work` on the cases that are `left`, in a process for each group, whose cases share
-    configuration and batch size. A failed case may have damaged the state of its process: the
-    others continue in a new one. Returns the reasons of cases that failed, by name."""
     problems: dict[str, str] = {}
     for cases in groups:
-        while rest := [case for case in cases if case.name not in problems and left(case)]:
-            try:
-                with Process(args, rest[0]) as process:
-                    work(process, rest)
-            except Failed as failure:
-                problems[failure.case.name] = str(failure)
+        with Process(args, cases[0]) as process:
+            for case in cases:
+                if answer := attempt(process, "compile", case, problems):
+                    print(f"{case.name}: compiled in {answer['seconds']:.0f} s", flush=True)
     return problems
+
+
+def attempt(
+    process: "Process", what: Request, case: Case, problems: dict[str, str]
+) -> dict[str, Any]:
+    """The answer to a request; where it fails, the reason is added to `problems`."""
+    try:
+        return process.ask(what, case)
+    except RuntimeError as error:
+        problems[case.name] = str(error)
+        return {}
 
 
 class Process:
     """`benchmarks.training_process`, which holds the variants of one configuration at one batch
-    size. The end of the context ends it."""
+    size.
+
+    The first request starts the process. A failed request may have damaged its state, so the next
+    one starts a new process. The end of the context ends it.
+    """
 
     def __init__(self, args: argparse.Namespace, case: Case) -> None:
-        command = [sys.executable, "-m", "benchmarks.training_process"]
-        command += ["--config", str(case.config), "--batch", str(case.batch)]
-        command += ["--epochs", str(args.epochs)]
-        command += ["--steps", str(args.steps)] if args.steps else []
-        command += ["--traces", str(args.traces)] if args.traces else []
-        command += [part for override in args.overrides for part in ("--set", override)]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        assert self._process.stdin and self._process.stdout
-        self._requests, self._answers = self._process.stdin, self._process.stdout
+        self._command = [sys.executable, "-m", "benchmarks.training_process"]
+        self._command += ["--config", str(case.config), "--batch", str(case.batch)]
+        self._command += ["--epochs", str(args.epochs)]
+        self._command += ["--steps", str(args.steps)] if args.steps else []
+        self._command += ["--traces", str(args.traces)] if args.traces else []
+        self._command += [part for value in args.overrides for part in ("--set", value)]
+        self._child: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> "Process":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind:
-            self._process.kill()
-        with suppress(BrokenPipeError):
-            self._requests.close()
-        self._answers.close()
-        self._process.wait()
+        if kind and self._child:
+            self._child.kill()  # an interruption leaves it in the middle of a request
+        self._end()
 
-    def ask(self, what: Literal["measure", "compile", "trace"], case: Case) -> dict[str, Any]:
-        """The answer to a request. Raises `Failed`."""
-        with suppress(BrokenPipeError):  # the process has ended: its output has too, below
-            request = {"what": what, "variant": case.variant, "folder": case.folder}
-            print(json.dumps(request), file=self._requests, flush=True)
-        line = self._answers.readline()
-        if not line:
-            raise Failed(case, f"its process ended with status {self._process.wait()}")
-        answer = json.loads(line)
+    def ask(self, what: Request, case: Case) -> dict[str, Any]:
+        """The answer to a request. Raises `RuntimeError` with the reason where there is none."""
+        self._child = self._child or self._start()
+        request = {"what": what, "variant": case.variant, "folder": case.folder}
+        answer = self._exchange(self._child, json.dumps(request))
         if "problem" in answer:
-            raise Failed(case, answer["problem"])
+            self._end()
+            raise RuntimeError(answer["problem"])
         return answer
+
+    def _start(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def _exchange(self, child: subprocess.Popen[str], request: str) -> dict[str, Any]:
+        assert child.stdin and child.stdout
+        with suppress(BrokenPipeError):  # the process has ended: its output has too, below
+            print(request, file=child.stdin, flush=True)
+        line = child.stdout.readline()
+        if not line:
+            return {"problem": f"its process ended with status {child.wait()}"}
+        return json.loads(line)
+
+    def _end(self) -> None:
+        if self._child:
+            assert self._child.stdin and self._child.stdout
+            with suppress(BrokenPipeError):
+                self._child.stdin.close()
+            self._child.stdout.close()
+            self._child.wait()
+            self._child = None
 
 
 def table(session: Session) -> str:

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.state import AcceleratorState
@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.measurements import add_overrides, public_config
 from benchmarks.savings import changed
 from benchmarks.timing import step_seconds
-from benchmarks.training import VARIANTS
+from benchmarks.training import VARIANTS, Request
 from fastlab import config as configs
 from fastlab import models
 from fastlab.config import Config, ProfileConfig
@@ -85,9 +85,7 @@ class Answers:
         self._args, self._run = args, run
         self._variants: dict[str, Measured] = {}
 
-    def __call__(
-        self, what: Literal["measure", "compile", "trace"], variant: str, folder: str
-    ) -> dict[str, Any]:
+    def __call__(self, what: Request, variant: str, folder: str) -> dict[str, Any]:
         measured = self._variants.get(variant) or self._start(variant)
         if what == "trace":
             measured.trace(RunDir(self._args.traces / folder))

@@ -1,4 +1,5 @@
 import argparse
+import json
 import math
 import signal
 import subprocess
@@ -34,30 +35,29 @@ ROOT = Path(__file__).parents[2]
 LIMITS = {"matmul_fp32": 1e12, "matmul_bf16": 1e12}
 
 
-class FakeProcess:
-    """Replaces `training.Process`: every case takes the same time, but those in bf16 fail."""
+class FakeProcess(training.Process):
+    """A process in which every case takes the same time, but those in bf16 fail."""
 
     asked: ClassVar[list] = []
     cut = 99
     """It is interrupted after so many requests."""
 
-    def __init__(self, args, case):
+    def _start(self):
         self.asked.append("start")
+        return SimpleNamespace(kill=lambda: None)
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def ask(self, what, case):
+    def _exchange(self, child, request):
         if len([name for name in self.asked if name != "start"]) == self.cut:
             raise KeyboardInterrupt
-        self.asked.append(case.variant)
-        if "bf16" in case.variant:
-            raise training.Failed(case, "no bf16 here")
+        variant = json.loads(request)["variant"]
+        self.asked.append(variant)
+        if "bf16" in variant:
+            return {"problem": "no bf16 here"}
         once = {"flop": 1.0, "memory": None, "compile": 0.0, "steps": 3}
         return {"rate": 10.0, "each": {"held": 11.0, "stall": 0.1}, "once": once}
+
+    def _end(self):
+        self._child = None
 
 
 @pytest.fixture
@@ -113,18 +113,15 @@ def test_rounds_of_variants_alternate_in_one_process(synth_dataset, monkeypatch,
 def test_a_case_that_fails_later_loses_its_rounds_and_the_others_continue(
     synth_dataset, tmp_path, monkeypatch, process, capsys
 ):
-    out, ask = tmp_path / "training.json", process.ask
+    out, exchange = tmp_path / "training.json", process._exchange
 
-    def fail(self, what, case):
-        if self.asked.count("eager fp32") == 2:
+    def second_time(self, child, request):
+        if json.loads(request)["variant"] == "eager fp32" and self.asked.count("eager fp32") == 2:
             self.asked.append("failed")
-            raise training.Failed(case, "diverged: x")
-        return ask(self, what, case)
+            return {"problem": "diverged: x"}
+        return exchange(self, child, request)
 
-    def second_time(self, what, case):
-        return (fail if case.variant == "eager fp32" else ask)(self, what, case)
-
-    monkeypatch.setattr(process, "ask", second_time)
+    monkeypatch.setattr(process, "_exchange", second_time)
     monkeypatch.setattr(training.ceilings, "measure", lambda device: LIMITS)
     arguments = ["--variants", "eager fp32;compiled fp32", "--rounds", "3", "--out", str(out)]
     assert training.main(arguments_of(synth_dataset, *arguments)) == 0
