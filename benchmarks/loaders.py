@@ -166,7 +166,9 @@ def _forever(epoch: Callable[[], _Batches]) -> _Batches:
         yield from epoch()
 
 
-def _fastlab(engine: Literal["resident", "ffcv", "dali", "torchvision"], dtype: str = "") -> _Loader:
+def _fastlab(
+    engine: Literal["resident", "ffcv", "dali", "torchvision"], dtype: str = ""
+) -> _Loader:
     """`dtype` names the type of normalised batches; "" gives uint8, as the alternatives do."""
 
     def batches(args: argparse.Namespace, cores: int) -> _Batches:

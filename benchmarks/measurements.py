@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from fastlab import config as configs
@@ -201,15 +200,18 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 
 
 def child_result(
-    module: str, arguments: list[str], environment: Mapping[str, str] = MappingProxyType({})
+    module: str, arguments: list[str], environment: dict[str, str] | None = None
 ) -> dict[str, Any]:
     """What ``python -m MODULE ARGUMENTS`` prints as JSON in its last line.
 
-    A case in a process of its own leaves no memory, threads or compiled code to the next. Raises
-    `RuntimeError` with the last line of the process's standard error where it fails, and prints the
-    lines before it.
+    A case in a process of its own leaves no memory, threads or compiled code to the next. Where it
+    fails, raises `RuntimeError` with its `UserError`, or else with its last line of standard error,
+    all of which is printed.
     """
-    command, variables = [sys.executable, "-m", module, *arguments], {**os.environ, **environment}
+    command, variables = (
+        [sys.executable, "-m", module, *arguments],
+        {**os.environ, **(environment or {})},
+    )
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=_PATIENCE, env=variables
@@ -217,8 +219,9 @@ def child_result(
     except subprocess.TimeoutExpired:
         raise RuntimeError(f"took more than {_PATIENCE} s") from None
     if done.returncode:
-        *lines, reason = done.stderr.strip().splitlines() or [f"exit {done.returncode}"]
-        print("\n".join(lines), end="\n" if lines else "", file=sys.stderr)
+        print(done.stderr, end="", file=sys.stderr)
+        lines = done.stderr.strip().splitlines() or [f"exit {done.returncode}"]
+        reason = next((line for line in lines if line.startswith("fastlab: ")), lines[-1])
         raise RuntimeError(reason.removeprefix("fastlab: "))
     return json.loads(done.stdout.splitlines()[-1])
 

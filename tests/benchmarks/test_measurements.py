@@ -72,9 +72,15 @@ def test_a_case_that_fails_loses_its_rounds_and_the_others_continue():
     assert [(r.case, r.rounds) for r in results.session.records] == [("b", [2.0] * 3)]
 
 
-def test_a_failed_process_is_reported_with_its_last_line():
+def test_a_failed_process_is_reported_with_its_last_line(capsys):
     with pytest.raises(RuntimeError, match="no_such_module"):
         child_result("no_such_module", [])
+    assert "no_such_module" in capsys.readouterr().err
+
+
+def test_a_failed_process_is_reported_with_its_user_error():
+    with pytest.raises(RuntimeError, match=r"^nope: "):
+        child_result("benchmarks.loaders", ["nope"])
 
 
 KEPT = ("place", "memory", "cores", "limit")
