@@ -61,7 +61,7 @@ STAGES = {
     "reference": Stage(225, gpu_steps.reference, "the reference's ResNet-11 for its 100 epochs"),
     "race": Stage(95, gpu_steps.race, "seconds to 46.04 %, five times"),
     "loaders": Stage(
-        65, gpu_steps.loaders, "if time is left: the input path beside a copy of as many bytes"
+        65, gpu_steps.loaders, "if time is left: the input path beside a copy of its bytes, nvJPEG"
     ),
     "more": Stage(120, gpu_steps.more, "if time is left: the other models, one attempt at 66 %"),
 }
