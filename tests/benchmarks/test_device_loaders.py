@@ -114,7 +114,7 @@ def test_nvjpeg_counts_the_bytes_that_it_decodes(dataset, compiled, monkeypatch)
     assert [len(images) for images in alone.batches(2)] == [16, 16]
 
 
-def test_rounds_before_an_interruption_are_kept(dataset, compiled, tmp_path, monkeypatch):
+def test_an_interrupted_command_measures_only_the_rest(dataset, compiled, tmp_path, monkeypatch):
     clock = device_loaders._batch_seconds
     calls = []
 
@@ -130,6 +130,10 @@ def test_rounds_before_an_interruption_are_kept(dataset, compiled, tmp_path, mon
     assert run(dataset, out, monkeypatch, *cases) == 130
     assert [len(record.rounds) for record in load(out).records] == [1, 1]
     assert "flip and translate | 8" in device_loaders.table(load(out))
+    monkeypatch.setattr(device_loaders, "_batch_seconds", clock)
+    assert run(dataset, out, monkeypatch, *cases) == 0
+    assert [record.details["call"] for record in load(out).records] == [[1, 2], [1, 2]]
+    assert [len(record.details["bytes/s"]) for record in load(out).records] == [2, 2]
 
 
 def measured(case, batch, rates, bytes_an_image):
