@@ -1,1 +1,1 @@
-"""Measurements: each module is one command, `python -m benchmarks.NAME --help`."""
+"""Measurements: most modules are commands, `python -m benchmarks.NAME --help`."""

@@ -5,90 +5,73 @@
 On a GPU the time of each round is that between two CUDA events. All operands are random: a GPU
 draws less power on zeros and runs faster. FLOP are 2 for a multiply-add; a copy counts what it
 reads and what it writes. A convolution is 3x3, in bf16 and channels-last, forward and backward, of
-the shapes that bound ResNet-11 at batch 1024 (on a CPU of one image).
+the shapes that bound ResNet-11 at batch 1024 (on a CPU at batch 1).
 """
 
 import argparse
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from benchmarks.measurements import Record, Session, save, session
+from benchmarks.measurements import Record, Session, command_line, new_session, save
+from benchmarks.timing import default_device, timed
 from fastlab.console import run_command
 
 _ROUNDS = 7
-_ROUND = 0.05  # seconds of a round at least
+_ROUND = 0.05  # seconds that a round takes at least
 _LONGEST = 5.0  # seconds for one ceiling
-# Name, type and what `torch.set_float32_matmul_precision` is told: only "highest" is plain fp32.
+
+
+class _Product(NamedTuple):
+    name: str
+    dtype: torch.dtype
+    precision: str
+    """For `torch.set_float32_matmul_precision`: only "highest" is plain fp32."""
+
+
 _PRODUCTS = (
-    ("matmul_fp32", torch.float32, "highest"),
-    ("matmul_tf32", torch.float32, "high"),
-    ("matmul_bf16", torch.bfloat16, "highest"),
+    _Product("matmul_fp32", torch.float32, "highest"),
+    _Product("matmul_tf32", torch.float32, "high"),
+    _Product("matmul_bf16", torch.bfloat16, "highest"),
 )
 _CONVOLUTIONS = ((64, 32), (128, 16), (256, 8))  # channels and side of ResNet-11's blocks
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="write the records to this JSON file")
-    return run_command(run, parser.parse_args(argv))
+    return run_command(run, command_line(__doc__).parse_args(argv))
 
 
 def run(args: argparse.Namespace) -> None:
-    made = session("ceilings", measure_rounds(default_device()))
-    print(table(made))
+    session = new_session("ceilings", measure_rounds(default_device()))
+    print(table(session))
     if args.out:
-        save(made, args.out)
+        save(session, args.out)
 
 
-def table(found: Session) -> str:
-    """Markdown: a row a ceiling."""
+def table(session: Session) -> str:
+    """In Markdown: a row for each ceiling."""
     lines = ["| ceiling | measured |", "| --- | --- |"]
     lines += [
-        f"| {r.case} | {r.median / 1e12:.4g} T{r.unit} ± {r.spread:.0%} |" for r in found.records
+        f"| {r.case} | {r.median / 1e12:.4g} T{r.unit} ± {r.spread:.0%} |" for r in session.records
     ]
     return "\n".join(lines)
 
 
-def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def measure(device: torch.device) -> dict[str, float]:
-    """The median of each ceiling by its name, FLOP/s or bytes/s."""
+    """The median of each ceiling by its name, in FLOP/s or bytes/s."""
     return {record.case: record.median for record in measure_rounds(device)}
 
 
 def measure_rounds(device: torch.device) -> list[Record]:
-    """FLOP/s of matrix products in fp32 (on an accelerator as TF32 too) and bf16 and of
-    convolutions in bf16, bytes/s of copies (read and written), and, on an accelerator, bytes/s of
-    copies from pinned host memory."""
+    """FLOP/s of matrix products in fp32 (on a GPU as TF32 too) and bf16 and of convolutions in
+    bf16, bytes/s of copies (read and written), and, on a GPU, bytes/s of copies from pinned host
+    memory."""
     return [*_products(device), *_convolutions(device), *_copies(device)]
-
-
-def timed(work: Callable[[], object], device: torch.device) -> tuple[float, float]:
-    """(device seconds, host seconds) of `work`: those between CUDA events around what it queues,
-    and those until it has queued it. On a CPU both are the host's."""
-    wait(device)
-    if device.type == "cpu":
-        seconds = _host_seconds(work)
-        return seconds, seconds
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    host = _host_seconds(work)
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1000, host
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def _products(device: torch.device) -> Iterator[Record]:
@@ -118,22 +101,26 @@ def _convolutions(device: torch.device) -> Iterator[Record]:
 
 
 def convolution_flop(batch: int, channels: int, side: int) -> int:
-    """Of the output and of both gradients of a 3x3 convolution that keeps channels and side."""
+    """FLOP of the output and both gradients of a 3x3 convolution that keeps channels and side."""
     return 3 * 2 * batch * side**2 * channels**2 * 9
 
 
-def _convolution(batch: int, channels: int, side: int, device) -> Callable[[], object]:
+def _convolution(
+    batch: int, channels: int, side: int, device: torch.device
+) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """Work that returns the gradients of the images and of the weight."""
+
     def operand(*shape: int) -> torch.Tensor:
         values = torch.randn(shape, device=device, dtype=torch.bfloat16)
         return values.to(memory_format=torch.channels_last)
 
     images, gradient = (operand(batch, channels, side, side) for _ in range(2))
     weight = operand(channels, channels, 3, 3)
-    needed = (images.requires_grad_(), weight.requires_grad_())
+    inputs = (images.requires_grad_(), weight.requires_grad_())
 
-    def work() -> object:
+    def work() -> tuple[torch.Tensor, ...]:
         out = torch.nn.functional.conv2d(images, weight, padding=1)
-        return torch.autograd.grad(out, needed, gradient)
+        return torch.autograd.grad(out, inputs, gradient)
 
     return work
 
@@ -150,8 +137,8 @@ def _copies(device: torch.device) -> Iterator[Record]:
 
 
 @contextmanager
-def _settings(precision: str = "highest") -> Iterator[None]:
-    """That of fp32 products, and the fastest convolutions that cuDNN finds by trying."""
+def _settings(precision: str = "highest") -> Generator[None]:
+    """Set the precision of fp32 products, and let cuDNN find its fastest convolutions by trial."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
     torch.set_float32_matmul_precision(precision)
     torch.backends.cudnn.benchmark = True
@@ -165,35 +152,28 @@ def _settings(precision: str = "highest") -> Iterator[None]:
 def _record(
     name: str, unit: str, amount: int, work: Callable[[], object], device: torch.device
 ) -> Record:
-    """`amount`: what one call computes or moves, in FLOP or bytes."""
+    """`amount` is what one call computes or moves, in FLOP or bytes."""
     return Record(name, unit, [amount / seconds for seconds in _seconds(work, device)])
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> list[float]:
-    """Of one call, in each of several rounds; in fewer where that takes seconds, as bf16 does on a
-    CPU without instructions for it."""
+    """Seconds of one call in each of several rounds; fewer rounds where a call takes seconds, as
+    bf16 does on a CPU without instructions for it."""
     deadline = time.perf_counter() + _LONGEST
     work()  # cuDNN and cuBLAS choose their kernels
-    once, _ = timed(work, device)
+    once = timed(work, device).device
     if once > _LONGEST:
         return [once]
     calls = math.ceil(_ROUND / once)
-    found: list[float] = []
-    while len(found) < _ROUNDS and not (found and time.perf_counter() > deadline):
-        device_seconds, _ = timed(partial(_repeat, work, calls), device)
-        found.append(device_seconds / calls)
-    return found
+    rounds: list[float] = []
+    while len(rounds) < _ROUNDS and not (rounds and time.perf_counter() > deadline):
+        rounds.append(timed(partial(_repeat, work, calls), device).device / calls)
+    return rounds
 
 
 def _repeat(work: Callable[[], object], times: int) -> None:
     for _ in range(times):
         work()
-
-
-def _host_seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 if __name__ == "__main__":

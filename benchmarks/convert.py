@@ -6,7 +6,7 @@
 the same buffer, by libjpeg-turbo, and do nothing else. "read, decode SOURCE" reads each file of the
 source first, "read, decode, write" also writes the pixels to a file. "convert SOURCE" is `fastlab
 convert` to the array format: list, read, check, decode, channel statistics, hash, write, move into
-place. The page cache is warm, earlier output is removed outside of the timed part.
+place. The page cache is warm; earlier output is removed outside of the timed part.
 """
 
 import argparse
@@ -18,95 +18,106 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import simplejpeg
 
-from benchmarks.measurements import Record, Session, interleave, save, session
+from benchmarks.measurements import (
+    Results,
+    Round,
+    Session,
+    command_line,
+    interleave,
+    share_cell,
+)
 from fastlab.console import positive_int, run_command
 from fastlab.dataset.archives import Tree, open_tree
 from fastlab.dataset.blocks import block_size
 from fastlab.dataset.originals import read_originals
+from fastlab.machine import cores
 
 SIDE = 64  # pixels
 
 
+class Share(NamedTuple):
+    """What one process reads, decodes and, unless `target` is None, writes there."""
+
+    tree: Tree
+    paths: list[str]
+    target: Path | None
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__, rounds=5)
     parser.add_argument("sources", nargs="+", type=Path, help="of the same images")
-    parser.add_argument("--workers", type=positive_int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--rounds", type=positive_int, default=5)
+    parser.add_argument("--workers", type=positive_int, default=cores())
     parser.add_argument("--scratch", type=Path, default=Path("benchmark-scratch"))
-    parser.add_argument("--out", type=Path, help="write the records to this JSON file")
     return run_command(run, parser.parse_args(argv))
 
 
 def run(args: argparse.Namespace) -> None:
-    data = read_all(args.sources[0], args.scratch)
-    images, size, workers = len(data), sum(map(len, data)), args.workers
-    cases = {"decode": lambda: rate(_decode_all, [data[i::workers] for i in range(workers)])}
+    results = Results("convert", args.out)
+    args.scratch.mkdir(parents=True, exist_ok=True)
+    tree, paths = _open(args.sources[0], args.scratch)
+    data = [tree.read(path)[0] for path in paths]
+    details = {"images": len(data), "bytes": sum(map(len, data)), "workers": args.workers}
+
+    def case(measure: Callable[..., float], *arguments: Any) -> Callable[[], Round]:
+        return lambda: Round(measure(*arguments), {}, details)
+
+    cases = {"decode": case(rate, _decode_all, _split(data, args.workers))}
     for source in args.sources:
-        name, tree = kind(source), open_tree(source, args.scratch)
-        splits = read_originals(tree, str(source)).splits.values()
-        paths = [path for split in splits for path in split.paths]
-        shares = [(tree, paths[i::workers], None) for i in range(workers)]
-        files = [args.scratch / f"{i}.raw" for i in range(workers)]
-        writing = [(*share[:2], file) for share, file in zip(shares, files, strict=True)]
-        cases[f"read, decode {name}"] = lambda s=shares: rate(_read_decode, s)
-        cases[f"read, decode, write {name}"] = lambda s=writing: rate(_read_decode, s)
-        cases[f"convert {name}"] = lambda source=source: convert_rate(
-            source, args.scratch / "dataset", workers, images
-        )
-    found = interleave(cases, args.rounds)
+        name = "directory" if source.is_dir() else source.name.partition(".")[2]
+        tree, paths = _open(source, args.scratch)
+        parts = _split(paths, args.workers)
+        reading = [Share(tree, part, None) for part in parts]
+        writing = [Share(tree, part, args.scratch / f"{i}.raw") for i, part in enumerate(parts)]
+        out = args.scratch / "dataset"
+        cases[f"read, decode {name}"] = case(rate, _read_decode, reading)
+        cases[f"read, decode, write {name}"] = case(rate, _read_decode, writing)
+        cases[f"convert {name}"] = case(convert_rate, source, out, args.workers, len(data))
+    problems = interleave(cases, args.rounds, results, warmup=1)
     shutil.rmtree(args.scratch, ignore_errors=True)
-    details = {"images": images, "bytes": size, "workers": workers}
-    records = [Record(name, "images/s", rates, details) for name, rates in found.items()]
-    made = session("convert", records)
-    print(table(made))
-    if args.out:
-        save(made, args.out)
+    results.report(table, problems)
 
 
-def table(found: Session) -> str:
-    """Markdown: a row a case."""
-    limit = found["decode"].rounds
+def _open(source: Path, scratch: Path) -> tuple[Tree, list[str]]:
+    """The source, and the paths of all its images within it."""
+    tree = open_tree(source, scratch)
+    splits = read_originals(tree, str(source)).splits.values()
+    return tree, [path for split in splits for path in split.paths]
+
+
+def _split(items: list[Any], parts: int) -> list[list[Any]]:
+    return [items[i::parts] for i in range(parts)]
+
+
+def table(session: Session) -> str:
+    """In Markdown: a row for each case."""
     lines = ["| case | images/s | of bare decoding |", "| --- | --- | --- |"]
-    for record in found.records:
-        shares = [a / b for a, b in zip(record.rounds, limit, strict=True)]
-        lines.append(
-            f"| {record.case} | {record.median:,.0f} ± {record.spread:.0%} "
-            f"| {np.median(shares):.0%} ({min(shares):.0%} to {max(shares):.0%}) |"
-        )
+    for record in session.records:
+        shares = share_cell(record.rounds, session["decode"].rounds, digits=0)
+        lines.append(f"| {record.case} | {record.cell()} | {shares} |")
     return "\n".join(lines)
 
 
-def kind(source: Path) -> str:
-    return "directory" if source.is_dir() else source.name.partition(".")[2]
+def rate(work: Callable[[Any, Callable[[], object]], int], parts: list[Any]) -> float:
+    """Images/s of one process for each part, from when all are ready to when the last has ended.
 
-
-def read_all(source: Path, scratch: Path) -> list[bytes]:
-    scratch.mkdir(parents=True, exist_ok=True)
-    tree = open_tree(source, scratch)
-    splits = read_originals(tree, str(source)).splits.values()
-    return [tree.read(path)[0] for split in splits for path in split.paths]
-
-
-def rate(work: Callable, shares: list) -> float:
-    """Images/s of one process a share, from the moment when all are ready to the last one's end.
-
-    ``work(share, start)`` calls `start` when it is ready and returns its number of images."""
+    ``work(part, start)`` calls `start` when it is ready and returns its number of images."""
     fork = multiprocessing.get_context("fork")
-    start, done = fork.Barrier(len(shares) + 1), fork.Barrier(len(shares) + 1)
+    start, done = fork.Barrier(len(parts) + 1), fork.Barrier(len(parts) + 1)
     images = fork.Value("q", 0)
 
-    def run(share) -> None:
-        count = work(share, start.wait)
+    def run(part: Any) -> None:
+        count = work(part, start.wait)
         with images.get_lock():
             images.value += count
         done.wait()
         os._exit(0)
 
-    processes = [fork.Process(target=run, args=(share,)) for share in shares]
+    processes = [fork.Process(target=run, args=(part,)) for part in parts]
     for process in processes:
         process.start()
     start.wait()
@@ -118,8 +129,9 @@ def rate(work: Callable, shares: list) -> float:
     return images.value / seconds
 
 
-def _decode_all(data: list[bytes], ready: Callable) -> int:
-    # Bytes of its own, one after the other: counting references to inherited ones copies pages.
+def _decode_all(data: list[bytes], ready: Callable[[], object]) -> int:
+    # This process copies the bytes: counting references to inherited objects would copy their pages
+    # in the timed part.
     data = [bytes(memoryview(encoded)) for encoded in data]
     out = np.empty((SIDE, SIDE, 3), dtype=np.uint8)
     ready()
@@ -128,7 +140,7 @@ def _decode_all(data: list[bytes], ready: Callable) -> int:
     return len(data)
 
 
-def _read_decode(share: tuple[Tree, list[str], Path | None], ready: Callable) -> int:
+def _read_decode(share: Share, ready: Callable[[], object]) -> int:
     tree, paths, target = share
     out = np.empty((block_size(SIDE), SIDE, SIDE, 3), dtype=np.uint8)
     if target:
@@ -140,13 +152,13 @@ def _read_decode(share: tuple[Tree, list[str], Path | None], ready: Callable) ->
             for path, pixels in zip(block, out, strict=False):
                 simplejpeg.decode_jpeg(tree.read(path)[0], "RGB", buffer=pixels)
             if target:
-                file.write(out[: len(block)])
+                file.write(out[: len(block)].data)
     return len(paths)
 
 
 def convert_rate(source: Path, out: Path, workers: int, images: int) -> float:
     shutil.rmtree(out, ignore_errors=True)
-    # In a process of its own, as the command runs: this one holds all the encoded images.
+    # A new process, like that of the command: this process holds all the encoded images.
     command = [sys.executable, "-c", _TIMED, str(source), str(out), str(workers)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
     return images / float(done.stdout)

@@ -2,13 +2,13 @@
 
 `generate` compiles a module's forward and backward for a faked H100, up to the text of the code,
 which calls kernels in Triton. `run` runs that code on tensors that have shapes and no data: the
-size of what a kernel is given is that of its tensor, not read from the text, and no kernel is
-compiled. Both rest on internals of torch; 2.11 and 2.14 are tried.
+sizes of a kernel's arguments are those of its tensors, not read from the text, and no kernel is
+compiled. Both rely on internals of torch and were tried with 2.11 and 2.14.
 """
 
 import ast
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from types import SimpleNamespace
@@ -59,94 +59,92 @@ class Generated(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """Of one generated kernel."""
+    """The launch of one generated kernel."""
 
     kernel: str
     bytes: int
-    """Of its arguments: each once for being read and once for being written."""
+    """The sizes of its arguments, each once for being read and once for being written."""
 
 
 class Call(NamedTuple):
-    """Of an operator that Inductor did not generate: a library's, or one of the project."""
+    """The call of an operator that Inductor did not generate: a library's, or the project's."""
 
-    operator: str  # such as "aten::convolution"
-    args: tuple[Any, ...]  # its tensors have no data
-    kwargs: dict[str, Any]
+    operator: str
+    """Such as "aten::convolution"."""
+    arguments: dict[str, Any]
+    """The arguments by name, without those left to their defaults. Tensors have no data."""
 
 
 class CountError(Exception):
-    """Generated code is not of the form that is counted here: the count would be wrong."""
+    """Generated code has a form that is not handled here: the count would be wrong."""
 
 
 @contextmanager
-def faked_gpu() -> Iterator[None]:
-    """Within it, torch believes that there is one H100. Only tensors without data can be on it.
+def faked_gpu() -> Generator[None]:
+    """Let torch believe that there is one H100. Only tensors without data can be on it.
 
-    Call it in a process of its own: torch remembers some of its answers, and the guard stays.
+    Use a process of its own: torch keeps some of the answers, and the device guard stays set.
     """
-    torch._C._ensureCUDADeviceGuardSet()  # else operators, in C++, ask the driver
+    torch._C._ensureCUDADeviceGuardSet()  # otherwise operators, in C++, ask the driver
     with ExitStack() as stack:
-        for place, name, value in _answers():
-            stack.enter_context(mock.patch.object(place, name, value, create=True))
+        for place, answers in _ANSWERS.items():
+            stack.enter_context(mock.patch.multiple(place, create=True, **answers))
         yield
 
 
-def _answers() -> list[tuple[Any, str, Any]]:
-    """(Place, name, what stands there instead)."""
-    cuda = torch.cuda
-    return [
-        (cuda, "is_available", lambda: True),
-        (cuda, "device_count", lambda: 1),
-        (cuda, "current_device", lambda: 0),
-        (cuda, "_lazy_init", lambda: None),
-        (cuda, "_get_device_properties", lambda device: _H100),
-        (cuda, "_exchange_device", lambda device: 0),
-        (cuda, "_maybe_exchange_device", lambda device: 0),
-        (cuda, "set_device", lambda device: None),
-        (cuda, "is_current_stream_capturing", lambda: False),
-        (cuda, "get_rng_state", lambda *device: torch.zeros(16, dtype=torch.uint8)),
-        # Dynamo would ask it for the current stream.
-        (torch.accelerator, "is_available", lambda *check: False),
-        (_triton, "triton_hash_with_backend", lambda: ""),
-        (fake_tensor, "init_gpu_context", lambda device: None),
-        # cuDNN's choice for channels-last weights.
-        (torch._C, "_conv_determine_backend_memory_format", lambda *args: torch.channels_last),
-        # Autograd is traced on a CPU (below), and decomposes as on a GPU.
-        (decomposition, "is_gpu", lambda device: True),
-    ]
+# By module, what stands there while a GPU is faked.
+_ANSWERS: dict[Any, dict[str, Any]] = {
+    torch.cuda: {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "_lazy_init": lambda: None,
+        "_get_device_properties": lambda device: _H100,
+        "_exchange_device": lambda device: 0,
+        "_maybe_exchange_device": lambda device: 0,
+        "set_device": lambda device: None,
+        "is_current_stream_capturing": lambda: False,
+        "get_rng_state": lambda *device: torch.zeros(16, dtype=torch.uint8),
+    },
+    # Dynamo would ask the accelerator for its current stream.
+    torch.accelerator: {"is_available": lambda *check: False},
+    _triton: {"triton_hash_with_backend": lambda: ""},
+    fake_tensor: {"init_gpu_context": lambda device: None},
+    # cuDNN's choice for channels-last weights.
+    torch._C: {"_conv_determine_backend_memory_format": lambda *args: torch.channels_last},
+    # Autograd is traced on a CPU (below), and decomposes as on a GPU.
+    decomposition: {"is_gpu": lambda device: True},
+}
 
 
 def generate(model: nn.Module, *inputs: torch.Tensor) -> list[Generated]:
     """Forward and backward of `model` (the forward alone where nothing needs a gradient) as
-    `torch.compile` generates them under the present autocast. The model and its inputs are on the
-    CPU, and the model is moved to the faked GPU, within which this is called."""
+    `torch.compile` generates them under the current autocast. Call it within `faked_gpu`, with the
+    model and its inputs on the CPU; it moves the model to the faked GPU."""
     mode, lowering = FakeTensorMode(allow_non_fake_inputs=True), _Lowering()
     with mode:
         model.to_empty(device="cuda")
-        inputs = tuple(torch.empty_like(value, device="cuda") for value in inputs)
+        on_gpu = [torch.empty_like(value, device="cuda") for value in inputs]
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=lowering.backend, fullgraph=True, dynamic=False)
-    with _compiler_settings(), suppress(_Lowered):
-        compiled(*inputs)
+    with (
+        # Lower the backward together with the forward, and use no cache for either.
+        functorch_config.patch(force_non_lazy_backward_lowering=True, enable_autograd_cache=False),
+        inductor_config.patch(fx_graph_cache=False, compile_threads=1),
+        suppress(_Lowered),
+    ):
+        compiled(*on_gpu)
     return lowering.graphs
 
 
-@contextmanager
-def _compiler_settings() -> Iterator[None]:
-    """The backward is lowered with the forward, and no cache is asked for either."""
-    with (
-        functorch_config.patch(force_non_lazy_backward_lowering=True, enable_autograd_cache=False),
-        inductor_config.patch(fx_graph_cache=False, compile_threads=1),
-    ):
-        yield
-
-
 class _Lowered(Exception):
-    """In place of running what was generated."""
+    """Raised instead of running the generated code."""
 
 
 class _Lowering:
-    """Dynamo sees tensors on the faked GPU, so that the model takes its branches for one; so does
+    """A backend of `torch.compile` that keeps the generated code.
+
+    Dynamo sees tensors on the faked GPU, so that the model takes its branches for a GPU; so does
     Inductor. In between autograd is traced on the CPU, since its engine, in C++, asks the driver
     about any GPU that it meets."""
 
@@ -158,7 +156,8 @@ class _Lowering:
         _move(graph, to_cpu)
         kind, on = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
         with torch.autocast("cpu", kind, enabled=on):
-            return compile_fx.compile_fx(graph, tree_map(to_cpu, inputs), inner_compile=self._inner)
+            lower: Any = compile_fx.compile_fx
+            return lower(graph, tree_map(to_cpu, inputs), inner_compile=self._inner)
 
     def _inner(self, graph: fx.GraphModule, inputs: list[torch.Tensor], **options: Any) -> Any:
         to_gpu = _mover("cuda", inputs)
@@ -178,8 +177,9 @@ def _never(inputs: list[torch.Tensor]) -> None:
 
 
 def _mover(device: str, inputs: list[torch.Tensor]) -> Callable[[Any], Any]:
-    """What gives a tensor's like on `device`, and `device` for any other."""
+    """A function that gives, for a tensor, one like it on `device`, and for a device, `device`."""
     mode = detect_fake_mode(inputs)
+    assert mode is not None
 
     def moved(value: Any) -> Any:
         if isinstance(value, torch.device):
@@ -205,9 +205,9 @@ def _move(graph: fx.GraphModule, moved: Callable[[Any], Any]) -> None:
 
 
 def run(generated: Generated) -> tuple[list[Launch], list[Call]]:
-    """What the code launches and calls, in order of each.
+    """What the code launches, and what it calls, each in order.
 
-    Raises `CountError` for a kernel of unknown arguments.
+    Raises `CountError` for a kernel whose arguments are not understood.
     """
     recorder = _Recorder()
     names: dict[str, Any] = {}
@@ -227,7 +227,7 @@ def _nothing(*args: Any) -> None:
     pass
 
 
-# Of the code's global names: Inductor's, in C++, are for real tensors.
+# In place of global names of the code: Inductor's functions, in C++, need tensors with data.
 _WITHOUT_DATA = {
     "empty_strided_cuda": _without_data,
     "reinterpret_tensor": torch.as_strided,
@@ -241,21 +241,23 @@ _WITHOUT_DATA = {
 
 
 class _Recorder(TorchDispatchMode):
-    """Notes what runs within it; operators only compute the shapes of their results."""
+    """Records what runs within it; operators only compute the shapes of their results."""
 
     def __init__(self) -> None:
         super().__init__()
         self.launches: list[Launch] = []
         self.calls: list[Call] = []
 
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not operator.is_view and operator is not torch.ops.aten.empty_strided.default:
-            self.calls.append(Call(operator._schema.name, args, kwargs))
-        return operator(*args, **kwargs)
+        if not func.is_view and func is not torch.ops.aten.empty_strided.default:
+            names = (argument.name for argument in func._schema.arguments)
+            arguments = dict(zip(names, args, strict=False)) | kwargs
+            self.calls.append(Call(func._schema.name, arguments))
+        return func(*args, **kwargs)
 
     @contextmanager
-    def in_place_of_triton(self) -> Iterator[None]:
+    def in_place_of_triton(self) -> Generator[None]:
         def kernel(_: AsyncCompile, name: str, source: str, device_str: str) -> SimpleNamespace:
             return SimpleNamespace(run=partial(self._launch, name, _signature(source)))
 
@@ -270,15 +272,18 @@ class _Recorder(TorchDispatchMode):
 
 
 def _signature(source: str) -> dict[str, str]:
-    """Name of each argument of a kernel -> its type, such as "*bf16"."""
-    return ast.literal_eval(re.search(r"'signature': (\{.*?\})", source)[1])
+    """The type of each argument of a kernel, such as "*bf16", by its name."""
+    match = re.search(r"'signature': (\{.*?\})", source)
+    if not match:
+        raise CountError(f"a kernel without a signature: {source[:200]}")
+    return ast.literal_eval(match[1])
 
 
 def _bytes(kernel: str, signature: dict[str, str], args: tuple[Any, ...]) -> int:
     pointers = {name: kind for name, kind in signature.items() if kind.startswith("*")}
     tensors = [value for value in args if isinstance(value, torch.Tensor)]
     if [_type_of(value.dtype) for value in tensors] != list(pointers.values()):
-        raise CountError(f"{kernel}: takes {pointers}, was given {args}")
+        raise CountError(f"{kernel}: takes {pointers}, but was given {args}")
     return sum(
         _passes(kernel, name) * value.numel() * value.element_size()
         for name, value in zip(pointers, tensors, strict=True)
@@ -286,8 +291,8 @@ def _bytes(kernel: str, signature: dict[str, str], args: tuple[Any, ...]) -> int
 
 
 def _passes(kernel: str, argument: str) -> int:
-    """How often the kernel goes over the argument."""
+    """How often the kernel reads or writes the argument as a whole."""
     match = re.fullmatch(r"(in|out|in_out)_ptr\d+", argument)
     if not match:
-        raise CountError(f"{kernel}: neither read nor written: {argument}")
+        raise CountError(f"{kernel}: {argument} is neither an input nor an output")
     return 2 if match[1] == "in_out" else 1

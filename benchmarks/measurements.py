@@ -1,22 +1,33 @@
 """Typed records of measurements: what was measured, how often, where, when and by which command."""
 
+import argparse
+import itertools
 import json
+import os
 import re
-import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastlab import config as configs
 from fastlab.config import Config
-from fastlab.console import UserError, public_path, public_text, public_value
+from fastlab.console import (
+    UserError,
+    first_line,
+    positive_int,
+    public_command,
+    public_path,
+    public_value,
+)
 from fastlab.dataset.manifest import check_sizes, read_manifest
-from fastlab.files import write_atomically
+from fastlab.files import write_json
 from fastlab.machine import environment
+
+_PATIENCE = 900  # seconds for a case in a process of its own
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,10 @@ class Record:
         """Half of the range over the rounds, as a share of the median."""
         return (max(self.rounds) - min(self.rounds)) / 2 / self.median
 
+    def cell(self) -> str:
+        """Median and spread, as a table shows them."""
+        return f"{self.median:,.0f} ± {self.spread:.0%}"
+
 
 @dataclass(frozen=True)
 class Session:
@@ -50,73 +65,82 @@ class Session:
     machine: dict[str, Any]
     versions: dict[str, str]
     calls: list[str] = field(default_factory=list)
-    """When each of the calls began that measured it, one after another was cut off."""
+    """When each call of the command began: a call continues what an earlier one did not finish."""
 
     def __getitem__(self, case: str) -> Record:
         return next(record for record in self.records if record.case == case)
 
+    def get(self, case: str) -> Record | None:
+        return next((record for record in self.records if record.case == case), None)
 
-def session(benchmark: str, records: list[Record], script: str = "") -> Session:
+
+def new_session(benchmark: str, records: list[Record], script: str = "") -> Session:
     """The records with what made them: this process's command, machine, date and versions.
-    `script`: the command's module, where it is not `benchmark`."""
-    arguments = [public_text(public_path(argument)) for argument in sys.argv[1:]]
-    command = shlex.join(["python", "-m", f"benchmarks.{script or benchmark}", *arguments])
-    found = environment(processes=1)
-    return Session(benchmark, records, command, found["date"], found["machine"], found["versions"])
+    `script` is the command's module where that is not `benchmark`."""
+    command = public_command(["python", "-m", f"benchmarks.{script or benchmark}", *sys.argv[1:]])
+    here = environment(processes=1)
+    return Session(benchmark, records, command, here["date"], here["machine"], here["versions"])
 
 
 def public_config(cfg: Config) -> str:
-    """As TOML, without the place of the dataset on this machine."""
+    """`cfg` as TOML, without the place of the dataset on this machine."""
     return configs.dump(replace(cfg, data=replace(cfg.data, path=public_path(cfg.data.path))))
 
 
-def save(found: Session, path: Path) -> None:
+def save(session: Session, path: Path) -> None:
     """Raises `UserError` where `path` cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(public_value(asdict(found)), indent=1) + "\n")
+        write_json(path, public_value(asdict(session)))
     except OSError as error:
         raise UserError(
             f"--out {path}: cannot be written ({error.strerror}); choose another"
         ) from None
 
 
-def load(path: Path) -> Session:
-    raw = json.loads(path.read_text(encoding="utf-8"))
-    return Session(**{**raw, "records": [Record(**record) for record in raw["records"]]})
+def load(path: Path, option: str = "record") -> Session:
+    """Raises `UserError` where `path`, the value of `option`, holds no records."""
+    try:
+        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        records = [Record(**record) for record in raw.pop("records")]
+        return Session(records=records, **raw)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{option} {path}: not a record of measurements ({error})") from None
 
 
 class Results:
     """What a command measures, written to its `--out` file after every round.
 
-    The same command goes on there after it was cut off: on the same device with the same versions,
-    since a record names one of each.
+    The same command continues there after an interruption, on the same device with the same
+    versions: a record names one device and one set of versions.
     """
 
     def __init__(self, benchmark: str, out: Path | None, script: str = "") -> None:
-        """`out` None: nothing is kept. `script`: the command's module, where it is not `benchmark`.
+        """Where `out` is None, nothing is saved. `script` is the command's module where that is not
+        `benchmark`.
 
-        Raises `UserError` where `out` holds anything else.
+        Raises `UserError` where `out` holds anything but an earlier part of these results.
         """
         self._out = out
-        made = session(benchmark, [], script)
-        before = read_record(out, "--out") if out and out.exists() else made
-        if _made_by(before) != _made_by(made):
+        new = new_session(benchmark, [], script)
+        before = load(out, "--out") if out and out.exists() else new
+        if _origin(before) != _origin(new):
             raise UserError(
-                f"--out {out}: another command, device or version measured what it holds; "
-                f"choose another file"
+                f"--out {out}: was measured by another command, device or version; choose another "
+                f"file"
             )
-        self.session = replace(made, records=before.records, calls=[*before.calls, made.date])
+        self.session = replace(new, records=before.records, calls=[*before.calls, new.date])
 
     def rounds(self, case: str) -> int:
-        """How many of them are measured."""
-        return sum(len(record.rounds) for record in self.session.records if record.case == case)
+        """How many rounds of `case` are measured."""
+        record = self.session.get(case)
+        return len(record.rounds) if record else 0
 
     def add(
         self, case: str, unit: str, value: float, each: dict[str, Any], once: dict[str, Any]
     ) -> None:
-        """A round of `case`. Of the details, `each` is listed round by round, as is the number of
-        the call that measured it, from 1 on; `once` replaces that of the rounds before."""
+        """Add a round of `case`. The details `each` are listed round by round, as is the number of
+        the call that measured it, from 1 on; the details `once` replace those of earlier rounds."""
         if not self.rounds(case):
             self.session.records.append(Record(case, unit, []))
         record = self.session[case]
@@ -127,69 +151,118 @@ class Results:
         self._save()
 
     def drop(self, case: str) -> None:
-        """The rounds of a case that failed."""
-        self.session.records[:] = [r for r in self.session.records if r.case != case]
-        self._save()
+        """Remove the rounds of a case that failed."""
+        if self.rounds(case):
+            self.session.records.remove(self.session[case])
+            self._save()
+
+    def report(self, table: Callable[[Session], str], problems: dict[str, str]) -> None:
+        """Print why cases failed, and the table. Raises `UserError` where no record is left."""
+        report_skipped(problems)
+        if not self.session.records:
+            raise UserError("no case could be measured")
+        print(table(self.session))
 
     def _save(self) -> None:
         if self._out:
             save(self.session, self._out)
 
 
-def _made_by(found: Session) -> tuple[str, list[str], dict[str, str]]:
-    """Where files lie, and how much time there was, is no part of it."""
-    command = re.sub(r" --(?:out|traces|limit)[= ]('[^']*'|\S+)", "", found.command)
-    return command, device_of(found.machine), found.versions
+def _origin(session: Session) -> tuple[str, list[str], dict[str, str]]:
+    """What two calls must share to continue one record; where files lie and the time limit may
+    differ."""
+    command = re.sub(r" --(?:out|traces|limit)[= ]('[^']*'|\S+)", "", session.command)
+    return command, device_of(session.machine), session.versions
 
 
 def device_of(machine: dict[str, Any]) -> list[str]:
-    """What names a machine: its GPUs, else its CPU. A rented machine's memory grows in use."""
+    """What identifies a machine: its GPUs, else its CPU. The memory that a rented machine reports
+    grows while it is used."""
     return machine["gpus"] or [machine["cpu"], machine.get("instructions", "")]
 
 
-def read_record(path: Path, option: str) -> Session:
-    """Raises `UserError` where `path`, the value of `option`, holds no records."""
-    try:
-        return load(path)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{option} {path}: no record of measurements ({error})") from None
+def command_line(doc: str | None, rounds: int | None = None) -> argparse.ArgumentParser:
+    """A parser with `--out` and, where `rounds` gives its default, `--rounds`. The first line of
+    `doc` describes the command."""
+    assert doc is not None
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="write the records to this JSON file")
+    if rounds:
+        parser.add_argument(
+            "--rounds", type=positive_int, default=rounds, help="how often each case is measured"
+        )
+    return parser
 
 
-def in_process(module: str, arguments: list[str], timeout: float = 900) -> dict[str, Any]:
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Add `--set`."""
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="SECTION.KEY=VALUE",
+        help="override one value of the configuration; may be repeated",
+    )
+
+
+def child_result(
+    module: str, arguments: list[str], environment: dict[str, str] | None = None
+) -> dict[str, Any]:
     """What ``python -m MODULE ARGUMENTS`` prints as JSON in its last line.
 
-    A case in a process of its own leaves no memory, threads or compiled code to the next. Raises
-    `RuntimeError` with its last line of standard error where it fails.
+    A case in a process of its own leaves no memory, threads or compiled code to the next. Where it
+    fails, raises `RuntimeError` with its `UserError`, or else with its last line of standard error,
+    all of which is printed.
     """
-    command = [sys.executable, "-m", module, *arguments]
+    command, variables = (
+        [sys.executable, "-m", module, *arguments],
+        {**os.environ, **(environment or {})},
+    )
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_PATIENCE, env=variables
+        )
     except subprocess.TimeoutExpired:
-        raise RuntimeError(f"took more than {timeout:.0f} s") from None
+        raise RuntimeError(f"took more than {_PATIENCE} s") from None
     if done.returncode:
-        raise RuntimeError((done.stderr.strip() or f"exit {done.returncode}").splitlines()[-1])
+        print(done.stderr, end="", file=sys.stderr)
+        lines = done.stderr.strip().splitlines() or [f"exit {done.returncode}"]
+        reason = next((line for line in lines if line.startswith("fastlab: ")), lines[-1])
+        raise RuntimeError(reason.removeprefix("fastlab: "))
     return json.loads(done.stdout.splitlines()[-1])
 
 
+class Round(NamedTuple):
+    """What one round of a case measured, and the details that `Results.add` takes."""
+
+    value: float
+    """In images/s."""
+    each: dict[str, Any]
+    once: dict[str, Any]
+
+
 def interleave(
-    cases: dict[str, Callable[[], float]], rounds: int, warmup: int = 1
-) -> dict[str, list[float]]:
-    """Run every case in turn, `warmup` + `rounds` times; return what the later rounds returned.
-
-    Interleaved, so that a change of the machine's speed touches all cases alike.
-    """
-    found: dict[str, list[float]] = {name: [] for name in cases}
-    for turn in range(warmup + rounds):
-        for name, measure in cases.items():
-            value = measure()
-            tell_round(turn - warmup + 1, name, value)
-            if turn >= warmup:
-                found[name].append(value)
-    return found
-
-
-def tell_round(number: int, case: str, value: float) -> None:
-    print(f"round {number:2d}  {case:<32} {value:14,.1f}", flush=True)
+    cases: Mapping[str, Callable[[], Round]], rounds: int, results: Results, warmup: int = 0
+) -> dict[str, str]:
+    """Measure every case in turn until `results` has its rounds, after `warmup` turns that are not
+    kept. Interleaved, so that a change of the machine's speed touches all cases alike. Returns the
+    reasons of the cases that failed with `RuntimeError`, by name; they lose their rounds."""
+    problems: dict[str, str] = {}
+    for turn, case in itertools.product(range(-warmup, rounds), cases):
+        needed = turn + 1 if turn >= 0 else rounds
+        if case in problems or results.rounds(case) >= needed:
+            continue
+        try:
+            measured = cases[case]()
+        except RuntimeError as error:
+            problems[case] = first_line(error)
+            results.drop(case)
+            continue
+        print(f"round {turn + 1:2d}  {case:<32} {measured.value:14,.1f}", flush=True)
+        if turn >= 0:
+            results.add(case, "images/s", *measured)
+    return problems
 
 
 def check_dataset(path: str | Path) -> None:
@@ -197,17 +270,25 @@ def check_dataset(path: str | Path) -> None:
     check_sizes(Path(path), read_manifest(Path(path)))
 
 
-def check_names(names: Collection[str], known: Collection[str], option: str) -> None:
-    """Raises `UserError` for a name that is not one of `known`."""
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        expected = "; ".join(known)
-        raise UserError(f"{option} {unknown[0]!r}: no such name; expected some of {expected}")
+def chosen(names: str, known: Collection[str], option: str) -> list[str]:
+    """The names that `names` lists, separated by semicolons; "" stands for all. Raises `UserError`
+    for a name that is not in `known`."""
+    for name in names.split(";") if names else ():
+        if name not in known:
+            expected = "; ".join(known)
+            raise UserError(f"{option} {name!r}: no such name; expected some of {expected}")
+    return names.split(";") if names else list(known)
 
 
-def check_measured(records: list[Record], problems: dict[str, str]) -> None:
-    """Say which cases failed, and why. Raises `UserError` where that leaves none."""
+def report_skipped(problems: dict[str, str]) -> None:
+    """Print why each case that `problems` names could not be measured."""
     for name, problem in problems.items():
-        print(f"left out: {name}: {problem}", file=sys.stderr)
-    if not records:
-        raise UserError("no case could be measured")
+        print(f"skipped {name}: {problem}", file=sys.stderr)
+
+
+def share_cell(rounds: list[float], limits: list[float], digits: int = 1) -> str:
+    """The median and the range of `rounds` as shares of `limits`, taken round by round. An
+    interrupted command has one round more of its first cases."""
+    shares = [value / limit for value, limit in zip(rounds, limits, strict=False)]
+    median, least, most = statistics.median(shares), min(shares), max(shares)
+    return f"{median:.{digits}%} ({least:.{digits}%} to {most:.{digits}%})"

@@ -3,10 +3,11 @@
     python -m benchmarks.gpu_suite --rehearse                                 # this environment
     python -m benchmarks.gpu_suite --rehearse --python env-2.11/bin/python --pieces .lease
 
-In an empty folder that holds an upload's content and nothing else: the files that git tracks or
-does not ignore, ``wheels/`` and the pieces of a dataset. Under a Python that sees, of the packages
-of `--python`, only those that the machine has. So nothing fails there for want of a file, a package
-or a name. Generated images are cut into three pieces, unless `--pieces` has real ones.
+The commands run in a new folder that holds the content of an upload and nothing else: the files
+that git tracks or does not ignore, ``wheels/`` and the pieces of a dataset. They run under a Python
+that sees, of the packages of `--python`, only those that the machine has. So whatever works here
+will not lack a file or a package there. The pieces are of generated images, unless `--pieces` has
+real ones.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import time
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
 
-from fastlab.console import UserError, tell
+from fastlab.console import UserError, run_command
 
 ROOT = Path(__file__).parents[1]
 CARRIED = ("braceexpand", "simplejpeg", "tomli-w", "webdataset")
@@ -46,19 +47,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--python", type=Path, default=Path(sys.executable))
     parser.add_argument("--pieces", type=Path, help="a folder with piece-1.tar.xz to piece-3")
     parser.add_argument("--keep", type=Path, help="work in this new folder and keep it")
-    args = parser.parse_args(argv)
-    try:
-        return run(args)
-    except UserError as error:
-        tell(error)
-        return 2
+    return run_command(run, parser.parse_args(argv))
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status: 0 where every stage ended well, else 1."""
+    """Exit status: 0 where every stage succeeded, else that of a failed stage."""
     folder = args.keep or Path(tempfile.mkdtemp(prefix="rehearsal-"))
     if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"--keep {folder}: is not empty; name a new folder")
+        raise UserError(f"--keep {folder}: is not empty; choose a new folder")
     upload = folder / "upload"
     copy_checkout(upload)
     fetch_wheels(args.python, upload / "wheels")
@@ -71,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def copy_checkout(upload: Path) -> None:
-    """Every file that git tracks or does not ignore."""
+    """Copy every file that git tracks or does not ignore."""
     command = ["git", "-C", str(ROOT), "ls-files", "-z", "-co", "--exclude-standard"]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for name in filter(None, listed.split("\0")):
@@ -81,7 +77,7 @@ def copy_checkout(upload: Path) -> None:
 
 
 def fetch_wheels(python: Path, wheels: Path) -> None:
-    """What `make wheels` downloads, for the Python of the rehearsal."""
+    """Download what `make wheels` does, for the Python of the rehearsal."""
     options = ["--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(wheels)]
     command = [str(python), "-m", "pip", "download", *options, *CARRIED]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -96,58 +92,60 @@ def bring_pieces(pieces: Path | None, target: Path, scratch: Path) -> None:
         return
     for name in map(Path, _PIECES):
         if not (pieces / name.name).is_file():
-            raise UserError(f"--pieces {pieces}: has no {name.name}")
+            raise UserError(f"--pieces {pieces}: has no {name.name}; choose another folder")
         shutil.copy2(pieces / name.name, target / name.name)
 
 
 def cut(originals: Path, target: Path) -> None:
-    """Three pieces of a generated dataset, laid out as those of Tiny ImageNet are: the first holds
-    all validation images and the first third of every class."""
-    from fastlab.dataset.synth import synthesise
+    """Cut a generated dataset into three pieces, laid out as those of Tiny ImageNet: the first
+    holds all validation images and a third of every class."""
+    from fastlab.dataset.synth import (
+        synthesise,  # `gpu_suite` imports this module on a bare machine
+    )
 
     synthesise(originals, classes=4, per_class=24)
     images = sorted(originals.glob("train/*/images/*"))
     for number, name in enumerate(_PIECES):
-        first = [originals / part for part in ("wnids.txt", "words.txt", "val")]
+        rest = [originals / part for part in ("wnids.txt", "words.txt", "val")]
         with tarfile.open(target / Path(name).name, "w:xz") as archive:
-            for path in [*(first if number == 0 else ()), *images[number::3]]:
+            for path in [*(rest if number == 0 else ()), *images[number::3]]:
                 archive.add(path, f"tiny-imagenet-200/{path.relative_to(originals)}")
 
 
 def bare_environment(python: Path, folder: Path) -> Path:
-    """A folder with a ``python3`` that has the machine's packages and no others."""
+    """Make a ``python3`` that has the machine's packages and no others. Returns its folder."""
     subprocess.run([str(python), "-m", "venv", "--without-pip", str(folder)], check=True)
     (site,) = folder.glob("lib/python*/site-packages")
-    there = packages_there()
+    machine = machine_packages()
     ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
     source = subprocess.run([str(python), "-c", ask], capture_output=True, text=True, check=True)
     for distribution in distributions(path=[source.stdout.strip()]):
         name = distribution.name.lower().replace("_", "-")
-        if name in there or name.startswith("nvidia-"):
+        if name in machine or name.startswith("nvidia-"):
             version = distribution.version.partition("+")[0]
-            if there.get(name, "") not in ("", version):
-                print(f"rehearsed with {name} {version}; the machine has {there[name]}", flush=True)
+            if machine.get(name, "") not in ("", version):
+                print(
+                    f"rehearsed with {name} {version}; the machine has {machine[name]}", flush=True
+                )
             link(distribution, site)
     return folder / "bin"
 
 
-def packages_there() -> dict[str, str]:
-    """Name of each package of the machine -> its version, "" where that does not matter."""
+def machine_packages() -> dict[str, str]:
+    """The version of each package of the machine by name; "" where the version does not matter."""
     lines = (Path(__file__).parent / "gpu_machine.txt").read_text(encoding="utf-8").splitlines()
     parts = (line.partition("==") for line in lines if not line.startswith("#"))
     return {name: version for name, _, version in parts}
 
 
 def link(distribution: Distribution, site: Path) -> None:
-    """Links to the packages, modules and metadata of `distribution`."""
+    """Link the packages, modules and metadata of `distribution` into `site`."""
     tops = {file.parts[0] for file in distribution.files or () if file.parts[0] != ".."}
     for top in tops - {"__pycache__"}:
         source, target = Path(str(distribution.locate_file(top))), site / top
-        if not source.exists():
-            continue
-        if target.is_symlink() or target.is_dir():
-            continue  # a namespace that several distributions share, such as nvidia
-        target.symlink_to(source)
+        # Several distributions share a namespace package such as nvidia.
+        if source.exists() and not target.is_symlink() and not target.is_dir():
+            target.symlink_to(source)
 
 
 def rehearse(command: str, upload: Path, bare: Path, out: Path) -> int:
@@ -158,7 +156,7 @@ def rehearse(command: str, upload: Path, bare: Path, out: Path) -> int:
         "HOME": str(upload),
         "OUT": str(out.resolve()),
         "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",  # threads of processes side by side would wait for each other
+        "OMP_NUM_THREADS": "1",  # threads of concurrent processes would wait for each other
     }
     started = time.monotonic()
     code = subprocess.run(["bash", "-c", command], cwd=upload, env=environment).returncode

@@ -1,20 +1,26 @@
 """The tables of the README pages, from the records under benchmarks/results/.
 
     python -m benchmarks.tables            # rewrite them
-    python -m benchmarks.tables --check    # exit 1 where one is not current
+    python -m benchmarks.tables --check    # exit status 1 where a page is out of date
+    python -m benchmarks.tables --agreement FIRST.json SECOND.json    # exit status 1: they differ
 
 A page marks each table: ``<!-- table: cpu-2026-11-24/loaders -->`` … ``<!-- end -->``. Two records
-give the table of their ratios: ``<!-- table: DATE/loaders DATE/loaders-again -->``; of counts,
-which are exact, one table of both.
+give the table of their agreement: ``<!-- table: DATE/loaders DATE/loaders-again -->``; of counts,
+which are exact, they give one table of both.
+
+Two runs of a benchmark agree where every ratio of a case to the run's first case differs by no more
+than half the range of that ratio in both runs. Ratios are taken round by round. They are what the
+benchmarks promise: the speed of the machine itself differs from run to run.
 """
 
 import argparse
 import importlib
 import re
 from pathlib import Path
+from typing import NamedTuple
 
-from benchmarks import agreement
-from benchmarks.measurements import Session, load
+from benchmarks.measurements import Record, Session, load
+from fastlab.console import UserError, run_command
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "benchmarks/README.md", "pipelines/README.md")
@@ -22,18 +28,35 @@ _EXACT = "kernel_counts"
 _MARKED = re.compile(r"(<!-- table: (\S+)(?: (\S+))? -->\n).*?<!-- end -->", re.DOTALL)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true")
-    args = parser.parse_args()
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Tables of measurements, from their records.")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--check", action="store_true", help="only report the pages that are out of date"
+    )
+    what.add_argument(
+        "--agreement",
+        nargs=2,
+        type=Path,
+        metavar=("FIRST", "SECOND"),
+        help="compare two records of one benchmark",
+    )
+    return run_command(run, parser.parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.agreement:
+        pairs = compare(*(load(path, "--agreement") for path in args.agreement))
+        print(agreement_table(pairs))
+        return int(not all(pair.agrees for pair in pairs))
     stale = [page for page in PAGES if update(ROOT / page, write=not args.check)]
     for page in stale:
-        print(f"{page}: {'is not current' if args.check else 'rewritten'}")
-    return 1 if args.check and stale else 0
+        print(f"{page}: {'is out of date' if args.check else 'rewritten'}")
+    return int(args.check and bool(stale))
 
 
 def update(page: Path, write: bool) -> bool:
-    """Whether `page` differs from what the records give; rewrite it if asked."""
+    """Whether `page` differs from what the records give; with `write`, rewrite it."""
     before = page.read_text(encoding="utf-8")
     after = _MARKED.sub(lambda m: m[1] + render(m[2], m[3]) + "\n<!-- end -->", before)
     if write and after != before:
@@ -42,34 +65,78 @@ def update(page: Path, write: bool) -> bool:
 
 
 def render(name: str, again: str | None = None) -> str:
-    """The table of ``benchmarks/results/<name>.json`` and what made it, in Markdown; with `again`
-    that of how the ratios of the two agree, or of the counts in both."""
-    found = [_load(part) for part in (name, again) if part]
-    if again and found[0].benchmark != _EXACT:
-        return agreement.table(agreement.compare(*found))
-    table = importlib.import_module(f"benchmarks.{found[0].benchmark}").table(*found)
-    return "\n\n".join([table, *map(origin, found)])
+    """In Markdown: the table of ``benchmarks/results/<name>.json`` and what made it; with `again`
+    the table of how the two records agree, or of the counts in both."""
+    results = ROOT / "benchmarks" / "results"
+    sessions = [load(results / f"{part}.json") for part in (name, again) if part]
+    if again and sessions[0].benchmark != _EXACT:
+        return agreement_table(compare(*sessions))
+    table = importlib.import_module(f"benchmarks.{sessions[0].benchmark}").table(*sessions)
+    return "\n\n".join([table, *map(origin, sessions)])
 
 
-def _load(name: str) -> Session:
-    return load(ROOT / "benchmarks" / "results" / f"{name}.json")
-
-
-def origin(found: Session) -> str:
-    """Command, machine, date and versions, in one line; and what its figures are, if measured."""
-    machine, versions = found.machine, found.versions
+def origin(session: Session) -> str:
+    """One line: command, machine, date and versions, and how often each case was measured."""
+    machine = session.machine
     devices = ", ".join(machine.get("gpus", [])) or "no GPU"
-    names = ", ".join(f"{name} {version}" for name, version in versions.items())
-    parts = f", in {len(found.calls)} parts" if len(found.calls) > 1 else ""
-    rounds = sorted({len(record.rounds) for record in found.records})
+    versions = ", ".join(f"{name} {version}" for name, version in session.versions.items())
     cpu = machine["cpu"] + (f" ({machine['instructions']})" if "instructions" in machine else "")
     made = (
-        f"`{found.command}`; {machine['cores']} cores of {cpu}, {devices}; "
-        f"{found.date[:10]}; {names}."
+        f"`{session.command}`; {machine['cores']} cores of {cpu}, {devices}; "
+        f"{session.date[:10]}; {versions}."
     )
-    if found.benchmark == _EXACT:
+    if session.benchmark == _EXACT:
         return made
+    rounds = sorted({len(record.rounds) for record in session.records})
+    parts = f", in {len(session.calls)} parts" if len(session.calls) > 1 else ""
     return f"{made} Median ± half the range over {' or '.join(map(str, rounds))} rounds{parts}."
+
+
+class Pair(NamedTuple):
+    """The ratios of one case to the first case of its run, in two runs."""
+
+    case: str
+    first: Record
+    second: Record
+
+    @property
+    def agrees(self) -> bool:
+        slack = sum(ratio.median * ratio.spread for ratio in (self.first, self.second))
+        return abs(self.first.median - self.second.median) <= slack
+
+
+def compare(first: Session, second: Session) -> list[Pair]:
+    """The cases that both runs have. Raises `UserError` where they are not of one benchmark."""
+    names = [
+        (run.benchmark, run.records[0].case if run.records else None) for run in (first, second)
+    ]
+    if names[0] != names[1] or not first.records:
+        raise UserError("only two runs of one benchmark with the same first case can be compared")
+    before, after = ratios(first), ratios(second)
+    return [Pair(case, before[case], after[case]) for case in before if case in after]
+
+
+def ratios(session: Session) -> dict[str, Record]:
+    """Each case divided by the run's first, round by round."""
+    limit, *cases = session.records
+    return {
+        record.case: Record(
+            record.case,
+            "ratio",
+            # An interrupted command has one round more of its first cases.
+            [a / b for a, b in zip(record.rounds, limit.rounds, strict=False)],
+        )
+        for record in cases
+    }
+
+
+def agreement_table(pairs: list[Pair]) -> str:
+    """In Markdown: a row for each case."""
+    lines = ["| case | first run | second run | agree |", "| --- | --- | --- | --- |"]
+    for pair in pairs:
+        cells = (f"{ratio.median:.3f} ± {ratio.spread:.0%}" for ratio in (pair.first, pair.second))
+        lines.append(f"| {pair.case} | {' | '.join(cells)} | {'yes' if pair.agrees else 'NO'} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

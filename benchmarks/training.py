@@ -7,15 +7,15 @@ A round of a variant trains whole epochs (``--epochs``; ``--steps`` takes the fi
 it begins with the epoch's order and ends when the device has done the last step. Validation and
 checkpoints are not in it. "held" repeats the step on one batch that stays on the device, for a
 quarter of the round's steps, right after: what an infinitely fast input path would give. The stall
-is the share of a step's time between the two. FLOP are counted by torch, not assumed, 2 a
+is the share of a step's time between the two. FLOP are counted by torch, not assumed, 2 for a
 multiply-add.
 
 One process for each configuration and batch size holds all variants, which take turns round by
 round: the images are uploaded once, and each variant is compiled once. A variant whose loss or
-weights are no longer finite is left out: such numbers change the power that a device draws, and
-with it the clock.
+weights are no longer finite is skipped and reported: such numbers change the power that a device
+draws, and with it the clock.
 
-With ``--out``, every round is saved at once, and the same command goes on where it was cut off.
+With ``--out``, every round is saved at once, and the same command continues after an interruption.
 """
 
 import argparse
@@ -24,25 +24,29 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from benchmarks import ceilings, savings
 from benchmarks.measurements import (
     Results,
+    Round,
     Session,
+    add_overrides,
     check_dataset,
-    check_measured,
-    check_names,
+    chosen,
+    command_line,
     device_of,
-    read_record,
-    tell_round,
+    interleave,
+    load,
+    report_skipped,
 )
+from benchmarks.timing import default_device
 from fastlab import config as configs
 from fastlab.console import UserError, positive_int, positive_ints, run_command
 
@@ -56,7 +60,7 @@ class Variant:
     step: str = "eager"
     channels_last: bool = True
     change: str | None = None
-    """One of `savings.CHANGES`."""
+    """A key of `savings.CHANGES`."""
 
     def overrides(self) -> list[str]:
         return [
@@ -66,6 +70,8 @@ class Variant:
             f"train.step={self.step}",
         ]
 
+
+Request = Literal["measure", "compile", "trace"]
 
 _CAPTURED = Variant("bf16", compile=True, step="captured")
 VARIANTS = {
@@ -96,31 +102,21 @@ class Case:
         return self.name.replace(", ", "-").replace(" ", "-")
 
 
-class Failed(Exception):
-    """A case that could not be measured, and why."""
-
-    def __init__(self, case: Case, reason: str) -> None:
-        super().__init__(reason)
-        self.case = case
-
-
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__, rounds=3)
     parser.add_argument("--config", type=Path, nargs="+", required=True)
-    parser.add_argument("--set", action="append", default=[], dest="overrides")
+    add_overrides(parser)
     parser.add_argument("--batches", type=positive_ints, default=[128], help="such as 128,1024")
     parser.add_argument("--variants", default="", help="names, separated by semicolons")
     parser.add_argument(
         "--savings", action="store_true", help="the captured step, each of its savings undone"
     )
-    parser.add_argument("--rounds", type=positive_int, default=3)
-    parser.add_argument("--epochs", type=positive_int, default=1, help="of a round")
-    parser.add_argument("--steps", type=positive_int, help="of each epoch; default: all")
+    parser.add_argument("--epochs", type=positive_int, default=1, help="epochs of a round")
+    parser.add_argument("--steps", type=positive_int, help="steps of each epoch; default: all")
     parser.add_argument("--ceilings", type=Path, help="a record of benchmarks.ceilings")
     parser.add_argument("--traces", type=Path, help="a trace of each case, for fastlab trace")
-    parser.add_argument("--out", type=Path, help="write the records to this JSON file")
     parser.add_argument(
-        "--compile-only", action="store_true", help="fill the caches of torch.compile, and end"
+        "--compile-only", action="store_true", help="only fill the caches of torch.compile"
     )
     return run_command(run, parser.parse_args(argv))
 
@@ -134,179 +130,153 @@ def run(args: argparse.Namespace) -> None:
         for config, batch in itertools.product(args.config, args.batches)
     ]
     if args.compile_only:
-        tell(compile_all(args, groups))
+        report_skipped(compile_all(args, groups))
         return
     results = Results("training", args.out)
-    problems = measure_all(args, groups, results)
-    check_measured(results.session.records, problems)
-    print(table(results.session))
+    results.report(table, measure_all(args, groups, results))
 
 
 def variants(names: str) -> list[str]:
-    """Raises `UserError` for one that is unknown, or that this machine cannot run."""
-    gpu = ceilings.default_device().type == "cuda"
+    """The names that `names` lists; "" stands for this machine's default. Raises `UserError` for a
+    variant that is unknown, or that this machine cannot run."""
+    gpu = default_device().type == "cuda"
     known = [name for name, variant in VARIANTS.items() if gpu or variant.step == "eager"]
-    found = names.split(";") if names else _GPU_DEFAULT if gpu else known
-    check_names(found, known, "--variants")
-    return found
+    return chosen(names or (";".join(_GPU_DEFAULT) if gpu else ""), known, "--variants")
 
 
 def measure_all(
     args: argparse.Namespace, groups: list[list[Case]], results: Results
 ) -> dict[str, str]:
-    """Every round that `results` lacks. Returns the reasons of cases that failed, by name."""
+    """Measure every round that `results` lacks. Returns the reasons of cases that failed, by
+    name."""
     limits = limits_of(args.ceilings, results.session)
     problems: dict[str, str] = {}
 
-    def left(case: Case) -> bool:
-        return results.rounds(case.name) < args.rounds or untraced(args, case)
-
-    def work(process: "Process", cases: list[Case]) -> None:
-        take_turns(process, cases, args.rounds, results, limits)
-        for case in cases:
-            if untraced(args, case):
-                process.ask("trace", case)
+    def measure(process: Process, case: Case) -> Round:
+        answer = process.ask("measure", case)
+        return Round(answer["rate"], answer["each"], {**answer["once"], "limits": limits})
 
     for cases in groups:
-        problems |= in_processes(args, cases, left, work)
+        with Process(args, cases[0]) as process:
+            measuring = {case.name: partial(measure, process, case) for case in cases}
+            problems |= interleave(measuring, args.rounds, results)
+            for case in cases if args.traces else ():
+                if case.name not in problems and not (args.traces / case.folder).exists():
+                    attempt(process, "trace", case, problems)
     return problems
 
 
-def limits_of(path: Path | None, found: Session) -> dict[str, float]:
-    """FLOP/s and bytes/s by the ceiling's name: those of `found`, of the record at `path`, or
+def limits_of(path: Path | None, session: Session) -> dict[str, float]:
+    """FLOP/s and bytes/s by the ceiling's name: those of `session`, of the record at `path`, or
     measured now. Raises `UserError` where the record is of another device."""
-    if found.records:
-        return found.records[0].details["limits"]
+    if session.records:
+        return session.records[0].details["limits"]
     if not path:
-        limits = ceilings.measure(ceilings.default_device())
-        torch.cuda.empty_cache()  # this process keeps nothing that the trainings may need
+        limits = ceilings.measure(default_device())
+        torch.cuda.empty_cache()  # this process keeps no memory that the trainings may need
         return limits
-    record = read_record(path, "--ceilings")
-    if device_of(record.machine) != device_of(found.machine):
+    record = load(path, "--ceilings")
+    if device_of(record.machine) != device_of(session.machine):
         raise UserError(f"--ceilings {path}: measured on {', '.join(device_of(record.machine))}")
     return {ceiling.case: ceiling.median for ceiling in record.records}
 
 
-def untraced(args: argparse.Namespace, case: Case) -> bool:
-    return bool(args.traces) and not (args.traces / case.folder).exists()
-
-
-def take_turns(
-    process: "Process", cases: list[Case], rounds: int, results: Results, limits: dict[str, float]
-) -> None:
-    for turn in range(rounds):
-        for case in cases:
-            if results.rounds(case.name) <= turn:
-                found = measure(process, case, results)
-                once = {**found["once"], "limits": limits}
-                results.add(case.name, "images/s", found["rate"], found["each"], once)
-                tell_round(turn + 1, case.name, found["rate"])
-
-
-def measure(process: "Process", case: Case, results: Results) -> dict[str, Any]:
-    try:
-        return process.ask("measure", case)
-    except Failed:
-        results.drop(case.name)
-        raise
-
-
 def compile_all(args: argparse.Namespace, groups: list[list[Case]]) -> dict[str, str]:
-    """A few steps of each case. Returns the reasons of cases that failed, by name."""
-    done: list[Case] = []
+    """Do a few steps of each case. Returns the reasons of cases that failed, by name."""
     problems: dict[str, str] = {}
-
-    def work(process: "Process", cases: list[Case]) -> None:
-        for case in cases:
-            seconds = process.ask("compile", case)["seconds"]
-            done.append(case)
-            print(f"{case.name}: compiled in {seconds:.0f} s", flush=True)
-
     for cases in groups:
-        problems |= in_processes(args, cases, lambda case: case not in done, work)
+        with Process(args, cases[0]) as process:
+            for case in cases:
+                if answer := attempt(process, "compile", case, problems):
+                    print(f"{case.name}: compiled in {answer['seconds']:.0f} s", flush=True)
     return problems
 
 
-def tell(problems: dict[str, str]) -> None:
-    for name, problem in problems.items():
-        print(f"left out: {name}: {problem}", file=sys.stderr)
-
-
-def in_processes(
-    args: argparse.Namespace,
-    cases: list[Case],
-    left: Callable[[Case], bool],
-    work: Callable[["Process", list[Case]], None],
-) -> dict[str, str]:
-    """`work` on those of `cases` that are `left`, which share configuration and batch size, in a
-    process. A case that fails may have spoilt it: the others go on in a new one. Returns the
-    reasons by the case's name."""
-    problems: dict[str, str] = {}
-    while rest := [case for case in cases if case.name not in problems and left(case)]:
-        try:
-            with Process(args, rest[0]) as process:
-                work(process, rest)
-        except Failed as failure:
-            problems[failure.case.name] = str(failure)
-    return problems
+def attempt(
+    process: "Process", what: Request, case: Case, problems: dict[str, str]
+) -> dict[str, Any]:
+    """The answer to a request; where it fails, the reason is added to `problems`."""
+    try:
+        return process.ask(what, case)
+    except RuntimeError as error:
+        problems[case.name] = str(error)
+        return {}
 
 
 class Process:
     """`benchmarks.training_process`, which holds the variants of one configuration at one batch
-    size; a context that ends it."""
+    size.
+
+    The first request starts the process. A failed request may have damaged its state, so the next
+    one starts a new process. The end of the context ends it.
+    """
 
     def __init__(self, args: argparse.Namespace, case: Case) -> None:
-        command = [sys.executable, "-m", "benchmarks.training_process"]
-        command += ["--config", str(case.config), "--batch", str(case.batch)]
-        command += ["--epochs", str(args.epochs)]
-        command += ["--steps", str(args.steps)] if args.steps else []
-        command += ["--traces", str(args.traces)] if args.traces else []
-        command += [part for override in args.overrides for part in ("--set", override)]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        self._command = [sys.executable, "-m", "benchmarks.training_process"]
+        self._command += ["--config", str(case.config), "--batch", str(case.batch)]
+        self._command += ["--epochs", str(args.epochs)]
+        self._command += ["--steps", str(args.steps)] if args.steps else []
+        self._command += ["--traces", str(args.traces)] if args.traces else []
+        self._command += [part for value in args.overrides for part in ("--set", value)]
+        self._child: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> "Process":
         return self
 
-    def __exit__(self, kind: type | None, *_: Any) -> None:
-        if kind:
-            self._process.kill()
-        with suppress(BrokenPipeError):
-            self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind and self._child:
+            self._child.kill()  # an interruption leaves it in the middle of a request
+        self._end()
 
-    def ask(self, what: str, case: Case) -> dict[str, Any]:
-        """The answer to a request, "measure", "compile" or "trace". Raises `Failed`."""
-        with suppress(BrokenPipeError):  # it ended: so does its output, below
-            request = {"what": what, "variant": case.variant, "folder": case.folder}
-            print(json.dumps(request), file=self._process.stdin, flush=True)
-        line = self._process.stdout.readline()
-        if not line:
-            raise Failed(case, f"its process ended with status {self._process.wait()}")
-        answer = json.loads(line)
+    def ask(self, what: Request, case: Case) -> dict[str, Any]:
+        """The answer to a request. Raises `RuntimeError` with the reason where there is none."""
+        self._child = self._child or self._start()
+        request = {"what": what, "variant": case.variant, "folder": case.folder}
+        answer = self._exchange(self._child, json.dumps(request))
         if "problem" in answer:
-            raise Failed(case, answer["problem"])
+            self._end()
+            raise RuntimeError(answer["problem"])
         return answer
 
+    def _start(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
-def table(found: Session) -> str:
-    """Markdown: a row a case."""
+    def _exchange(self, child: subprocess.Popen[str], request: str) -> dict[str, Any]:
+        assert child.stdin and child.stdout
+        with suppress(BrokenPipeError):  # the process has ended: its output has too, below
+            print(request, file=child.stdin, flush=True)
+        line = child.stdout.readline()
+        if not line:
+            return {"problem": f"its process ended with status {child.wait()}"}
+        return json.loads(line)
+
+    def _end(self) -> None:
+        if self._child:
+            assert self._child.stdin and self._child.stdout
+            with suppress(BrokenPipeError):
+                self._child.stdin.close()
+            self._child.stdout.close()
+            self._child.wait()
+            self._child = None
+
+
+def table(session: Session) -> str:
+    """In Markdown: a row for each case."""
     lines = [
         "| case | images/s | held batch | stall | FLOP/s | of matrix rate | memory | compile |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for record in found.records:
-        more = record.details
-        flops = record.median * more["flop"]
-        limit = more["limits"]["matmul_bf16" if "bf16" in record.case else "matmul_fp32"]
-        memory = f"{more['memory'] / 1e9:.2f} GB" if more["memory"] else "not measured"
+    for record in session.records:
+        details = record.details
+        flops = record.median * details["flop"]
+        limit = details["limits"]["matmul_bf16" if "bf16" in record.case else "matmul_fp32"]
+        memory = f"{details['memory'] / 1e9:.2f} GB" if details["memory"] else "not measured"
         lines.append(
-            f"| {record.case} | {record.median:,.0f} ± {record.spread:.0%} "
-            f"| {statistics.median(more['held']):,.0f} | {statistics.median(more['stall']):.1%} "
-            f"| {flops / 1e12:.3g} T | {flops / limit:.1%} | {memory} "
-            f"| {more['compile']:.0f} s |"
+            f"| {record.case} | {record.cell()} | {statistics.median(details['held']):,.0f} "
+            f"| {statistics.median(details['stall']):.1%} | {flops / 1e12:.3g} T "
+            f"| {flops / limit:.1%} | {memory} | {details['compile']:.0f} s |"
         )
     return "\n".join(lines)
 

@@ -1,8 +1,8 @@
-"""What `benchmarks.training` runs for a configuration and a batch size: it trains all variants.
+"""The process in which `benchmarks.training` trains all variants of a configuration and batch size.
 
 It answers each request, a line of JSON on standard input, by a line of JSON on standard output, and
-ends with the first that fails or when its input does. What is printed meanwhile goes to standard
-error.
+ends after the first request that fails or when its input does. Everything that is printed meanwhile
+goes to standard error.
 """
 
 import argparse
@@ -12,19 +12,20 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accelerate.state import AcceleratorState
+from torch._dynamo import config as dynamo
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.ceilings import wait
-from benchmarks.measurements import public_config
+from benchmarks.measurements import add_overrides, public_config
 from benchmarks.savings import changed
-from benchmarks.training import VARIANTS
+from benchmarks.timing import step_seconds
+from benchmarks.training import VARIANTS, Request
 from fastlab import config as configs
 from fastlab import models
 from fastlab.config import Config, ProfileConfig
@@ -36,19 +37,18 @@ from fastlab.tracing import Tracer
 from fastlab.train import Trainer
 from fastlab.training.setup import make_accelerator, torch_settings
 from fastlab.training.step import Step
-from pipelines.base import Batch
+from pipelines.base import Batch, DeviceEpoch
 
-# Steps of either kind before any that is timed: the fourth is captured.
+# Steps before any that is timed, of each of a variant's two steps: the fourth is captured.
 _UNTIMED = 5
-# Of a round, at least, on the held batch.
-_LEAST_HELD = 20
+_LEAST_HELD = 20  # steps of a round on the held batch, at least
 _TRACE = ProfileConfig(enabled=True, wait=0, warmup=2, active=5)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Answers the requests of benchmarks.training.")
     parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--set", action="append", default=[], dest="overrides")
+    add_overrides(parser)
     parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--steps", type=int)
@@ -58,36 +58,42 @@ def main(argv: list[str] | None = None) -> int:
 
 def serve(args: argparse.Namespace) -> int:
     die_with_parent()
-    torch._dynamo.config.recompile_limit = 64  # of the same function, for all variants together
     answers = sys.stdout
-    with redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as scratch:
+    # torch counts the compilations of a function for all variants together.
+    with (
+        dynamo.patch(recompile_limit=64),
+        redirect_stdout(sys.stderr),
+        tempfile.TemporaryDirectory() as scratch,
+    ):
         answer = Answers(args, RunDir(Path(scratch)))
         for line in sys.stdin:
             try:
-                found = answer(**json.loads(line))
+                message = answer(**json.loads(line))
             except Exception as error:
                 if not isinstance(error, UserError):
                     traceback.print_exc()
-                found = {"problem": first_line(error)}
-            print(json.dumps(found), file=answers, flush=True)
-            if "problem" in found:
+                message = {"problem": first_line(error)}
+            print(json.dumps(message), file=answers, flush=True)
+            if "problem" in message:
                 return 1
     return 0
 
 
 class Answers:
+    """Answers requests, and keeps the variants that they name."""
+
     def __init__(self, args: argparse.Namespace, run: RunDir) -> None:
         self._args, self._run = args, run
         self._variants: dict[str, Measured] = {}
 
-    def __call__(self, what: str, variant: str, folder: str) -> dict[str, Any]:
-        found = self._variants.get(variant) or self._start(variant)
+    def __call__(self, what: Request, variant: str, folder: str) -> dict[str, Any]:
+        measured = self._variants.get(variant) or self._start(variant)
         if what == "trace":
-            found.trace(RunDir(self._args.traces / folder))
+            measured.trace(RunDir(self._args.traces / folder))
             return {}
         if what == "compile":
-            return {"seconds": found.compile_seconds}
-        return found.measure(self._args.epochs)
+            return {"seconds": measured.compile_seconds}
+        return measured.measure(self._args.epochs)
 
     def _start(self, name: str) -> "Measured":
         size = f"train.batch_size={self._args.batch}"
@@ -101,7 +107,7 @@ class Answers:
 
 class Held(NamedTuple):
     """A pipeline that gives one batch again and again: what a captured step repeats without a copy,
-    as an infinitely fast input path would."""
+    as with an infinitely fast input path."""
 
     held: Batch
 
@@ -114,7 +120,7 @@ class Held(NamedTuple):
     def device_epoch(self, epoch: int) -> "Held":
         return self
 
-    def become(self, other: "Held") -> None:
+    def become(self, other: DeviceEpoch) -> None:
         pass
 
     def batch(self, step: torch.Tensor) -> Batch:
@@ -122,10 +128,10 @@ class Held(NamedTuple):
 
 
 class Measured:
-    """A variant of a configuration, which is trained."""
+    """The training of one variant of a configuration."""
 
     def __init__(self, cfg: Config, run: RunDir, steps: int | None) -> None:
-        """`steps`: of each epoch; None: all."""
+        """`steps` is how many steps of each epoch are done; None: all."""
         self._cfg = cfg
         # Accelerate allows one precision a process. Each model keeps the autocast that it was
         # prepared with, which is all that a step needs of it.
@@ -135,7 +141,7 @@ class Measured:
             self.trainer.net.train()
             self._device, self._epoch = self.trainer.device, 0
             self._steps = min(self.trainer.train_data.steps(), steps or sys.maxsize)
-            self._own = sum(t.nbytes for t in self.trainer.model.state_dict().values())
+            self._allocated = sum(t.nbytes for t in self.trainer.model.state_dict().values())
             self._peak = 0
             with self._memory_watched():
                 self._warm_up()
@@ -143,7 +149,8 @@ class Measured:
         self._flop = flop_per_image(cfg, classes, self.trainer.manifest.image_size)
 
     def measure(self, epochs: int) -> dict[str, Any]:
-        """A round. Raises `UserError` where the training has diverged."""
+        """Do a round: the rate in images/s, and the details that `Results.add` takes. Raises
+        `UserError` where the training has diverged."""
         steps = epochs * self._steps
         held_steps = max(steps // 4, min(steps, _LEAST_HELD))
         with torch_settings(self._cfg), self._memory_watched():
@@ -164,7 +171,7 @@ class Measured:
         return {"rate": batch / fed, "each": each, "once": once}
 
     def trace(self, run: RunDir) -> None:
-        """Record a few steps into `run`, a new directory that gets nothing else but config.toml."""
+        """Record a trace of a few steps into `run`, a new directory, beside config.toml."""
         run.path.mkdir(parents=True)
         write_atomically(run.config, public_config(self._cfg))
         steps = _TRACE.warmup + _TRACE.active
@@ -189,22 +196,17 @@ class Measured:
         return self._held_step.batches(Held(self._batch), 0, 0, capture=capture)
 
     def _batches(self) -> Iterator[Batch | None]:
-        """Of one epoch after the other, from the beginning of the next on."""
+        """Batches of one epoch after the other, from the beginning of the next epoch on."""
         while True:
             self._epoch += 1
             yield from itertools.islice(self.trainer.batches(self._epoch - 1), self._steps)
 
     def _seconds(self, step: Step, batches: Iterable[Batch | None], steps: int) -> float:
-        """A step. The losses are looked at when the clock has stopped."""
-        wait(self._device)
-        started = time.perf_counter()
-        for batch in itertools.islice(batches, steps):
-            step(batch)
-        wait(self._device)
-        seconds = time.perf_counter() - started
+        """Seconds of one step. Losses are read after the clock has stopped."""
+        seconds = step_seconds(step, batches, steps, self._device)
         if int(step.diverged):
             raise UserError("diverged: a loss is not a finite number; take a lower optim.lr")
-        return seconds / steps
+        return seconds
 
     def _refuse_divergence(self) -> None:
         finite = [weight.isfinite().all() for weight in self.trainer.model.parameters()]
@@ -212,17 +214,17 @@ class Measured:
             raise UserError("diverged: a weight is not a finite number; take a lower optim.lr")
 
     @contextmanager
-    def _memory_watched(self) -> Iterator[None]:
-        """Largest number of bytes that this variant has taken of the device, with its weights and
-        without the images, which all share. On a CPU 0: there is no such counter."""
+    def _memory_watched(self) -> Generator[None]:
+        """Note the most bytes that this variant has taken on the device, with its weights and
+        without the images, which all variants share. On a CPU, which has no such counter, 0."""
         if self._device.type == "cpu":
             yield
             return
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         yield
-        self._peak = max(self._peak, self._own + torch.cuda.max_memory_allocated() - before)
-        self._own += torch.cuda.memory_allocated() - before
+        self._peak = max(self._peak, self._allocated + torch.cuda.max_memory_allocated() - before)
+        self._allocated += torch.cuda.memory_allocated() - before
 
 
 def _copy(batch: Batch) -> Batch:
@@ -230,7 +232,8 @@ def _copy(batch: Batch) -> Batch:
 
 
 def flop_per_image(cfg: Config, classes: int, side: int) -> float:
-    """Of forward and backward, counted by torch over the operators of an eager step."""
+    """FLOP of forward and backward, counted by torch over the operators of an eager step. `side` is
+    that of the images, in pixels."""
     model = models.build(cfg.model, classes)
     images = torch.zeros((2, 3, side, side))
     with FlopCounterMode(display=False) as counter:

@@ -1,6 +1,7 @@
-"""Commands of this checkout beside `fastlab`: a mistake gets one line and exit status 2."""
+"""Commands of this checkout besides `fastlab`: a mistake gives one line and exit status 2."""
 
 import sys
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from benchmarks import (
     loaders,
     measurements,
     scaling,
+    tables,
     training,
 )
 from benchmarks.records import clock, reference
@@ -34,13 +36,14 @@ MISTAKES = {
     "scaling: no configuration": (scaling.main, ["--config", "nope.toml"]),
     "scaling: no dataset": (scaling.main, [*DEMO, "--set", "data.path=nope"]),
     "convert: no source": (convert.main, ["nope", "--scratch", "SCRATCH"]),
+    "tables: no record": (tables.main, ["--agreement", "nope", "nope"]),
     "screenshots: no run": (screenshots.main, ["nope", "nowhere"]),
     "faults: no such stage": (faults.main, ["--only", "images,nope"]),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_gets_one_line_and_status_2(mistake, tmp_path, capsys):
+def test_a_mistake_gives_one_line_and_status_2(mistake, tmp_path, capsys):
     main, arguments = MISTAKES[mistake]
     assert main([text.replace("SCRATCH", str(tmp_path)) for text in arguments]) == 2
     out, err = capsys.readouterr()
@@ -48,7 +51,7 @@ def test_a_mistake_gets_one_line_and_status_2(mistake, tmp_path, capsys):
     assert ("nope" in err or "foo" in err) and not out
 
 
-def test_a_record_without_its_dataset(monkeypatch, capsys):
+def test_a_speed_record_without_a_dataset_is_refused_in_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["reference", "--data", "nope"])
     config = "configs/resnet11.toml"
     assert clock.main("reference", reference.TARGET, reference.RECIPE, config) == 2
@@ -67,14 +70,14 @@ def test_a_record_without_its_dataset(monkeypatch, capsys):
         (estimate.main, []),
     ],
 )
-def test_arguments_that_cannot_be_read_end_with_status_2(main, arguments, capsys):
+def test_unreadable_arguments_give_status_2(main, arguments, capsys):
     with pytest.raises(SystemExit) as end:
         main(arguments)
     assert end.value.code == 2
 
 
 @pytest.mark.parametrize("main", [estimate.main, faults.main])
-def test_help_is_no_name_of_a_file(main, capsys):
+def test_help_is_not_taken_for_a_file_name(main, capsys):
     with pytest.raises(SystemExit) as end:
         main(["--help"])
     assert end.value.code == 0
@@ -89,17 +92,18 @@ def test_the_stages_of_faults_are_listed(capsys):
     assert all(f"    {name:<16}{what}" in shown for name, what in faults.STAGES.items())
 
 
-def test_where_no_case_ran_there_is_no_table(capsys):
+def test_without_any_measured_case_the_command_fails(capsys):
+    results = measurements.Results("loaders", None)
     with pytest.raises(UserError, match="no case"):
-        measurements.check_measured([], {"case": "why"})
-    assert capsys.readouterr().err == "left out: case: why\n"
+        results.report(loaders.table, {"case": "why"})
+    assert capsys.readouterr().err == "skipped case: why\n"
 
 
-def test_an_unwritable_output_of_records(tmp_path, capsys):
+def test_an_unwritable_record_is_refused_with_its_option(tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
-    made = measurements.session("loaders", [])
+    made = measurements.new_session("loaders", [])
     out = tmp_path / "file" / "out.json"
-    assert run_command(lambda _: measurements.save(made, out), None) == 2
+    assert run_command(lambda _: measurements.save(made, out), Namespace()) == 2
     assert "--out" in capsys.readouterr().err
 
 
@@ -120,13 +124,13 @@ def test_a_picture_ends_between_two_parts_of_the_page(tmp_path):
         (["report", "runs/a", "--nope"], "see fastlab report --help"),
     ],
 )
-def test_an_unexpected_argument_gets_one_line_with_what_to_do(arguments, hint, capsys):
+def test_an_unexpected_argument_gives_one_line_with_what_to_do(arguments, hint, capsys):
     assert cli.main(arguments) == 2
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1 and err.endswith(f"{hint}\n")
 
 
-def test_help_names_every_archive_and_what_a_picture_shows(capsys):
+def test_help_names_every_archive_and_what_inspect_shows(capsys):
     for command in ("convert", "inspect"):
         with pytest.raises(SystemExit):
             cli.main([command, "--help"])

@@ -1,1 +1,1 @@
-"""Speed records: scripts that say, top to bottom, how fast a target accuracy is reached."""
+"""Speed records: each script states its recipe, and measures how fast it reaches an accuracy."""

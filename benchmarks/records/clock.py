@@ -2,11 +2,11 @@
 
 The clock starts with the data on the device, the model compiled and fresh weights, and stops when a
 validation over every image shows the target; training and each validation in between count. Before
-it, steps and a validation on the same shapes compile everything; their weights are thrown away.
-Several runs in one process, each from a seed of its own: no run is left out. With ``--out``, every
-run is saved when it ends, and the same command goes on with the next seed where it was cut off.
-``--limit`` ends the command in time: the run under way stops after an epoch, and counts as one that
-did not reach the target.
+it starts, steps and a validation on the same shapes compile everything; their weights are thrown
+away. Several runs in one process each start from a different seed, and no run is left out. With
+``--out``, every run is saved when it ends, and after an interruption the same command continues
+with the next seed. ``--limit`` ends the command in time: the run under way stops after an epoch,
+and counts as one that did not reach the target.
 """
 
 import argparse
@@ -16,16 +16,20 @@ import math
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from benchmarks.ceilings import wait
 from benchmarks.measurements import (
     Results,
     Session,
+    add_overrides,
     check_dataset,
+    command_line,
     public_config,
 )
 from fastlab import config as configs
@@ -35,24 +39,38 @@ from fastlab.console import UserError, positive_int, run_command
 from fastlab.runs import RunDir
 from fastlab.train import Trainer
 from fastlab.training.evaluate import evaluate
+from fastlab.training.metrics import wait_for_device
 from fastlab.training.setup import make_accelerator, open_split, torch_settings
 
 _WARM = 5  # steps: a captured step is captured in the fourth
 
 
-def main(script: str, target: float, recipe: dict[str, object], config: str) -> int:
+class Race(NamedTuple):
+    """One run from fresh weights."""
+
+    seconds: float
+    """To the target; where it was not reached, to the end of the training or the deadline."""
+    reached: bool
+    stopped: bool
+    """Whether the deadline ended it."""
+    top1: list[float]
+    """After each epoch."""
+    curve_seconds: list[float]
+    """From the start to the end of each epoch's validation."""
+
+
+def main(script: str, target: float, recipe: Mapping[str, object], config: str) -> int:
     """The command line of a record."""
-    parser = argparse.ArgumentParser(description=f"Time to {target:.2%} validation top-1.")
+    parser = command_line(f"Time to {target:.2%} validation top-1.")
     parser.add_argument("--data", required=True, help="dataset directory")
     parser.add_argument("--runs", type=positive_int, default=5)
     parser.add_argument("--target", type=float, default=target, help="another top-1, 0 to 1")
-    parser.add_argument("--set", action="append", default=[], dest="overrides")
+    add_overrides(parser)
     parser.add_argument("--limit", type=float, default=math.inf, help="seconds for all runs")
-    parser.add_argument("--out", type=Path, help="write the records to this JSON file")
-    sets = [f"{key}={json.dumps(value)}" for key, value in recipe.items()]
     started = time.monotonic()
 
     def run(args: argparse.Namespace) -> None:
+        sets = [f"{key}={json.dumps(value)}" for key, value in recipe.items()]
         data = f"data.path={json.dumps(args.data)}"
         cfg = configs.load(Path(config), [*sets, data, *args.overrides])
         check_dataset(cfg.data.path)
@@ -68,25 +86,25 @@ def main(script: str, target: float, recipe: dict[str, object], config: str) -> 
 def race(
     cfg: Config, target: float, runs: int, results: Results, deadline: float = math.inf
 ) -> None:
-    """Those of so many runs that `results` lacks. `deadline`: of `time.monotonic`."""
+    """Do those of `runs` runs that `results` lacks. `deadline` is a time of `time.monotonic`."""
     case = cfg.model.name
     left = range(results.rounds(case), runs)
     if not left:
         return
-    more = {"target": target, "config": public_config(cfg)}
+    once = {"target": target, "config": public_config(cfg)}
     with tempfile.TemporaryDirectory() as scratch, torch_settings(cfg):
         trainer = Trainer(cfg, RunDir(Path(scratch)), make_accelerator(cfg))
         warm_up(trainer)
         for seed in left:
             if time.monotonic() > deadline:
                 return
-            found = timed(trainer, seed, target, deadline)
-            print(json.dumps({"seed": seed, **found}), flush=True)
-            results.add(case, "s", found.pop("seconds"), {"runs": found}, more)
+            run = timed(trainer, seed, target, deadline)._asdict()
+            print(json.dumps({"seed": seed, **run}), flush=True)
+            results.add(case, "s", run.pop("seconds"), {"runs": run}, once)
 
 
 def warm_up(trainer: Trainer) -> None:
-    """Everything that compiles or is tuned, on the shapes to come."""
+    """Do everything that compiles or tunes, on the shapes to come."""
     trainer.net.train()
     for batch in itertools.islice(trainer.batches(0), _WARM):
         trainer.step(batch)
@@ -94,8 +112,8 @@ def warm_up(trainer: Trainer) -> None:
 
 
 def restart(trainer: Trainer, seed: int) -> None:
-    """Fresh weights, order, optimizer and schedule of `seed`, in place: compiled code and the
-    captured step stay."""
+    """Reset weights, order, optimizer and schedule to those of `seed`, in place: compiled code and
+    the captured step stay valid."""
     trainer.cfg = replace(trainer.cfg, train=replace(trainer.cfg.train, seed=seed))
     torch.manual_seed(seed)
     fresh = models.build(trainer.cfg.model, len(trainer.manifest.classes))
@@ -112,64 +130,50 @@ def restart(trainer: Trainer, seed: int) -> None:
         trainer.average.restart()
 
 
-def timed(
-    trainer: Trainer, seed: int, target: float, deadline: float = math.inf
-) -> dict[str, object]:
-    """Seconds to the target, or to the end of the training or the deadline where it was not
-    reached; and the curve: top-1 after each epoch, and the seconds from the start until then."""
+def timed(trainer: Trainer, seed: int, target: float, deadline: float = math.inf) -> Race:
+    """Train from the fresh weights of `seed` until the target, the last epoch or the deadline."""
     restart(trainer, seed)
-    wait(trainer.device)
+    wait_for_device(trainer.device)
     started = time.perf_counter()
-    curve: list[float] = []
+    top1: list[float] = []
     seconds: list[float] = []
     for epoch in range(trainer.cfg.train.epochs):
         trainer.net.train()
         for batch in trainer.batches(epoch):
             trainer.step(batch)
-        curve.append(validate(trainer))
+        top1.append(validate(trainer))
         seconds.append(time.perf_counter() - started)
-        if curve[-1] >= target or time.monotonic() > deadline:
+        if top1[-1] >= target or time.monotonic() > deadline:
             break
-    return {
-        "seconds": seconds[-1],
-        "reached": curve[-1] >= target,
-        "stopped": curve[-1] < target and len(curve) < trainer.cfg.train.epochs,
-        "top1": curve,
-        "curve_seconds": seconds,
-    }
+    reached = top1[-1] >= target
+    stopped = not reached and len(top1) < trainer.cfg.train.epochs
+    return Race(seconds[-1], reached, stopped, top1, seconds)
 
 
 def validate(trainer: Trainer) -> float:
-    """Top-1 over every image: the counts come to the host, so the device is done with it."""
-    if not trainer.average:
-        return evaluate(trainer.net, trainer.val_data, trainer.accelerator).top1
-    with trainer.average.applied():
+    """Top-1 over every image. It reads the counts on the host, so the device has finished."""
+    with trainer.average.applied() if trainer.average else nullcontext():
         return evaluate(trainer.net, trainer.val_data, trainer.accelerator).top1
 
 
-def table(found: Session) -> str:
-    """Markdown: seconds and epochs of the runs that reach the target, seconds as their mean and
+def table(session: Session) -> str:
+    """In Markdown: seconds and epochs of the runs that reach the target, seconds as their mean and
     standard deviation."""
     lines = ["| model | target | runs that reach it | seconds | epochs |", "| --- |" + " --- |" * 4]
-    for record in found.records:
+    for record in session.records:
         runs = record.details["runs"]
-        reached = [run for run in runs if run["reached"]]
+        reached = [run["reached"] for run in runs]
+        seconds = list(itertools.compress(record.rounds, reached))
+        epochs = [len(run["top1"]) for run in itertools.compress(runs, reached)]
         lines.append(
-            f"| {record.case} | {record.details['target']:.2%} | {len(reached)} of {len(runs)} "
-            f"| {_mean_seconds(record.rounds, runs)} | {_mean_epochs(reached)} |"
+            f"| {record.case} | {record.details['target']:.2%} | {sum(reached)} of {len(runs)} "
+            f"| {_means(seconds, epochs)} |"
         )
     return "\n".join(lines)
 
 
-def _mean_seconds(rounds: list[float], runs: list[dict]) -> str:
-    found = [seconds for seconds, run in zip(rounds, runs, strict=True) if run["reached"]]
-    if not found:
-        return "not reached"
-    deviation = statistics.stdev(found) if len(found) > 1 else 0.0
-    return f"{statistics.mean(found):.2f} ± {deviation:.2f}"
-
-
-def _mean_epochs(reached: list[dict]) -> str:
-    if not reached:
-        return "not reached"
-    return f"{statistics.mean(len(run['top1']) for run in reached):.1f}"
+def _means(seconds: list[float], epochs: list[int]) -> str:
+    if not seconds:
+        return "not reached | not reached"
+    deviation = statistics.stdev(seconds) if len(seconds) > 1 else 0.0
+    return f"{statistics.mean(seconds):.2f} ± {deviation:.2f} | {statistics.mean(epochs):.1f}"

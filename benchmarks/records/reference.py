@@ -1,12 +1,12 @@
-"""Time to 46.04 % validation top-1, the best ResNet-11 of the reference report.
+"""The time to 46.04 % validation top-1, the best of the reference report's ResNet-11.
 
     python -m benchmarks.records.reference --data data/tiny-imagenet --out reference.json
 
-The reference's own network and loss; what is changed, and why:
+The network and the loss are the reference's; what differs, and why:
 - AdamW with a one-cycle rate over few epochs, instead of Adam at a constant rate cut on plateaus:
   the whole rise and fall of the rate fits into the time;
-- a batch of 512: fewer and fuller steps;
-- flips and small translations; no dropout, which so short a training has no use for.
+- a batch of 512: fewer and larger steps;
+- flips and small translations; no dropout, which does not help so short a training.
 """
 
 from benchmarks.records import clock

@@ -1,8 +1,8 @@
-"""Time to 66 % validation top-1.
+"""The time to 66 % validation top-1.
 
     python -m benchmarks.records.sixty_six --data data/tiny-imagenet --out sixty-six.json
 
-`configs/resnet18.toml`, shortened: fewer epochs of a larger batch.
+The recipe is `configs/resnet18.toml`, shortened: fewer epochs of a larger batch.
 """
 
 from benchmarks.records import clock

@@ -4,15 +4,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import ceilings
-from benchmarks.measurements import session
+from benchmarks import ceilings, timing
+from benchmarks.measurements import new_session
 
 CPU = torch.device("cpu")
 GPU = SimpleNamespace(type="cuda")
 
 
 class Event:
-    """One of a device that takes 250 ms from event to event."""
+    """An event of a device that takes 250 ms from event to event."""
 
     recorded = 0
 
@@ -30,39 +30,39 @@ class Event:
         return other.at - self.at
 
 
-def test_a_gpu_is_timed_by_its_own_events(monkeypatch):
+def test_a_gpu_is_timed_by_cuda_events(monkeypatch):
     calls = []
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("wait"))
-    monkeypatch.setattr(ceilings, "_host_seconds", lambda work: work() or 0.125)
-    found = ceilings.timed(lambda: calls.append("work"), GPU)
-    assert found == (0.25, 0.125) and calls == ["wait", "work"]
+    monkeypatch.setattr(timing, "_host_seconds", lambda work: work() or 0.125)
+    seconds = timing.timed(lambda: calls.append("work"), GPU)
+    assert seconds == (0.25, 0.125) and calls == ["wait", "work"]
 
 
-def test_rounds_are_calls_of_at_least_their_time(monkeypatch):
+def test_a_round_repeats_calls_for_at_least_its_time(monkeypatch):
     calls = []
 
     def timed(work, device):
         before = len(calls)
         work()
-        return (len(calls) - before) * 0.02, 0.0
+        return timing.Seconds((len(calls) - before) * 0.02, 0.0)
 
     monkeypatch.setattr(ceilings, "timed", timed)
     assert ceilings._seconds(lambda: calls.append(1), GPU) == pytest.approx([0.02] * 7)
     assert len(calls) == 1 + 1 + 7 * 3
-    monkeypatch.setattr(ceilings, "timed", lambda work, device: (9.0, 9.0))
+    monkeypatch.setattr(ceilings, "timed", lambda work, device: timing.Seconds(9.0, 9.0))
     assert ceilings._seconds(lambda: None, GPU) == [9.0]
 
 
-def test_flop_of_a_convolution_are_those_that_torch_counts():
+def test_the_flop_of_a_convolution_are_those_that_torch_counts():
     with FlopCounterMode(display=False) as counter:
         gradients = ceilings._convolution(2, 16, 8, CPU)()
     assert counter.get_total_flops() == ceilings.convolution_flop(2, 16, 8)
     assert all(g.is_contiguous(memory_format=torch.channels_last) for g in gradients)
 
 
-def test_every_ceiling_has_its_rounds_and_settings_are_restored(monkeypatch):
-    """On a CPU: all that need no pinned memory and no TF32."""
+def test_every_ceiling_has_rounds_and_settings_are_restored(monkeypatch):
+    """On a CPU these are all ceilings that need neither pinned memory nor TF32."""
     seen = []
 
     def seconds(work, device):
@@ -79,4 +79,4 @@ def test_every_ceiling_has_its_rounds_and_settings_are_restored(monkeypatch):
     assert records[0].rounds == [2 * 1024**3 / 0.5, 2 * 1024**3 / 0.25]
     assert records[-1].rounds == [2 * 2**27 / 0.5, 2 * 2**27 / 0.25]
     assert ceilings.measure(CPU)["copy"] == records[-1].median
-    assert "| copy | 0.0008053 Tbytes/s ± 33% |" in ceilings.table(session("ceilings", records))
+    assert "| copy | 0.0008053 Tbytes/s ± 33% |" in ceilings.table(new_session("ceilings", records))

@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from benchmarks import device_loaders, tables
-from benchmarks.measurements import Record, load, save, session
+from benchmarks.measurements import Record, load, new_session, save
 from fastlab.dataset.convert import Options, convert
 from fastlab.dataset.formats.array import open_array
 from fastlab.dataset.manifest import read_manifest
@@ -24,7 +24,7 @@ def dataset(synth_source, tmp_path_factory):
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """Counts what is compiled; without Inductor, which takes seconds each time."""
+    """Counts compilations; without Inductor, which takes seconds each time."""
     counter = CompileCounter()
     apply = torch.compile(augment_on_device, dynamic=False, backend=counter)
     monkeypatch.setattr(device_loaders, "device_augmenter", lambda compile: apply)
@@ -40,28 +40,28 @@ def run(dataset, out, monkeypatch, *more):
 
 
 def test_every_case_is_measured_at_every_size(dataset, compiled, tmp_path, monkeypatch, capsys):
-    """And compiled for each, though torch's own limit is lower."""
+    """Each case is compiled for each size, though torch's default limit is lower."""
     out = tmp_path / "new" / "x.json"
     with torch._dynamo.config.patch(recompile_limit=1):
         assert run(dataset, out, monkeypatch, "--batches", "8,16,32,81") == 0
     assert compiled.frame_count == 3 * len(AUGMENTED)
-    found = load(out)
+    session = load(out)
     cases = [f"{name}, {batch}" for batch in (8, 16, 32) for name in ("copy roof", *AUGMENTED)]
-    assert found.benchmark == "device_loaders" and [r.case for r in found.records] == cases
-    for record in found.records:
-        more = record.details
+    assert session.benchmark == "device_loaders" and [r.case for r in session.records] == cases
+    for record in session.records:
+        details = record.details
         assert len(record.rounds) == 2 and min(record.rounds) > 0
-        assert more["bytes"] == 64 * 64 * 3 * (1 + 2) == 36_864
-        assert more["bytes/s"] == [rate * 36_864 for rate in record.rounds]
-        assert min(more["device seconds"]) > 0 and min(more["host seconds"]) > 0
+        assert details["bytes"] == 64 * 64 * 3 * (1 + 2) == 36_864
+        assert details["bytes/s"] == [rate * 36_864 for rate in record.rounds]
+        assert min(details["device seconds"]) > 0 and min(details["host seconds"]) > 0
     shown = capsys.readouterr()
-    assert "left out: nvJPEG, 8: needs a CUDA device" in shown.err
-    assert "left out: batch 81: the training split has only 80 images" in shown.err
-    assert device_loaders.table(found) in shown.out
+    assert "skipped nvJPEG, 8: needs a CUDA device" in shown.err
+    assert "skipped batch 81: the training split has only 80 images" in shown.err
+    assert device_loaders.table(session) in shown.out
 
 
 def test_more_shapes_than_the_limit_are_an_error(dataset, compiled):
-    """Rather than a figure of eager code."""
+    """The alternative would be a figure of eager code."""
     data = device_loaders.Data(dataset, CPU)
     limits = {"recompile_limit": 1, "fail_on_recompile_limit_hit": True}
     with torch._dynamo.config.patch(**limits):
@@ -70,7 +70,7 @@ def test_more_shapes_than_the_limit_are_an_error(dataset, compiled):
             device_loaders._prepare("flip and translate", data, 16)
 
 
-def test_a_batch_is_that_of_the_resident_pipeline(dataset, compiled):
+def test_a_batch_equals_one_of_the_resident_pipeline(dataset, compiled):
     data = device_loaders.Data(dataset, CPU)
     (batch,) = device_loaders.CASES["gather, no augmentation"](data, 8).batches(1)
     manifest = read_manifest(dataset)
@@ -92,7 +92,7 @@ def test_rows_are_whole_shuffled_epochs():
 
 
 def test_a_copy_moves_as_many_bytes_as_a_batch(dataset):
-    """From everywhere in the images, into one place."""
+    """Copies come from all over the images and go to one place."""
     data = device_loaders.Data(dataset, CPU)
     work = device_loaders.CASES["copy roof"](data, 80)
     copies = list(work.batches(3))
@@ -102,19 +102,19 @@ def test_a_copy_moves_as_many_bytes_as_a_batch(dataset):
 
 @pytest.mark.multiprocess
 def test_nvjpeg_counts_the_bytes_that_it_decodes(dataset, compiled, monkeypatch):
-    """With torchvision's decoder of the CPU in its place."""
+    """torchvision's CPU decoder takes nvJPEG's place here."""
     monkeypatch.setattr(device_loaders, "_check_gpu", lambda device: None)
     data = device_loaders.Data(dataset, CPU)
     sizes = [len(data.shards[row]) for row in range(80)]
     whole = device_loaders.CASES["nvJPEG"](data, 16)
     assert whole.bytes == pytest.approx(sum(sizes) / 80 + 2 * 64 * 64 * 3)
-    assert [len(batch.images) for batch in whole.batches(7)] == [16] * 7  # on into the next epoch
+    assert [len(batch.images) for batch in whole.batches(7)] == [16] * 7  # over the epoch's end
     alone = device_loaders.CASES["nvJPEG decode alone"](data, 16)
     assert alone.bytes == sum(sizes[:16]) / 16 + 64 * 64 * 3
     assert [len(images) for images in alone.batches(2)] == [16, 16]
 
 
-def test_what_was_measured_before_a_cut_is_kept(dataset, compiled, tmp_path, monkeypatch):
+def test_an_interrupted_command_measures_only_the_rest(dataset, compiled, tmp_path, monkeypatch):
     clock = device_loaders._batch_seconds
     calls = []
 
@@ -130,6 +130,10 @@ def test_what_was_measured_before_a_cut_is_kept(dataset, compiled, tmp_path, mon
     assert run(dataset, out, monkeypatch, *cases) == 130
     assert [len(record.rounds) for record in load(out).records] == [1, 1]
     assert "flip and translate | 8" in device_loaders.table(load(out))
+    monkeypatch.setattr(device_loaders, "_batch_seconds", clock)
+    assert run(dataset, out, monkeypatch, *cases) == 0
+    assert [record.details["call"] for record in load(out).records] == [[1, 2], [1, 2]]
+    assert [len(record.details["bytes/s"]) for record in load(out).records] == [2, 2]
 
 
 def measured(case, batch, rates, bytes_an_image):
@@ -138,14 +142,14 @@ def measured(case, batch, rates, bytes_an_image):
     return Record(f"{case}, {batch}", "images/s", rates, details)
 
 
-def test_shares_are_those_of_the_roof_of_the_same_size_and_round(tmp_path, monkeypatch):
+def test_shares_are_of_the_roof_of_the_same_size_and_round(tmp_path, monkeypatch):
     records = [
         measured("copy roof", 256, [1e9, 2e9, 4e9], 100),
         measured("crop and flip", 256, [5e8, 5e8, 4e8], 100),
         measured("nvJPEG", 256, [1e9, 1e9, 1e9], 10),
         measured("crop and flip", 1024, [5e8, 5e8, 4e8], 100),
     ]
-    save(session("device_loaders", records), tmp_path / "benchmarks" / "results" / "x.json")
+    save(new_session("device_loaders", records), tmp_path / "benchmarks" / "results" / "x.json")
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     roof, crop, nvjpeg, alone = tables.render("x").splitlines()[2:6]
     assert roof.endswith("| 200.0 | 100.0% (100.0% to 100.0%) | 3 | 1 |")
@@ -154,7 +158,7 @@ def test_shares_are_those_of_the_roof_of_the_same_size_and_round(tmp_path, monke
     assert "| crop and flip | 1,024 |" in alone and "| not measured |" in alone
 
 
-def test_nothing_measured_is_a_mistake_that_is_named(
+def test_a_command_that_measured_nothing_fails_with_the_reasons(
     dataset, compiled, tmp_path, monkeypatch, capsys
 ):
     assert run(dataset, tmp_path / "x.json", monkeypatch, "--batches", "81,500") == 2
@@ -163,7 +167,7 @@ def test_nothing_measured_is_a_mistake_that_is_named(
     assert not (tmp_path / "x.json").exists()
 
 
-def test_a_dataset_without_pixels_is_named(synth_source, tmp_path, monkeypatch, capsys):
+def test_a_dataset_without_the_array_format_is_refused(synth_source, tmp_path, monkeypatch, capsys):
     convert(synth_source, tmp_path / "tar", Options(formats=("tar",)))
     assert run(tmp_path / "tar", tmp_path / "x.json", monkeypatch) == 2
     assert "has no array format" in capsys.readouterr().err

@@ -3,13 +3,14 @@ import signal
 import sys
 import tarfile
 import time
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_suite, rehearsal
-from benchmarks.gpu_suite import ON_CPU, STAGES, Running, Sizes, Step, attempt, main, next_seed
+from benchmarks import gpu_running, gpu_steps, gpu_suite, rehearsal
+from benchmarks.gpu_running import Running, attempt
+from benchmarks.gpu_steps import ON_CPU, Sizes, Step, next_seed
+from benchmarks.gpu_suite import STAGES, main
 
 ROOT = Path(__file__).parents[2]
 
@@ -17,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def lease(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    for folder in (gpu_suite.LOGS, gpu_suite.RESULTS, gpu_suite.RUNS, gpu_suite.CACHE):
+    for folder in (gpu_steps.LOGS, gpu_steps.RESULTS, gpu_steps.RUNS, gpu_steps.CACHE):
         folder.mkdir(parents=True)
     return tmp_path / "lease"
 
@@ -34,7 +35,7 @@ def in_a_minute() -> float:
     return time.monotonic() + 60
 
 
-def test_a_failed_step_is_reported_with_its_last_line_and_the_next_begins(lease, capsys):
+def test_a_failed_step_is_reported_with_its_last_line_and_the_next_one_begins(lease, capsys):
     steps = [step("raise SystemExit('no such kernel')"), step("print('fine')", name="next")]
     assert attempt(steps, in_a_minute(), "measure") == ["failed (1)", "done"]
     assert [(line["step"], line["last_line"]) for line in reported(lease)] == [
@@ -46,7 +47,7 @@ def test_a_failed_step_is_reported_with_its_last_line_and_the_next_begins(lease,
 
 
 def begun(step: Step, file: Path) -> Running:
-    """`step` under way, once it has made `file`."""
+    """Starts `step` and waits until it has made `file`."""
     running, deadline = Running.start(step), in_a_minute()
     while not file.exists():
         assert time.monotonic() < deadline
@@ -55,8 +56,8 @@ def begun(step: Step, file: Path) -> Running:
 
 
 @pytest.mark.parametrize("here", [signal.default_int_handler, signal.SIG_IGN])
-def test_a_step_is_asked_to_stop_at_its_time_limit(here, lease):
-    """Also where the suite runs in the background of a shell, which ignores SIGINT there."""
+def test_a_step_gets_sigint_at_its_time_limit(here, lease):
+    """This holds also in the background of a shell, which starts the suite with SIGINT ignored."""
     code = (
         "import time\n"
         "try:\n"
@@ -94,7 +95,7 @@ def test_ctrl_c_stops_the_step_under_way(lease, monkeypatch):
 
 
 def test_a_step_that_does_not_stop_is_killed_with_what_it_started(lease, monkeypatch):
-    monkeypatch.setattr(gpu_suite, "_GRACE", 1.0)
+    monkeypatch.setattr(gpu_running, "_GRACE", 1.0)
     code = (
         "import os, signal, subprocess, sys, time\n"
         "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
@@ -116,14 +117,14 @@ def test_a_stage_ends_at_its_own_limit(lease):
     assert attempt([slow], time.monotonic() + 2, "measure") == ["cut off"]
 
 
-def test_what_runs_beside_outlives_its_stage_and_a_later_one_waits_for_it(lease):
-    """The first step ends only when one of the later stage has made a file."""
+def test_a_step_beside_outlives_its_stage_and_a_later_stage_waits_for_it(lease):
+    """The first step ends only when a step of the later stage has made a file."""
     waiting = "import os, time\nwhile not os.path.exists('made'): time.sleep(0.05)"
     assert attempt([step(waiting, beside=True, name="first")], in_a_minute(), "data") == []
     later = step("open('made', 'x').close()", name="second")
-    assert attempt([later], in_a_minute(), "ready") == ["done", "done"]
+    assert attempt([later], in_a_minute(), "ready", wait=True) == ["done", "done"]
     assert [line["step"] for line in reported(lease)] == ["second", "first"]
-    assert attempt([], in_a_minute(), "ready") == []
+    assert attempt([], in_a_minute(), "ready", wait=True) == []
 
 
 def test_seeds_of_earlier_rentals_add_up(tmp_path):
@@ -142,22 +143,22 @@ def test_seeds_of_earlier_rentals_add_up(tmp_path):
     assert next_seed("resnet11", tmp_path) == 3
 
 
-def test_packed_results_hold_no_checkpoints_and_the_cache_comes_back(lease, monkeypatch):
+def test_packed_results_hold_no_checkpoints_and_the_cache_is_restored(lease, monkeypatch):
     monkeypatch.setattr(gpu_suite, "_PART", 1000)
-    run = gpu_suite.RUNS / "resnet11-seed0"
+    run = gpu_steps.RUNS / "resnet11-seed0"
     (run / "checkpoints").mkdir(parents=True)
     (run / "checkpoints" / "best.safetensors").write_text("large")
     (run / "metrics.jsonl").write_text("{}\n")
     kernels = bytes(range(256)) * 40
-    (gpu_suite.CACHE / "kernel.cubin").write_bytes(kernels)
+    (gpu_steps.CACHE / "kernel.cubin").write_bytes(kernels)
     gpu_suite.pack(Path("out"), "ready")
     with tarfile.open("out/ready.tar.xz") as archive:
         names = archive.getnames()
     assert "results/runs/resnet11-seed0/metrics.jsonl" in names
     assert not any("checkpoints" in name for name in names)
-    (gpu_suite.CACHE / "kernel.cubin").unlink()
+    (gpu_steps.CACHE / "kernel.cubin").unlink()
     gpu_suite.unpack_cache(Path("out"))
-    assert (gpu_suite.CACHE / "kernel.cubin").read_bytes() == kernels
+    assert (gpu_steps.CACHE / "kernel.cubin").read_bytes() == kernels
 
 
 @pytest.mark.parametrize(
@@ -167,7 +168,7 @@ def test_packed_results_hold_no_checkpoints_and_the_cache_comes_back(lease, monk
         (["smoke", "--cache", "."], "--cache .: holds no inductor.tar.xz.0"),
     ],
 )
-def test_unusable_arguments_are_named(arguments, message, tmp_path, monkeypatch, capsys):
+def test_unusable_arguments_are_refused_by_name(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     machine = {"machine": {"gpus": []}}
     monkeypatch.setattr(gpu_suite, "identify", lambda: machine)
@@ -178,11 +179,11 @@ def test_unusable_arguments_are_named(arguments, message, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("sizes", [Sizes(), ON_CPU])
-def test_every_step_names_configurations_that_exist(sizes, tmp_path, monkeypatch):
+def test_every_configuration_of_a_step_exists(sizes, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     piece = tmp_path / "piece-1.tar.xz"
     piece.touch()
-    steps = [s for stage in STAGES.values() for s in stage.steps(sizes, Namespace(piece=piece))]
+    steps = [s for stage in STAGES.values() for s in stage.steps(sizes, piece)]
     assert len(steps) > 20
     for word in (word for step in steps for word in step.command):
         assert not word.startswith("configs/") or Path(word).is_file(), word
@@ -197,8 +198,8 @@ def test_all_stages_fit_into_fifteen_minutes_with_two_starts_of_the_machine():
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.timeout(900)
-def test_every_stage_runs_in_an_upload_with_the_packages_of_the_machine(tmp_path, monkeypatch):
-    """Also those that pip installs there; the package index has to be reachable."""
+def test_every_stage_runs_in_an_upload_with_the_machines_packages(tmp_path, monkeypatch):
+    """pip downloads the wheels, so the package index has to be reachable."""
     for name in ("PYTHONPATH", "COVERAGE_PROCESS_CONFIG"):
         monkeypatch.delenv(name, raising=False)
     assert main(["--rehearse", "--keep", str(tmp_path / "rehearsal")]) == 0

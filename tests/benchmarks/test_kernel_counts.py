@@ -1,4 +1,4 @@
-"""What is counted runs in processes of its own: a faked GPU leaves its traces in torch."""
+"""Everything that is counted runs in new processes: a faked GPU leaves traces in torch."""
 
 import json
 import subprocess
@@ -12,8 +12,8 @@ from benchmarks.measurements import Record, Session, load, save
 
 ROOT = Path(__file__).parents[2]
 
-# At batch 128: generated kernels forward and backward, the project's own, MB an image. With torch
-# 2.14, which makes more of them than torch 2.11 does. To be lowered with what the models save.
+# At batch 128: generated kernels forward and backward, custom kernels, MB an image. Measured with
+# torch 2.14, which generates more than torch 2.11. Lower these whenever the models save some.
 LIMITS = {"resnet11": (21, 24, 67, 11.5), "cnn8": (14, 12, 46, 9.8)}
 
 SMALL = """
@@ -38,7 +38,7 @@ def double(x: torch.Tensor, times: int) -> torch.Tensor:
 double.register_fake(lambda x, times: torch.empty_like(x))
 double.register_autograd(lambda ctx, gradient: (double(gradient, 3), None))
 
-class Own(torch.nn.Module):
+class Custom(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(64))
@@ -50,38 +50,38 @@ class Own(torch.nn.Module):
 def counted(model, *inputs):
     return [kernel_counts.count_pass(graph) for graph in faked_gpu.generate(model, *inputs)]
 
-def said(call):
+def message(call):
     try:
         call()
     except CountError as error:
         return str(error)
 
-def of(passes):
-    return [[(k.name[:12], k.kernels, k.bytes) for k in one.kernels] for one in passes]
+def rows_of(passes):
+    return [[(k.name[:12], k.kernels, k.bytes) for k in each.kernels] for each in passes]
 
 rows = torch.zeros(512, 64)
 with faked_gpu.faked_gpu():
-    found = {"residual": of(counted(Residual(), rows)), "sum": of(counted(Sum(), rows))}
-    found["unknown operator"] = said(lambda: counted(Own(), rows))
+    results = {"residual": rows_of(counted(Residual(), rows)), "sum": rows_of(counted(Sum(), rows))}
+    results["unknown operator"] = message(lambda: counted(Custom(), rows))
     kernel_counts.OPERATORS["fastlab::double"] = lambda x, times: kernel_counts.Traffic(
         times, 2 * x.numel() * x.element_size()
     )
-    found["own"] = of(counted(Own(), rows))
+    results["custom"] = rows_of(counted(Custom(), rows))
     [graph] = faked_gpu.generate(Residual(), rows)
     for name, old, new in (
-        ("other type", "'*fp32'", "'*bf16'"),
+        ("wrong type", "'*fp32'", "'*bf16'"),
         ("no tensor", ".run(arg0_1", ".run(None"),
-        ("other role", "in_ptr0", "some_ptr0"),
+        ("unknown role", "in_ptr0", "some_ptr0"),
     ):
         assert old in graph.code
         changed = graph._replace(code=graph.code.replace(old, new))
-        found[name] = said(lambda: kernel_counts.count_pass(changed))
-print(json.dumps(found))
+        results[name] = message(lambda: kernel_counts.count_pass(changed))
+print(json.dumps(results))
 """
 
 
 def python(*arguments: str) -> str:
-    """What it prints."""
+    """What Python prints."""
     command = [sys.executable, *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
@@ -104,18 +104,18 @@ def test_a_sum_in_two_kernels_moves_its_partial_sums_too(small):
     ]
 
 
-def test_an_operator_of_the_project_counts_as_what_it_says_in_both_passes(small):
-    forward, backward = small["own"]
+def test_an_operator_of_the_project_counts_its_traffic_in_both_passes(small):
+    forward, backward = small["custom"]
     rows, weight = 512 * 64 * 4, 64 * 4
     assert forward == [["triton_poi_f", 1, 2 * rows + weight], ["fastlab::dou", 5, 2 * rows]]
     assert backward[-1] == ["fastlab::dou", 3, 2 * rows]
 
 
-def test_an_operator_of_the_project_without_its_traffic_is_an_error(small):
+def test_an_operator_of_the_project_without_known_traffic_is_an_error(small):
     assert small["unknown operator"] == "fastlab::double: its traffic is not in OPERATORS"
 
 
-@pytest.mark.parametrize("case", ["other type", "no tensor", "other role"])
+@pytest.mark.parametrize("case", ["wrong type", "no tensor", "unknown role"])
 def test_an_argument_of_unknown_size_is_an_error(small, case):
     assert small[case].startswith("triton_poi_fused")
 
@@ -126,19 +126,25 @@ def test_kernels_and_bytes_of_a_step_do_not_grow(tmp_path):
     files = [f"configs/{model}.toml" for model in LIMITS]
     arguments = ["--config", *files, "--batch", "128", "--out", str(out)]
     printed = python("-m", "benchmarks.kernel_counts", *arguments)
-    found = load(out)
-    assert kernel_counts.table(found) in printed and found.machine["gpus"] == []
+    session = load(out)
+    assert kernel_counts.table(session) in printed and session.machine["gpus"] == []
     for model, limits in LIMITS.items():
-        record = found[model]
+        record = session[model]
         passes = record.details["forward"], record.details["backward"]
-        generated, own = ([one[kind] for one in passes] for kind in ("generated", "custom"))
-        counted = (*generated, sum(own), record.median / 1e6)
+        generated, custom = ([each[kind] for each in passes] for kind in ("generated", "custom"))
+        counted = (*generated, sum(custom), record.median / 1e6)
         assert all(a <= b for a, b in zip(counted, limits, strict=True)), (model, counted)
 
 
-def counts(generated: int, moved: float) -> Session:
-    one = {"generated": generated, "custom": 1, "library": {"aten::mm": 2}, "small": 3, "bytes": 0}
-    details = {"batch": 128, "forward": one, "backward": one}
+def session_of(generated: int, moved: float) -> Session:
+    counts = {
+        "generated": generated,
+        "custom": 1,
+        "library": {"aten::mm": 2},
+        "small": 3,
+        "bytes": 0,
+    }
+    details = {"batch": 128, "forward": counts, "backward": counts}
     machine = {"cpu": "a CPU", "cores": 2, "gpus": []}
     records = [Record("resnet11", "bytes/image", [moved], details)]
     return Session("kernel_counts", records, "python …", "2026-11-26T", machine, {"torch": "2.14"})
@@ -146,8 +152,8 @@ def counts(generated: int, moved: float) -> Session:
 
 def test_one_table_shows_several_records(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tables, "ROOT", tmp_path)
-    for name, found in (("before", counts(110, 28e6)), ("after", counts(70, 14e6))):
-        save(found, tmp_path / f"benchmarks/results/{name}.json")
+    for name, session in (("before", session_of(110, 28e6)), ("after", session_of(70, 14e6))):
+        save(session, tmp_path / f"benchmarks/results/{name}.json")
     row = (
         "| resnet11 | 128 | 110 + 110 = 220 → 70 + 70 = 140 | 2 → 2 | 4 → 4 | 6 → 6 | 28.0 → 14.0 |"
     )

@@ -55,7 +55,7 @@ def test_the_clock_stops_at_the_target_and_every_run_is_kept(cfg):
     assert "benchmarks.records.reference" in easy.command and easy.benchmark == "records.clock"
 
 
-def test_a_race_that_was_cut_off_does_only_the_other_seeds(cfg, tmp_path, monkeypatch):
+def test_an_interrupted_race_does_only_the_remaining_seeds(cfg, tmp_path, monkeypatch):
     done, run, out = [], clock.timed, tmp_path / "x.json"
 
     def cut(trainer, seed, *rest):
@@ -77,7 +77,7 @@ def test_a_race_that_was_cut_off_does_only_the_other_seeds(cfg, tmp_path, monkey
     assert cfg.data.path not in record.details["config"]
 
 
-def test_a_run_that_its_time_ends_stops_after_an_epoch_and_none_begins_after_it(cfg, monkeypatch):
+def test_a_run_stops_after_an_epoch_at_the_deadline_and_none_begins_after_it(cfg, monkeypatch):
     run = clock.timed
     now = time.monotonic()
     monkeypatch.setattr(clock, "timed", lambda *rest: run(*rest[:3], now - 1))
@@ -98,11 +98,11 @@ def test_a_run_starts_from_the_weights_of_its_seed(trainer):
     assert states and not any(tensor.any() for state in states for tensor in state.values())
 
 
-def test_a_run_does_not_depend_on_those_before_it(trainer):
+def test_a_run_does_not_depend_on_earlier_runs(trainer):
     clock.warm_up(trainer)
-    first = clock.timed(trainer, 1, 1.01)["top1"]
+    first = clock.timed(trainer, 1, 1.01).top1
     clock.timed(trainer, 2, 1.01)
-    assert clock.timed(trainer, 1, 1.01)["top1"] == first
+    assert clock.timed(trainer, 1, 1.01).top1 == first
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Each change must change what it says, or a benchmark would compare a step with itself."""
+"""Each change must take effect, or a benchmark would compare a step with itself."""
 
 from types import SimpleNamespace
 
@@ -19,14 +19,14 @@ ON_GPU = SimpleNamespace(
 
 
 def traits(name: str) -> set[str]:
-    """What is not as fastlab has it, of a model that is built now and trained for a step."""
+    """How a model that is built now and trained for a step differs from fastlab's."""
     model, seen = build(ModelConfig(name=name, width=4, dropout_conv=0.0), 5), []
     stem = next(module for module in model.modules() if isinstance(module, StemConvolution))
     convolve = stem._conv_forward
     stem._conv_forward = lambda x, *rest: seen.append(x.shape[1]) or convolve(x, *rest)
     model(torch.zeros(2, 3, 64, 64))
     counters = [t for key, t in model.state_dict().items() if "num_batches" in key]
-    found = {
+    differences = {
         "pool": not norm_pool.supported(ON_GPU),
         "blocks": not norm_relu.supported(ON_GPU),
         "biases": all(p.requires_grad for p in model.parameters()),
@@ -36,7 +36,7 @@ def traits(name: str) -> set[str]:
         "channels": seen == [8],
         "combo": inductor.combo_kernels,
     }
-    return {trait for trait, differs in found.items() if differs}
+    return {trait for trait, differs in differences.items() if differs}
 
 
 EXPECTED = {
@@ -51,19 +51,19 @@ EXPECTED = {
 }
 
 
-def test_every_change_is_looked_at():
+def test_every_change_is_tested():
     assert list(EXPECTED) == list(CHANGES)
 
 
 @pytest.mark.parametrize("model", ["resnet11", "cnn8"])
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_change_changes_what_it_says_and_nothing_else_and_nothing_afterwards(name, model):
+def test_a_change_has_exactly_its_effect_and_none_afterwards(name, model):
     assert traits(model) == set()
     with changed(name):
         assert traits(model) == EXPECTED[name]
     assert traits(model) == set()
 
 
-def test_without_a_change_everything_is_as_fastlab_has_it():
+def test_without_a_change_nothing_differs():
     with changed(None):
         assert traits("resnet11") == set()

@@ -1,0 +1,125 @@
+"""Steps under way: started in sessions of their own, stopped at their limits, and reported."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+
+from benchmarks.gpu_steps import BESIDE, LOGS, RESULTS, Step
+
+_GRACE = 10.0  # seconds that a step has to save its work
+_SHOWN = 12  # last lines of each step's log that a stage prints
+
+
+def attempt(steps: list[Step], deadline: float, stage: str, wait: bool = False) -> list[str]:
+    """Run `steps` until `deadline` (of the monotonic clock); with `wait`, wait for the steps that
+    run beside. Returns the outcomes of the steps that ended."""
+    outcomes = []
+    for step in steps:
+        running = Running.start(step)
+        if not step.beside:
+            outcomes.append(running.finish(stage, deadline))
+    if wait:
+        outcomes += [running.finish(stage, deadline) for running in Running.all_beside()]
+    return outcomes
+
+
+@dataclass(frozen=True)
+class Running:
+    """A step under way, in a session of its own: it outlives the command of its stage."""
+
+    name: str
+    process: int
+    """The number of the shell that writes the exit status, and of its process group."""
+    started: float
+    seconds: float
+
+    @classmethod
+    def start(cls, step: Step) -> "Running":
+        status, number = (LOGS / f"{step.name}.{kind}" for kind in ("status", "number"))
+        for path in (status, number):
+            path.unlink(missing_ok=True)
+        script = f"""
+            echo $$ >{shlex.quote(str(number))}
+            trap : INT
+            {shlex.join(step.command)}
+            echo $? >{shlex.quote(str(status))}"""
+        with (LOGS / f"{step.name}.log").open("w", encoding="utf-8") as log:
+            subprocess.run(
+                # A shell starts its background commands with SIGINT ignored.
+                ["setsid", "--fork", "env", "--default-signal=INT", "bash", "-c", script],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                check=True,
+            )
+        while not (number.exists() and number.read_text().endswith("\n")):
+            time.sleep(0.01)
+        running = cls(step.name, int(number.read_text()), time.monotonic(), step.seconds)
+        if step.beside:
+            BESIDE.mkdir(exist_ok=True)
+            (BESIDE / f"{step.name}.json").write_text(json.dumps(asdict(running)))
+        return running
+
+    @classmethod
+    def all_beside(cls) -> list["Running"]:
+        """The steps that run beside; the next call does not return them again."""
+        steps = []
+        for path in sorted(BESIDE.glob("*.json")):
+            steps.append(cls(**json.loads(path.read_text())))
+            path.unlink()
+        return steps
+
+    def finish(self, stage: str, deadline: float) -> str:
+        """Wait for the step, stop it at its limit or at `deadline`, and report it on the console
+        and in suite.jsonl. Returns its outcome."""
+        try:
+            ended = self._ended_by(min(deadline, self.started + self.seconds))
+        except KeyboardInterrupt:  # which does not reach the step's own session
+            self._stop()
+            raise
+        if not ended:
+            self._stop()
+        status = self._status()
+        outcome = "cut off" if not ended else "done" if status == 0 else f"failed ({status})"
+        seconds = time.monotonic() - self.started
+        lines = (LOGS / f"{self.name}.log").read_text("utf-8", errors="replace").splitlines()
+        print(f"== {stage}/{self.name}: {outcome}, {seconds:.1f} s")
+        print("\n".join(lines[-_SHOWN:] if outcome == "done" else lines[-3 * _SHOWN :]), flush=True)
+        record = {
+            "stage": stage,
+            "step": self.name,
+            "outcome": outcome,
+            "seconds": round(seconds, 1),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "last_line": lines[-1] if lines and outcome != "done" else "",
+        }
+        with (RESULTS / "suite.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        return outcome
+
+    def _status(self) -> int | None:
+        path = LOGS / f"{self.name}.status"
+        text = path.read_text() if path.exists() else ""
+        return int(text) if text.endswith("\n") else None
+
+    def _ended_by(self, deadline: float) -> bool:
+        while self._status() is None:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+        return True
+
+    def _stop(self) -> None:
+        """Send SIGINT, as Ctrl-C does: trainings save a checkpoint, pytest reports its results.
+        After a grace period, send SIGKILL."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process, signal.SIGINT)
+        if not self._ended_by(time.monotonic() + _GRACE):
+            with suppress(ProcessLookupError):
+                os.killpg(self.process, signal.SIGKILL)
