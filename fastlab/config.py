@@ -65,9 +65,9 @@ class DataConfig(Section):
     path: str = "data/tiny-imagenet"
     """Dataset directory that `fastlab convert` wrote; relative to the working directory."""
     pipeline: Literal["resident", "ffcv", "dali", "torchvision"] = "resident"
-    """What reads, and decodes, the images; pipelines/README.md says which one when."""
+    """What reads and decodes the images; pipelines/README.md says which engine suits what."""
     workers: Count = 0
-    """Reading and decoding threads or processes of each process; 0: one for each core."""
+    """Threads or processes that read and decode for each training process; 0: one per core."""
     placement: Literal["auto", "device", "stream"] = "auto"
     """Where `resident` keeps the images: "device" holds all of them on the device, "stream" maps
     the file into memory and copies batches ahead of use, "auto" takes "device" where they fit."""
@@ -77,16 +77,16 @@ class DataConfig(Section):
 
 @dataclass(frozen=True)
 class AugmentConfig(Section):
-    """Training only; everything off by default, as in the reference report."""
+    """Augmentation of training images; everything is off by default, as in the reference report."""
 
     flip: bool = False
     """Flip horizontally with probability 1/2."""
     translate: Count = 0
-    """Shift by up to so many pixels in x and in y; 0: off."""
+    """Largest shift in x and in y, pixels; 0: off."""
     padding: Literal["reflect", "mean"] = "reflect"
-    """What a translation brings into view: the reflected image, or the channel mean."""
+    """What fills the area that a translation uncovers: the reflected image, or the channel mean."""
     cutout: Count = 0
-    """Side of a square that is set to the channel mean, pixels; 0: off."""
+    """Side of the square that is set to the channel mean, pixels; 0: off."""
     crop_scale: PositiveShare = 1.0
     """Random resized crop: smallest share of the image's area; 1: off."""
 
@@ -95,10 +95,10 @@ class AugmentConfig(Section):
 class ModelConfig(Section):
     name: ModelName = "resnet11"
     width: Positive = 64
-    """Channels of the stem; every other width is a multiple of it."""
+    """Channels of the first layer; every other width is a multiple of it."""
     batch_norm: bool = True
     shortcuts: bool = True
-    """False: the same residual network without its shortcut branches."""
+    """False builds the same residual network without its shortcut branches."""
     dropout_conv: Fraction = 0.2
     """Dropout in the convolutional part."""
     dropout_stem: Fraction = 0.15
@@ -106,7 +106,7 @@ class ModelConfig(Section):
     dropout_fc: Fraction = 0.2
     """Dropout before the classifier, and before the hidden layer of a CNN."""
     sync_batch_norm: bool = False
-    """Take batch statistics over all processes."""
+    """Compute batch statistics over all processes."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class OptimConfig(Section):
     weight_decay: NotNegative = 0.0
     """Coupled for adam and sgd, decoupled for adamw; not applied to biases and norm parameters."""
     momentum: Fraction = 0.9
-    """sgd only, with Nesterov's form where it is above 0."""
+    """sgd: Nesterov momentum; 0: plain sgd."""
     beta1: Fraction = 0.9
     beta2: Fraction = 0.999
     eps: AboveZero = 1e-8
@@ -126,17 +126,17 @@ class OptimConfig(Section):
 @dataclass(frozen=True)
 class ScheduleConfig(Section):
     name: Literal["plateau", "cosine", "onecycle", "constant"] = "plateau"
-    """plateau: `ReduceLROnPlateau` on validation top-1; cosine, onecycle: stepped every batch."""
+    """plateau: `ReduceLROnPlateau` on validation top-1. cosine, onecycle: a new rate every step."""
     factor: Factor = 0.1
-    """plateau: multiplies the rate."""
+    """plateau: multiplies the rate where validation has stopped improving."""
     patience: Count = 2
-    """plateau: epochs without improvement that are waited out."""
+    """plateau: epochs without improvement before the rate is reduced."""
     threshold: NotNegative = 1e-4
-    """plateau: relative improvement that counts."""
+    """plateau: smallest relative improvement that counts as one."""
     min_lr: NotNegative = 1e-8
-    """plateau: floor of the rate."""
+    """plateau: lowest rate."""
     warmup: Fraction = 0.25
-    """cosine, onecycle: share of all steps in which the rate rises, linearly, from lr / 25."""
+    """cosine, onecycle: share of all steps during which the rate rises linearly from lr / 25."""
     final: Fraction = 0.0
     """cosine, onecycle: final rate as a share of the peak."""
 
@@ -145,33 +145,34 @@ class ScheduleConfig(Section):
 class TrainConfig(Section):
     epochs: Positive = 100
     batch_size: Positive = 128
-    """Images a step over all processes; a multiple of their number."""
+    """Images per step over all processes; a multiple of the number of processes."""
     eval_batch_size: Positive = 1000
-    """Images a validation batch over all processes; no figure depends on it."""
+    """Images per validation batch over all processes; no figure depends on it."""
     seed: Seed = 0
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = "bf16"
-    """Of the forward and backward pass; weights, optimizer and metrics stay fp32. "fp64" computes
-    all in double precision, slowly: for comparing runs without rounding between them."""
+    """Precision of the forward and backward pass; weights, optimizer and metrics stay fp32. "fp64"
+    computes everything in double precision, slowly: for comparing runs without rounding errors."""
     channels_last: bool = True
     compile: bool = True
     step: Literal["auto", "captured", "eager"] = "auto"
-    """How a step is launched: "captured", by one CUDA graph; "eager", kernel by kernel. "auto"
+    """How a step is launched: "captured" as one CUDA graph, "eager" kernel by kernel. "auto"
     captures on one GPU, unless precision is fp16 or a trace is being recorded."""
     label_smoothing: Fraction = 0.0
     grad_clip: NotNegative = 0.0
     """Largest norm of the gradient; 0: no clipping."""
     ema: Fraction = 0.0
-    """Decay a step of the moving average of weights that is then validated and saved; 0: off."""
+    """Decay per step of the moving average of weights, which is what is validated; 0: off."""
     log_every: Positive = 50
-    """Steps between looks at the loss, the clock and the other processes' wish to stop."""
+    """Steps between checks of the loss, the clock and stop signals on any process."""
     checkpoint_seconds: NotNegative = 30.0
-    """Seconds between checkpoints, looked at every `log_every` steps and at the end of an epoch;
-    0: at the end of every epoch. The end of the training always writes one."""
+    """Seconds between checkpoints, checked every `log_every` steps and at the end of an epoch; 0:
+    at the end of every epoch. The end of the training always writes one."""
     checkpoint_every: Count = 0
     """Steps between checkpoints within an epoch, whatever the clock says; 0: off."""
     deterministic: bool = False
-    """On a GPU: True takes deterministic convolutions, so that a resumed run repeats an undisturbed
-    one bit for bit; False lets cuDNN choose the fastest by trial. A CPU is always deterministic."""
+    """On a GPU, True takes deterministic convolutions, so that a resumed run repeats an
+    uninterrupted one bit for bit; False lets cuDNN choose the fastest by trial. A CPU is always
+    deterministic."""
 
 
 @dataclass(frozen=True)
@@ -180,13 +181,13 @@ class ProfileConfig(Section):
 
     enabled: bool = False
     wait: Count = 10
-    """Steps before anything: compilation and filling of caches."""
+    """Steps before the profiler starts: they compile and fill caches."""
     warmup: Count = 5
-    """Steps in which the profiler runs and drops what it sees: its own start is slow."""
+    """Steps whose recording is discarded: the profiler's own start is slow."""
     active: Positive = 5
-    """Steps recorded; the only synchronisation and the writing come after the last."""
+    """Recorded steps. The device is synchronised, and the trace written, only after the last."""
     stacks: bool = False
-    """Record Python's stack, for source lines in reviews; slows the recorded steps down."""
+    """Record Python's stack, for source lines in reviews; this slows the recorded steps."""
     memory: bool = False
     """Record allocations; on a GPU also a snapshot for https://pytorch.org/memory_viz."""
 
@@ -202,7 +203,7 @@ class Config:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
 
 
-# Of earlier versions, in the configurations of their runs: without effect on what a run computes.
+# Keys of earlier versions, ignored in files: they had no effect on what a run computes.
 _RETIRED = {("train", "compile_mode")}
 
 SECTIONS: dict[str, type] = get_type_hints(Config)
