@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 from fastlab import config as configs
 from fastlab.report.page import (
-    MISSING,
     augmented_text,
     duration_text,
     flat_rows,
@@ -15,6 +14,7 @@ from fastlab.report.page import (
     render,
     write_whole,
 )
+from fastlab.report.texts import MISSING
 from fastlab.runs import EPOCH_KEYS, Epoch, Run, best_epoch
 from fastlab.study.folder import StudyDir
 from fastlab.study.reference import MEAN_OF_PRINTED, Reference, reference_table, reference_test
