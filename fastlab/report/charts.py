@@ -4,8 +4,7 @@ The template parts.html.j2 draws them as SVG. Positions are in the SVG's own uni
 """
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fastlab.report.texts import MISSING, number_text
 from fastlab.runs import Run, epoch_number
@@ -67,34 +66,6 @@ _Series = dict[tuple[int, str], dict[int, float | None]]
 """(index of the run, split) -> epoch -> value or position; None where it is not a number."""
 
 
-@dataclass(frozen=True)
-class Curve:
-    """One metric of one run on one split."""
-
-    run: int
-    split: str
-    segments: list[str]
-    """The points of each polyline; a value that is not a number ends a segment."""
-    marks: list[tuple[float, float]]
-
-
-@dataclass(frozen=True)
-class Plot:
-    """One metric of all runs over the epochs."""
-
-    metric: _Metric
-    description: str
-    x_ticks: list[tuple[float, str]]
-    y_ticks: list[tuple[float, str]]
-    curves: list[Curve]
-    columns: list[tuple[float, float, str]]
-    """Left edge, width and tooltip of each epoch's strip."""
-    hidden: list[str]
-    """A note on each run whose curve lies under that of a later run."""
-    rows: list[tuple[int, list[str]]]
-    """Each epoch, with the training and validation values of each run as text."""
-
-
 class _Axis(NamedTuple):
     values: tuple[float, float]
     """The values at the axis's ends."""
@@ -111,8 +82,8 @@ class _Axis(NamedTuple):
         return [(self.place(value), label) for value, label in self.labels.items()]
 
 
-def make_plots(runs: list[Run]) -> list[Plot]:
-    """Plot loss, top-1 and top-5 of runs that have at least one epoch."""
+def make_plots(runs: list[Run]) -> list[dict[str, Any]]:
+    """What the template draws: loss, top-1 and top-5 of runs that have at least one epoch."""
     return [_plot([run.name for run in runs], metric, _series(runs, metric)) for metric in _METRICS]
 
 
@@ -128,7 +99,7 @@ def _series(runs: list[Run], metric: _Metric) -> _Series:
     }
 
 
-def _plot(names: list[str], metric: _Metric, series: _Series) -> Plot:
+def _plot(names: list[str], metric: _Metric, series: _Series) -> dict[str, Any]:
     numbers = sorted({number for values in series.values() for number in values})
     measured = [v for values in series.values() for v in values.values() if v is not None]
     x = _epoch_axis(numbers[-1])
@@ -141,19 +112,21 @@ def _plot(names: list[str], metric: _Metric, series: _Series) -> Plot:
         key: {number: number_text(value, metric.decimals) for number, value in values.items()}
         for key, values in series.items()
     }
-    return Plot(
-        metric=metric,
-        description=_description(names, metric, numbers[-1], texts),
-        x_ticks=x.ticks(),
-        y_ticks=y.ticks(),
-        curves=[
+    return {
+        "metric": metric,
+        "description": _description(names, metric, numbers[-1], texts),
+        "x_ticks": x.ticks(),
+        "y_ticks": y.ticks(),
+        "curves": [
             _curve(index, split, [(x.place(number), height) for number, height in values.items()])
             for (index, split), values in heights.items()
         ],
-        columns=[_column(x, names, number, texts) for number in numbers],
-        hidden=_hidden(names, heights),
-        rows=[(number, [texts[key].get(number, MISSING) for key in texts]) for number in numbers],
-    )
+        "columns": [_column(x, names, number, texts) for number in numbers],
+        "hidden": _hidden(names, heights),
+        "rows": [
+            (number, [text.get(number, MISSING) for text in texts.values()]) for number in numbers
+        ],
+    }
 
 
 # Axes
@@ -203,8 +176,8 @@ def _tick_label(tick: float, step: float) -> str:
 # Curves and texts
 
 
-def _curve(run: int, split: str, points: list[tuple[float, float | None]]) -> Curve:
-    """Draw a curve through the points (x, y); a y of None leaves a gap."""
+def _curve(run: int, split: str, points: list[tuple[float, float | None]]) -> dict[str, Any]:
+    """Draw a curve through the points (x, y); a y of None ends a segment."""
     segments: list[list[tuple[float, float]]] = [[]]
     for x, y in points:
         if y is None:
@@ -216,11 +189,11 @@ def _curve(run: int, split: str, points: list[tuple[float, float | None]]) -> Cu
     # Each run's marks begin at a different epoch, so that those of close curves stay apart.
     marks = [p for s in segments for p in (*s[run % stride : -1 : stride], s[-1])]
     lines = [" ".join(f"{x:g},{y:g}" for x, y in segment) for segment in segments]
-    return Curve(run, split, lines, marks)
+    return {"run": run, "split": split, "segments": lines, "marks": marks}
 
 
 def _hidden(names: list[str], heights: _Series) -> list[str]:
-    """Name the curves that cannot be seen: a later run is drawn over each of their points."""
+    """A note on each run with curves that cannot be seen, under those of a later run."""
     covered: dict[tuple[int, int], list[str]] = {}
     for (index, split), lower in heights.items():
         later = range(index + 1, len(names))
@@ -242,6 +215,7 @@ _Texts = dict[tuple[int, str], dict[int, str]]
 
 
 def _column(x: _Axis, names: list[str], number: int, texts: _Texts) -> tuple[float, float, str]:
+    """Left edge, width and tooltip of an epoch's strip."""
     left, right = max(x.place(number - 0.5), _LEFT), min(x.place(number + 0.5), _RIGHT)
     lines = [
         f"{name}: train {texts[index, 'train'][number]}, val {texts[index, 'val'][number]}"
