@@ -81,13 +81,8 @@ def find_traces(path: Path) -> list[Path]:
     files = [*path.glob(f"traces/*{SUFFIX}"), *path.glob(f"*{SUFFIX}")]
     if not files:
         raise UserError(f"{path}: holds no trace; record one: fastlab train --profile ...")
-    return sorted(files, key=_written, reverse=True)
-
-
-def _written(path: Path) -> int:
-    """When a trace was written, in nanoseconds, by its name or else by the file system."""
-    stamp = re.search(r"\.(\d{16,})\.pt", path.name)
-    return int(stamp[1]) if stamp else path.stat().st_mtime_ns
+    # Names hold the time of writing in nanoseconds; copying changes the files' own times.
+    return sorted(files, key=lambda file: re.findall(r"\d{16,}", file.name), reverse=True)
 
 
 def read_traces(path: Path) -> list[Trace]:
