@@ -124,11 +124,8 @@ class RunDir:
     def check_dataset(self, now: dict[str, Any], form: str, path: str) -> None:
         """Raises `UserError` where `now`, the fingerprint of the dataset at `path`, differs from
         that of the run's own dataset. Only the files of the format `form` are compared."""
-        try:
-            before = json.loads(self.dataset.read_bytes())
-            differing = _differences(before, now, form)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{self.dataset}: damaged ({error!r}); restore the file") from None
+        with _reading(self.dataset):
+            differing = _differences(json.loads(self.dataset.read_bytes()), now, form)
         if differing:
             raise UserError(
                 f"{path}: is not the dataset that {self.path} was trained on (other "
@@ -147,21 +144,17 @@ class RunDir:
     def keep_metrics(self, epochs: int) -> None:
         """Drop the lines written after the checkpoint of `epochs` whole epochs. Raises `UserError`
         where the line of one of those epochs, which precedes its checkpoint, is missing."""
-        numbers = None
         try:
-            lines = self.metrics.read_text(encoding="utf-8").splitlines() if epochs else []
-            numbers = [json.loads(line)["epoch"] for line in lines[:epochs]]
-            problem = f"holds {len(numbers)}"
-        except OSError as error:
-            problem = error.strerror
-        except (ValueError, TypeError, KeyError, RecursionError):  # ValueError: also bad UTF-8
-            problem = "damaged"
+            lines = self.metrics.read_text(encoding="utf-8").splitlines()[:epochs] if epochs else []
+            numbers = [json.loads(line)["epoch"] for line in lines]
+        except (OSError, ValueError, TypeError, KeyError):
+            numbers = None
         if numbers != list(range(1, epochs + 1)):
             raise UserError(
                 f"{self.metrics}: the epochs 1 to {epochs} before the checkpoint are not all there "
-                f"({problem}); restore the file, or start again with another --out"
+                f"or damaged; restore the file, or start again with another --out"
             )
-        write_atomically(self.metrics, "".join(line + "\n" for line in lines[:epochs]))
+        write_atomically(self.metrics, "".join(line + "\n" for line in lines))
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_json(self.summary, summary)
@@ -246,9 +239,7 @@ def _reading(path: Path) -> Generator[None]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): check the file") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"{path}: malformed ({error!r}): correct the file or leave this run out"
-        ) from error
+        raise UserError(f"{path}: damaged ({error!r}): restore or correct the file") from error
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -298,10 +289,8 @@ def _read_metrics(path: Path) -> list[Epoch]:
         try:
             epochs.append(_parse_epoch(line, epoch_number(epochs[-1]) if epochs else 0))
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise UserError(
-                f"{path}: line {number} is malformed ({error!r}): correct the file or leave this "
-                f"run out"
-            ) from error
+            what = f"line {number} is damaged ({error!r})"
+            raise UserError(f"{path}: {what}: restore or correct the file") from error
     if not epochs:
         raise UserError(f"{path}: no epoch is recorded yet: wait for one or leave this run out")
     return epochs
