@@ -122,18 +122,14 @@ def _shares(review: Review) -> list[tuple[str, float]]:
     return [item for item in shares if review.world > 1 or item[0] != "communication"]
 
 
-def _words(name: str) -> str:
-    return name.replace("_", " ")
-
-
 def _part_label(part: Part) -> str:
-    return f"{_words(part.name)}, ms"
+    return f"{part.name.replace('_', ' ')}, ms"
 
 
 def _part_table(review: Review) -> Table:
     columns = 3 if review.gpu else 2
     rows = [
-        [_words(part.name), f"{part.host_ms:,.2f}", f"{part.gpu_ms:,.2f}"][:columns]
+        [part.name.replace("_", " "), f"{part.host_ms:,.2f}", f"{part.gpu_ms:,.2f}"][:columns]
         for part in review.parts
     ]
     return Table("Parts, ms per step", ["part", "host", "GPU"][:columns], rows)
