@@ -142,13 +142,6 @@ def _epoch_axis(last: int) -> _Axis:
 
 
 def _value_axis(values: list[float], ceiling: float) -> _Axis:
-    ticks = _value_ticks(values, ceiling)
-    step = ticks[1] - ticks[0]
-    labels = {tick: _tick_label(tick, step) for tick in ticks}
-    return _Axis((ticks[0], ticks[-1]), (_BOTTOM, _TOP), labels)
-
-
-def _value_ticks(values: list[float], ceiling: float) -> list[float]:
     """Round numbers whose first and last enclose the values and stay between 0 and `ceiling`."""
     low, high = min(values), max(values)
     floor, ceiling = min(low, 0), max(high, ceiling)
@@ -158,7 +151,9 @@ def _value_ticks(values: list[float], ceiling: float) -> list[float]:
     step = _nice_step(high - low, 5)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     ticks = [n * step for n in range(first, last + 1)]
-    return [tick for tick in ticks if floor - step / 2 < tick < ceiling + step / 2]
+    ticks = [tick for tick in ticks if floor - step / 2 < tick < ceiling + step / 2]
+    labels = {tick: _tick_label(tick, step) for tick in ticks}
+    return _Axis((ticks[0], ticks[-1]), (_BOTTOM, _TOP), labels)
 
 
 def _nice_step(span: float, count: int) -> float:
