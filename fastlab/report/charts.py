@@ -122,7 +122,6 @@ def _plot(names: list[str], metric: _Metric, series: _Series) -> dict[str, Any]:
             for (index, split), values in heights.items()
         ],
         "columns": [_column(x, names, number, texts) for number in numbers],
-        "hidden": _hidden(names, heights),
         "rows": [
             (number, [text.get(number, MISSING) for text in texts.values()]) for number in numbers
         ],
@@ -185,25 +184,6 @@ def _curve(run: int, split: str, points: list[tuple[float, float | None]]) -> di
     marks = [p for s in segments for p in (*s[run % stride : -1 : stride], s[-1])]
     lines = [" ".join(f"{x:g},{y:g}" for x, y in segment) for segment in segments]
     return {"run": run, "split": split, "segments": lines, "marks": marks}
-
-
-def _hidden(names: list[str], heights: _Series) -> list[str]:
-    """A note on each run with curves that cannot be seen, under those of a later run."""
-    covered: dict[tuple[int, int], list[str]] = {}
-    for (index, split), lower in heights.items():
-        later = range(index + 1, len(names))
-        over = next((i for i in later if _covers(heights[i, split], lower)), None)
-        if over is not None:
-            covered.setdefault((index, over), []).append(_SPLITS[split])
-    return [
-        f"{names[index]} lies under {names[over]} ({', '.join(splits)})"
-        for (index, over), splits in covered.items()
-    ]
-
-
-def _covers(upper: dict[int, float | None], lower: dict[int, float | None]) -> bool:
-    points = [(upper.get(number), y) for number, y in lower.items() if y is not None]
-    return bool(points) and all(above is not None and abs(above - y) <= 1 for above, y in points)
 
 
 _Texts = dict[tuple[int, str], dict[int, str]]

@@ -304,26 +304,6 @@ def test_the_table_below_a_plot_holds_every_run(tmp_path: Path) -> None:
     assert [head.text for head in table.all("th", scope="colgroup")] == ["a", "b"]
 
 
-def coinciding(page: Element) -> list[str]:
-    notes = [note.text for figure in page.all("figure") for note in figure.all("p", class_="note")]
-    return [note.removeprefix("Coinciding curves: ") for note in notes]
-
-
-def test_a_curve_under_another_is_reported(tmp_path: Path) -> None:
-    short = [epoch(n, val_top1=0.2 + 0.01 * n, val_top5=0.3) for n in (1, 2, 3)]
-    longer = [*short, epoch(4)]
-    better = [{**e, "val_top1": e["val_top1"] + 0.1} for e in longer]
-    runs = [
-        make_run(tmp_path / name, epochs)
-        for name, epochs in zip("abc", (short, longer, better), strict=True)
-    ]
-    assert coinciding(page_of(*runs[:2])) == ["a lies under b (training, validation)."] * 3
-    assert coinciding(page_of(*runs[1::-1])) == []  # the shorter one is drawn over the longer
-    loss, top1, top5 = coinciding(page_of(*runs[1:]))
-    assert loss == top5 == "b lies under c (training, validation)."
-    assert top1 == "b lies under c (training)."
-
-
 @pytest.mark.parametrize(
     ("settings", "note"),
     [
