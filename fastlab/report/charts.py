@@ -63,7 +63,7 @@ _METRICS = (
 )
 
 _Series = dict[tuple[int, str], dict[int, float | None]]
-"""(index of the run, split) -> epoch -> value or position; None where it is not a number."""
+"""(index of the run, split) -> epoch -> value; None where it is not a number."""
 
 
 class _Axis(NamedTuple):
@@ -104,10 +104,6 @@ def _plot(names: list[str], metric: _Metric, series: _Series) -> dict[str, Any]:
     measured = [v for values in series.values() for v in values.values() if v is not None]
     x = _epoch_axis(numbers[-1])
     y = _value_axis(measured or [0.0], 100 if metric.unit == "%" else math.inf)
-    heights = {
-        key: {number: None if v is None else y.place(v) for number, v in values.items()}
-        for key, values in series.items()
-    }
     texts = {
         key: {number: number_text(value, metric.decimals) for number, value in values.items()}
         for key, values in series.items()
@@ -117,10 +113,7 @@ def _plot(names: list[str], metric: _Metric, series: _Series) -> dict[str, Any]:
         "description": _description(names, metric, numbers[-1], texts),
         "x_ticks": x.ticks(),
         "y_ticks": y.ticks(),
-        "curves": [
-            _curve(index, split, [(x.place(number), height) for number, height in values.items()])
-            for (index, split), values in heights.items()
-        ],
+        "curves": [_curve(index, split, values, x, y) for (index, split), values in series.items()],
         "columns": [_column(x, names, number, texts) for number in numbers],
         "rows": [
             (number, [text.get(number, MISSING) for text in texts.values()]) for number in numbers
@@ -170,19 +163,21 @@ def _tick_label(tick: float, step: float) -> str:
 # Curves and texts
 
 
-def _curve(run: int, split: str, points: list[tuple[float, float | None]]) -> dict[str, Any]:
-    """Draw a curve through the points (x, y); a y of None ends a segment."""
+def _curve(
+    run: int, split: str, values: dict[int, float | None], x: _Axis, y: _Axis
+) -> dict[str, Any]:
+    """The polylines and marks of one metric; a value that is not a number ends a polyline."""
     segments: list[list[tuple[float, float]]] = [[]]
-    for x, y in points:
-        if y is None:
+    for number, value in values.items():
+        if value is None:
             segments.append([])
         else:
-            segments[-1].append((x, y))
+            segments[-1].append((x.place(number), y.place(value)))
     segments = [segment for segment in segments if segment]
-    stride = math.ceil(len(points) / _MARKS_PER_CURVE)
+    stride = math.ceil(len(values) / _MARKS_PER_CURVE)
     # Each run's marks begin at a different epoch, so that those of close curves stay apart.
     marks = [p for s in segments for p in (*s[run % stride : -1 : stride], s[-1])]
-    lines = [" ".join(f"{x:g},{y:g}" for x, y in segment) for segment in segments]
+    lines = [" ".join(f"{left:g},{top:g}" for left, top in segment) for segment in segments]
     return {"run": run, "split": split, "segments": lines, "marks": marks}
 
 
