@@ -48,9 +48,7 @@ def write_report(run_dirs: list[Path], out: Path) -> None:
         }
         for run in runs
     ]
-    augmented = augmented_text([run.config for run in runs])
-    page = render("report.html.j2", runs=values, plots=make_plots(runs), augmented=augmented)
-    write_whole(out, page)
+    write_whole(out, render("report.html.j2", runs=values, plots=make_plots(runs)))
 
 
 def _name(path: Path, paths: list[Path]) -> str:
@@ -98,20 +96,6 @@ def _dataset_text(run: Run) -> str:
     if skipped := summary["skipped"]:
         parts.append(f"{number_text(skipped)} corrupt images left out")
     return ", ".join(parts)
-
-
-def augmented_text(configs: list[dict[str, Any]]) -> str:
-    """What a note on training values says about augmentation; empty where no run augments."""
-    augmenting = [_augments(config.get("augment", {})) for config in configs]
-    if all(augmenting):
-        return " and on augmented images"
-    return " and, where a run augments them, on augmented images" if any(augmenting) else ""
-
-
-def _augments(settings: dict[str, Any]) -> bool:
-    return settings.get("crop_scale", 1) != 1 or any(
-        settings.get(key) for key in ("flip", "translate", "cutout")
-    )
 
 
 def render(template: str, **values: Any) -> str:

@@ -1,11 +1,9 @@
 """The report of studies: `report.html`, and the same tables without curves as `report.md`."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 from fastlab import config as configs
 from fastlab.report.page import (
-    augmented_text,
     duration_text,
     flat_rows,
     make_plots,
@@ -83,7 +81,6 @@ def _page(folder: StudyDir, results: list[StudyResult], command: str) -> dict[st
         "best": _best(folder, results),
         "environment": _environment(environments),
         "side_by_side": max((record.get("side_by_side", 1) for record in records), default=1),
-        "augmented": augmented_text([dataclasses.asdict(run.task.config) for run in runs.values()]),
     }
 
 

@@ -304,26 +304,6 @@ def test_the_table_below_a_plot_holds_every_run(tmp_path: Path) -> None:
     assert [head.text for head in table.all("th", scope="colgroup")] == ["a", "b"]
 
 
-@pytest.mark.parametrize(
-    ("settings", "note"),
-    [
-        (("",), ";"),
-        (("flip = false\ncrop_scale = 1.0",), ";"),
-        (("translate = 4",), " and on augmented images;"),
-        (("crop_scale = 0.5", "cutout = 8"), " and on augmented images;"),
-        (("", "flip = true"), " and, where a run augments them, on augmented images;"),
-    ],
-)
-def test_augmentation_is_mentioned_where_it_is_used(
-    tmp_path: Path, settings: tuple[str, ...], note: str
-) -> None:
-    runs = [make_run(tmp_path / str(number), [epoch(1)]) for number in range(len(settings))]
-    for run, text in zip(runs, settings, strict=True):
-        (run / "config.toml").write_text(f"{CONFIG}\n[augment]\n{text}\n")
-    notes = " ".join(p.text for p in page_of(*runs).all("p", class_="note"))
-    assert f"in training mode{note}" in notes
-
-
 def test_class_names_are_not_truncated(tmp_path: Path) -> None:
     page = page_of(make_run(tmp_path / "a", [epoch(1)]))
     assert "line-clamp" not in page.one("style").text
