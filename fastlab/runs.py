@@ -118,7 +118,7 @@ class RunDir:
             settings = tomllib.loads(self.config.read_text(encoding="utf-8"))
             for name, section in settings.items():
                 if not isinstance(section, dict):
-                    raise TypeError(f"{name} is not a section")
+                    raise TypeError(f"{name!r} is not a section")
             return settings
 
     def check_dataset(self, now: dict[str, Any], form: str, path: str) -> None:
@@ -239,7 +239,13 @@ def _reading(path: Path) -> Generator[None]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): check the file") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: damaged ({error!r}): restore or correct the file") from error
+        raise _damaged(f"{path}:", error) from error
+
+
+def _damaged(what: str, error: Exception) -> UserError:
+    # Not its repr: that of a UnicodeDecodeError holds the whole file.
+    reason = f"{type(error).__name__}: {error}"
+    return UserError(f"{what} damaged ({reason}); restore or correct the file")
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -289,8 +295,7 @@ def _read_metrics(path: Path) -> list[Epoch]:
         try:
             epochs.append(_parse_epoch(line, epoch_number(epochs[-1]) if epochs else 0))
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            what = f"line {number} is damaged ({error!r})"
-            raise UserError(f"{path}: {what}: restore or correct the file") from error
+            raise _damaged(f"{path}: line {number} is", error) from error
     if not epochs:
         raise UserError(f"{path}: no epoch is recorded yet: wait for one or leave this run out")
     return epochs

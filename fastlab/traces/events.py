@@ -116,7 +116,8 @@ def read_trace(path: Path) -> Trace:
         ValueError,
     ) as error:
         raise UserError(
-            f"{path}: damaged or cut short, or not a trace of torch.profiler ({error!r})"
+            f"{path}: damaged or cut short, or not a trace of torch.profiler "
+            f"({type(error).__name__}: {error})"  # its repr may hold the whole file
         ) from None
     if not trace.steps:
         raise UserError(

@@ -455,7 +455,7 @@ def assert_user_error(runs: list[Path], out: Path, *parts: str) -> None:
     with pytest.raises(UserError) as caught:
         write_report(runs, out)
     message = str(caught.value)
-    assert "\n" not in message
+    assert "\n" not in message and len(message) < 500
     assert [part for part in parts if part not in message] == []
 
 
@@ -493,13 +493,14 @@ BROKEN_FILES = [
     ("predictions.json", json.dumps([{"png": png(1, 1) + "'>", "label": "", "predicted": []}])),
     ("predictions.json", '[{"label": "cat", "predicted": []}]'),
     ("predictions.json", "[1]"),
+    ("predictions.json", '["é' + "a" * 2000),
 ]
 
 
 @pytest.mark.parametrize(("name", "content"), BROKEN_FILES)
 def test_a_malformed_file_is_refused(tmp_path: Path, name: str, content: str) -> None:
     run = make_run(tmp_path / "a", [epoch(1)])
-    (run / name).write_text(content)
+    (run / name).write_text(content, encoding="latin-1")
     assert_user_error([run], tmp_path / "report.html", str(run / name), "correct the file")
 
 
