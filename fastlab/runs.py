@@ -28,7 +28,6 @@ EPOCH_KEYS = (
 )
 """What each epoch records."""
 _LARGEST = 1e300  # larger metrics might overflow when they are scaled to percent or subtracted
-_DEEPEST = 100  # levels of nesting in a file, far more than any page shows
 
 Epoch = dict[str, float | None]
 """The values of `EPOCH_KEYS`, None where they are not finite, and "epoch", which is never None."""
@@ -111,24 +110,22 @@ class RunDir:
                 f"{self.path}: not a run directory ({why}); give a directory that training wrote"
             )
 
-    def settings(self) -> dict[str, Any]:
-        """The configuration, unchecked. Raises `UserError` where it is missing or not TOML."""
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """The configuration, which another version may have written: section -> key -> value.
+        Raises `UserError` where it is missing or does not consist of sections."""
         self._check_exists()
-        try:
-            settings = tomllib.loads(_read_bytes(self.config).decode())
-            _check_depth(settings)
+        with _reading(self.config):
+            settings = tomllib.loads(self.config.read_text(encoding="utf-8"))
+            for name, section in settings.items():
+                if not isinstance(section, dict):
+                    raise TypeError(f"{name!r} is not a section")
             return settings
-        except (ValueError, RecursionError) as error:
-            raise _malformed(self.config, f"not valid TOML ({error})") from error
 
     def check_dataset(self, now: dict[str, Any], form: str, path: str) -> None:
         """Raises `UserError` where `now`, the fingerprint of the dataset at `path`, differs from
         that of the run's own dataset. Only the files of the format `form` are compared."""
-        try:
-            before = json.loads(self.dataset.read_bytes())
-            differing = _differences(before, now, form)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{self.dataset}: damaged ({error!r}); restore the file") from None
+        with _reading(self.dataset):
+            differing = _differences(json.loads(self.dataset.read_bytes()), now, form)
         if differing:
             raise UserError(
                 f"{path}: is not the dataset that {self.path} was trained on (other "
@@ -147,21 +144,17 @@ class RunDir:
     def keep_metrics(self, epochs: int) -> None:
         """Drop the lines written after the checkpoint of `epochs` whole epochs. Raises `UserError`
         where the line of one of those epochs, which precedes its checkpoint, is missing."""
-        numbers = None
         try:
-            lines = self.metrics.read_text(encoding="utf-8").splitlines() if epochs else []
-            numbers = [json.loads(line)["epoch"] for line in lines[:epochs]]
-            problem = f"holds {len(numbers)}"
-        except OSError as error:
-            problem = error.strerror
-        except (ValueError, TypeError, KeyError, RecursionError):  # ValueError: also bad UTF-8
-            problem = "damaged"
+            lines = self.metrics.read_text(encoding="utf-8").splitlines()[:epochs] if epochs else []
+            numbers = [json.loads(line)["epoch"] for line in lines]
+        except (OSError, ValueError, TypeError, KeyError):
+            numbers = None
         if numbers != list(range(1, epochs + 1)):
             raise UserError(
                 f"{self.metrics}: the epochs 1 to {epochs} before the checkpoint are not all there "
-                f"({problem}); restore the file, or start again with another --out"
+                f"or damaged; restore the file, or start again with another --out"
             )
-        write_atomically(self.metrics, "".join(line + "\n" for line in lines[:epochs]))
+        write_atomically(self.metrics, "".join(line + "\n" for line in lines))
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_json(self.summary, summary)
@@ -171,15 +164,13 @@ class RunDir:
 
     def progress(self) -> tuple[str, dict[str, Any]]:
         """The status in the summary and the record of the last whole epoch; "" and {} where they
-        are missing or were cut short by a kill."""
+        are missing or damaged."""
         status, last = "", {}
-        with suppress(OSError, ValueError, AttributeError, RecursionError):
+        with suppress(OSError, ValueError, AttributeError):
             status = json.loads(self.summary.read_bytes()).get("status", "")
-        with suppress(OSError):
-            for line in self.metrics.read_bytes().splitlines()[-2:]:  # the last may be cut short
-                with suppress(ValueError, RecursionError):
-                    record = json.loads(line)
-                    last = record if isinstance(record, dict) else last
+        with suppress(OSError, ValueError, IndexError):
+            # What follows the last newline was cut short by a kill.
+            last = json.loads(self.metrics.read_bytes().split(b"\n")[-2])
         return status, last
 
 
@@ -231,75 +222,57 @@ def read_run(directory: Path, name: str) -> Run:
     return Run(
         name=name,
         config=run.settings(),
-        environment=_read_json(run.environment, dict),
+        environment=_read_object(run.environment),
         summary=_read_summary(run.summary),
         epochs=_read_metrics(run.metrics),
         predictions=_read_predictions(run.predictions),
     )
 
 
-def _read_bytes(path: Path) -> bytes:
+@contextmanager
+def _reading(path: Path) -> Generator[None]:
+    """Turn whatever a missing or damaged file can raise into a `UserError` of one line."""
     try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: missing: give a directory that training wrote") from error
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing: give a directory that training wrote") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}): check the file") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}): check the file") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise _damaged(f"{path}:", error) from error
 
 
-def _malformed(path: Path, what: str) -> UserError:
-    return UserError(f"{path}: {what}: correct the file or leave this run out")
+def _damaged(what: str, error: Exception) -> UserError:
+    # Not its repr: that of a UnicodeDecodeError holds the whole file.
+    reason = f"{type(error).__name__}: {error}"
+    return UserError(f"{what} damaged ({reason}); restore or correct the file")
 
 
-def _check_depth(value: Any, levels: int = _DEEPEST) -> None:
-    """Raises ValueError where `value` is nested more than `levels` deep."""
-    if not levels:
-        raise ValueError(f"nested more than {_DEEPEST} levels deep")
-    if isinstance(value, dict | list):
-        for child in value.values() if isinstance(value, dict) else value:
-            _check_depth(child, levels - 1)
-
-
-def _parse_json(text: bytes) -> Any:
-    """Raises ValueError where `text` is not JSON or is nested too deeply."""
-    try:
-        value = json.loads(text)
-    except RecursionError as error:
-        raise ValueError(str(error)) from error
-    _check_depth(value)
-    return value
-
-
-def _read_json(path: Path, kind: type) -> Any:
-    try:
-        value = _parse_json(_read_bytes(path))
-    except ValueError as error:
-        raise _malformed(path, f"not valid JSON ({error})") from error
-    if not isinstance(value, kind):
-        raise _malformed(path, f"holds a JSON {type(value).__name__}, not a {kind.__name__}")
-    return value
+def _read_object(path: Path) -> dict[str, Any]:
+    with _reading(path):
+        value = json.loads(path.read_bytes())
+        if not isinstance(value, dict):
+            raise TypeError("not a JSON object")
+        return value
 
 
 def _read_summary(path: Path) -> dict[str, Any]:
     """The summary with its numbers checked; empty where the run has not written one yet."""
     if not path.exists():
         return {}
-    summary = _read_json(path, dict)
-    try:
+    summary = _read_object(path)
+    with _reading(path):
         dataset = summary.get("dataset", {})
-        counts = {split: _finite(n) for split, n in dataset.get("counts", {}).items()}
         return {
             "parameters": _finite(summary.get("parameters")),
             "classes": _finite(dataset.get("classes")),
             "image_size": _finite(dataset.get("image_size")),
             "dataset": dataset.get("path"),
-            "counts": counts,
+            "counts": {split: _finite(n) for split, n in dataset.get("counts", {}).items()},
             "skipped": _finite(dataset.get("skipped")),
             "status": summary.get("status"),
             "train_seconds": _finite(summary.get("train_seconds")),
         }
-    except (TypeError, AttributeError) as error:
-        raise _malformed(path, f"a value has the wrong type ({error})") from error
 
 
 def _finite(value: Any) -> float | None:
@@ -307,60 +280,45 @@ def _finite(value: Any) -> float | None:
     them into infinities. Raises TypeError for anything else."""
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if type(value) not in (int, float):
         raise TypeError(f"{value!r} is not a number")
     return value if abs(value) < _LARGEST else None
 
 
 def _read_metrics(path: Path) -> list[Epoch]:
-    *lines, last = _read_bytes(path).split(b"\n")
-    with suppress(ValueError):
-        _parse_json(last)  # an incomplete line was cut short by a kill
-        lines.append(last)  # this line lacks only its newline
+    with _reading(path):
+        *lines, last = path.read_bytes().split(b"\n")
+    if last.endswith(b"}"):  # any other line was cut short by a kill
+        lines.append(last)
     epochs: list[Epoch] = []
     for number, line in enumerate(lines, 1):
         try:
-            epoch = _parse_epoch(line)
-            if epochs and epoch_number(epoch) <= epoch_number(epochs[-1]):
-                raise ValueError(f"epoch {epoch['epoch']} follows epoch {epochs[-1]['epoch']}")
-        except (ValueError, TypeError) as error:
-            raise _malformed(path, f"line {number} is malformed ({error})") from error
-        epochs.append(epoch)
+            epochs.append(_parse_epoch(line, epoch_number(epochs[-1]) if epochs else 0))
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise _damaged(f"{path}: line {number} is", error) from error
     if not epochs:
         raise UserError(f"{path}: no epoch is recorded yet: wait for one or leave this run out")
     return epochs
 
 
-def _parse_epoch(line: bytes) -> Epoch:
-    """Parse a line of metrics.jsonl. Raises ValueError or TypeError where it is malformed."""
-    record = _parse_json(line)
-    if not isinstance(record, dict):
-        raise TypeError("not a JSON object")
-    epoch = record.get("epoch")
-    if not isinstance(epoch, int) or isinstance(epoch, bool) or not 1 <= epoch < 2**53:
-        raise ValueError("'epoch' is not a whole number from 1 to 2^53 - 1")
-    missing = [key for key in EPOCH_KEYS if key not in record]
-    if missing:
-        raise ValueError(f"{missing[0]!r} is missing")
-    return {"epoch": epoch, **{key: _finite(record[key]) for key in EPOCH_KEYS}}
+def _parse_epoch(line: bytes, before: int) -> Epoch:
+    record = json.loads(line)
+    number = _finite(record["epoch"])
+    if type(number) is not int or number <= before:
+        raise ValueError(f"'epoch' is not a whole number above {before}")
+    return {"epoch": number, **{key: _finite(record[key]) for key in EPOCH_KEYS}}
 
 
 def _read_predictions(path: Path) -> list[Prediction]:
     if not path.exists():
         return []
-    predictions: list[Prediction] = []
-    for number, record in enumerate(_read_json(path, list), 1):
-        try:
-            predictions.append(_parse_prediction(record))
-        except (KeyError, TypeError, ValueError) as error:
-            raise _malformed(path, f"prediction {number} is malformed ({error!r})") from error
-    return predictions
+    with _reading(path):
+        return [_parse_prediction(record) for record in json.loads(path.read_bytes())]
 
 
-def _parse_prediction(record: Any) -> Prediction:
-    """Parse one prediction. Raises KeyError, TypeError or ValueError where it is malformed."""
+def _parse_prediction(record: dict[str, Any]) -> Prediction:
     png = base64.b64decode(record["png"], validate=True)
-    if png[:8] != b"\x89PNG\r\n\x1a\n" or len(png) < 24:
+    if not png.startswith(b"\x89PNG") or len(png) < 24:
         raise ValueError("'png' is not a PNG image")
     return Prediction(
         png=record["png"],

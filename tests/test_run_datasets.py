@@ -97,7 +97,7 @@ def test_a_damaged_fingerprint_is_reported_in_one_line(text, dataset, run):
 
 def test_a_run_that_lost_its_fingerprint_is_refused(synth_dataset, run):
     run.dataset.unlink()
-    with pytest.raises(UserError, match=r"dataset\.json: damaged"):
+    with pytest.raises(UserError, match=r"dataset\.json: missing"):
         check(run, synth_dataset)
 
 

@@ -4,8 +4,7 @@ The template parts.html.j2 draws them as SVG. Positions are in the SVG's own uni
 """
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fastlab.report.texts import MISSING, number_text
 from fastlab.runs import Run, epoch_number
@@ -64,35 +63,7 @@ _METRICS = (
 )
 
 _Series = dict[tuple[int, str], dict[int, float | None]]
-"""(index of the run, split) -> epoch -> value or position; None where it is not a number."""
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One metric of one run on one split."""
-
-    run: int
-    split: str
-    segments: list[str]
-    """The points of each polyline; a value that is not a number ends a segment."""
-    marks: list[tuple[float, float]]
-
-
-@dataclass(frozen=True)
-class Plot:
-    """One metric of all runs over the epochs."""
-
-    metric: _Metric
-    description: str
-    x_ticks: list[tuple[float, str]]
-    y_ticks: list[tuple[float, str]]
-    curves: list[Curve]
-    columns: list[tuple[float, float, str]]
-    """Left edge, width and tooltip of each epoch's strip."""
-    hidden: list[str]
-    """A note on each run whose curve lies under that of a later run."""
-    rows: list[tuple[int, list[str]]]
-    """Each epoch, with the training and validation values of each run as text."""
+"""(index of the run, split) -> epoch -> value; None where it is not a number."""
 
 
 class _Axis(NamedTuple):
@@ -111,8 +82,8 @@ class _Axis(NamedTuple):
         return [(self.place(value), label) for value, label in self.labels.items()]
 
 
-def make_plots(runs: list[Run]) -> list[Plot]:
-    """Plot loss, top-1 and top-5 of runs that have at least one epoch."""
+def make_plots(runs: list[Run]) -> list[dict[str, Any]]:
+    """What the template draws: loss, top-1 and top-5 of runs that have at least one epoch."""
     return [_plot([run.name for run in runs], metric, _series(runs, metric)) for metric in _METRICS]
 
 
@@ -128,32 +99,26 @@ def _series(runs: list[Run], metric: _Metric) -> _Series:
     }
 
 
-def _plot(names: list[str], metric: _Metric, series: _Series) -> Plot:
+def _plot(names: list[str], metric: _Metric, series: _Series) -> dict[str, Any]:
     numbers = sorted({number for values in series.values() for number in values})
     measured = [v for values in series.values() for v in values.values() if v is not None]
     x = _epoch_axis(numbers[-1])
     y = _value_axis(measured or [0.0], 100 if metric.unit == "%" else math.inf)
-    heights = {
-        key: {number: None if v is None else y.place(v) for number, v in values.items()}
-        for key, values in series.items()
-    }
     texts = {
         key: {number: number_text(value, metric.decimals) for number, value in values.items()}
         for key, values in series.items()
     }
-    return Plot(
-        metric=metric,
-        description=_description(names, metric, numbers[-1], texts),
-        x_ticks=x.ticks(),
-        y_ticks=y.ticks(),
-        curves=[
-            _curve(index, split, [(x.place(number), height) for number, height in values.items()])
-            for (index, split), values in heights.items()
+    return {
+        "metric": metric,
+        "description": _description(names, metric, numbers[-1], texts),
+        "x_ticks": x.ticks(),
+        "y_ticks": y.ticks(),
+        "curves": [_curve(index, split, values, x, y) for (index, split), values in series.items()],
+        "columns": [_column(x, names, number, texts) for number in numbers],
+        "rows": [
+            (number, [text.get(number, MISSING) for text in texts.values()]) for number in numbers
         ],
-        columns=[_column(x, names, number, texts) for number in numbers],
-        hidden=_hidden(names, heights),
-        rows=[(number, [texts[key].get(number, MISSING) for key in texts]) for number in numbers],
-    )
+    }
 
 
 # Axes
@@ -169,13 +134,6 @@ def _epoch_axis(last: int) -> _Axis:
 
 
 def _value_axis(values: list[float], ceiling: float) -> _Axis:
-    ticks = _value_ticks(values, ceiling)
-    step = ticks[1] - ticks[0]
-    labels = {tick: _tick_label(tick, step) for tick in ticks}
-    return _Axis((ticks[0], ticks[-1]), (_BOTTOM, _TOP), labels)
-
-
-def _value_ticks(values: list[float], ceiling: float) -> list[float]:
     """Round numbers whose first and last enclose the values and stay between 0 and `ceiling`."""
     low, high = min(values), max(values)
     floor, ceiling = min(low, 0), max(high, ceiling)
@@ -185,7 +143,9 @@ def _value_ticks(values: list[float], ceiling: float) -> list[float]:
     step = _nice_step(high - low, 5)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     ticks = [n * step for n in range(first, last + 1)]
-    return [tick for tick in ticks if floor - step / 2 < tick < ceiling + step / 2]
+    ticks = [tick for tick in ticks if floor - step / 2 < tick < ceiling + step / 2]
+    labels = {tick: _tick_label(tick, step) for tick in ticks}
+    return _Axis((ticks[0], ticks[-1]), (_BOTTOM, _TOP), labels)
 
 
 def _nice_step(span: float, count: int) -> float:
@@ -203,45 +163,29 @@ def _tick_label(tick: float, step: float) -> str:
 # Curves and texts
 
 
-def _curve(run: int, split: str, points: list[tuple[float, float | None]]) -> Curve:
-    """Draw a curve through the points (x, y); a y of None leaves a gap."""
+def _curve(
+    run: int, split: str, values: dict[int, float | None], x: _Axis, y: _Axis
+) -> dict[str, Any]:
+    """The polylines and marks of one metric; a value that is not a number ends a polyline."""
     segments: list[list[tuple[float, float]]] = [[]]
-    for x, y in points:
-        if y is None:
+    for number, value in values.items():
+        if value is None:
             segments.append([])
         else:
-            segments[-1].append((x, y))
+            segments[-1].append((x.place(number), y.place(value)))
     segments = [segment for segment in segments if segment]
-    stride = math.ceil(len(points) / _MARKS_PER_CURVE)
+    stride = math.ceil(len(values) / _MARKS_PER_CURVE)
     # Each run's marks begin at a different epoch, so that those of close curves stay apart.
     marks = [p for s in segments for p in (*s[run % stride : -1 : stride], s[-1])]
-    lines = [" ".join(f"{x:g},{y:g}" for x, y in segment) for segment in segments]
-    return Curve(run, split, lines, marks)
-
-
-def _hidden(names: list[str], heights: _Series) -> list[str]:
-    """Name the curves that cannot be seen: a later run is drawn over each of their points."""
-    covered: dict[tuple[int, int], list[str]] = {}
-    for (index, split), lower in heights.items():
-        later = range(index + 1, len(names))
-        over = next((i for i in later if _covers(heights[i, split], lower)), None)
-        if over is not None:
-            covered.setdefault((index, over), []).append(_SPLITS[split])
-    return [
-        f"{names[index]} lies under {names[over]} ({', '.join(splits)})"
-        for (index, over), splits in covered.items()
-    ]
-
-
-def _covers(upper: dict[int, float | None], lower: dict[int, float | None]) -> bool:
-    points = [(upper.get(number), y) for number, y in lower.items() if y is not None]
-    return bool(points) and all(above is not None and abs(above - y) <= 1 for above, y in points)
+    lines = [" ".join(f"{left:g},{top:g}" for left, top in segment) for segment in segments]
+    return {"run": run, "split": split, "segments": lines, "marks": marks}
 
 
 _Texts = dict[tuple[int, str], dict[int, str]]
 
 
 def _column(x: _Axis, names: list[str], number: int, texts: _Texts) -> tuple[float, float, str]:
+    """Left edge, width and tooltip of an epoch's strip."""
     left, right = max(x.place(number - 0.5), _LEFT), min(x.place(number + 0.5), _RIGHT)
     lines = [
         f"{name}: train {texts[index, 'train'][number]}, val {texts[index, 'val'][number]}"

@@ -12,7 +12,6 @@ from fastlab.console import UserError, public_text
 from fastlab.files import write_atomically
 from fastlab.report.charts import DRAWING, make_plots
 from fastlab.report.texts import (
-    MISSING,
     duration_text,
     flat_rows,
     number_text,
@@ -31,8 +30,6 @@ def write_report(run_dirs: list[Path], out: Path) -> None:
     UserError where a run directory or one of its files is missing or malformed, or where `out`
     does not end in .html or cannot be written.
     """
-    if not run_dirs:
-        raise UserError("no run directory given: name at least one")
     if out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"{out}: expected a file name that ends in .html")
     distinct = {Path(os.path.realpath(directory)): directory for directory in run_dirs}
@@ -42,15 +39,16 @@ def write_report(run_dirs: list[Path], out: Path) -> None:
             "name": run.name,
             "result": _result(run),
             "dataset": _dataset_text(run),
-            "config": _config_tables(run.config),
+            "config": {
+                name: [(key, setting_text(value)) for key, value in section.items()]
+                for name, section in run.config.items()
+            },
             "environment": flat_rows(run.environment),
             "predictions": run.predictions,
         }
         for run in runs
     ]
-    augmented = augmented_text([run.config for run in runs])
-    page = render("report.html.j2", runs=values, plots=make_plots(runs), augmented=augmented)
-    write_whole(out, page)
+    write_whole(out, render("report.html.j2", runs=values, plots=make_plots(runs)))
 
 
 def _name(path: Path, paths: list[Path]) -> str:
@@ -85,8 +83,7 @@ def _result(run: Run) -> dict[str, str]:
 
 
 def _setting(run: Run, section: str, key: str) -> str:
-    values = run.config.get(section)
-    return setting_text(values.get(key)) if isinstance(values, dict) else MISSING
+    return setting_text(run.config.get(section, {}).get(key))
 
 
 def _dataset_text(run: Run) -> str:
@@ -99,30 +96,6 @@ def _dataset_text(run: Run) -> str:
     if skipped := summary["skipped"]:
         parts.append(f"{number_text(skipped)} corrupt images left out")
     return ", ".join(parts)
-
-
-def _config_tables(config: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Each section with its settings as text; settings outside any section come first."""
-    sections = {key: value for key, value in config.items() if isinstance(value, dict)}
-    general = {key: value for key, value in config.items() if key not in sections}
-    titled = [("general", general), *sections.items()]
-    return [(name, [(k, setting_text(v)) for k, v in s.items()]) for name, s in titled if s]
-
-
-def augmented_text(configs: list[dict[str, Any]]) -> str:
-    """What a note on training values says about augmentation; empty where no run augments."""
-    augmenting = [_augments(config.get("augment")) for config in configs]
-    if all(augmenting):
-        return " and on augmented images"
-    return " and, where a run augments them, on augmented images" if any(augmenting) else ""
-
-
-def _augments(settings: Any) -> bool:
-    if not isinstance(settings, dict):
-        return False
-    return settings.get("crop_scale", 1) != 1 or any(
-        settings.get(key) for key in ("flip", "translate", "cutout")
-    )
 
 
 def render(template: str, **values: Any) -> str:

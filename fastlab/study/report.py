@@ -1,12 +1,9 @@
 """The report of studies: `report.html`, and the same tables without curves as `report.md`."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 from fastlab import config as configs
 from fastlab.report.page import (
-    MISSING,
-    augmented_text,
     duration_text,
     flat_rows,
     make_plots,
@@ -15,6 +12,7 @@ from fastlab.report.page import (
     render,
     write_whole,
 )
+from fastlab.report.texts import MISSING
 from fastlab.runs import EPOCH_KEYS, Epoch, Run, best_epoch
 from fastlab.study.folder import StudyDir
 from fastlab.study.reference import MEAN_OF_PRINTED, Reference, reference_table, reference_test
@@ -83,7 +81,6 @@ def _page(folder: StudyDir, results: list[StudyResult], command: str) -> dict[st
         "best": _best(folder, results),
         "environment": _environment(environments),
         "side_by_side": max((record.get("side_by_side", 1) for record in records), default=1),
-        "augmented": augmented_text([dataclasses.asdict(run.task.config) for run in runs.values()]),
     }
 
 

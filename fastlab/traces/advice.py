@@ -1,11 +1,9 @@
 """From figures to findings: what limits a training, and what to try next."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from fastlab.config import Config
 from fastlab.traces.figures import Review
-
-Settings = dict[str, dict[str, Any]]
-"""Section -> key -> value of the run's configuration; empty where there is none."""
 
 _WORTH_SAYING = 0.1  # share of the step from which a loss is reported
 _DEVICE_BOUND = 0.25  # share that may be lost while the GPU still counts as the limit
@@ -36,9 +34,10 @@ class Finding(NamedTuple):
     """What to try."""
 
 
-def advise(review: Review, settings: Settings, late: int | None) -> list[Finding]:
-    """The findings, the verdict first. `late` is the rank that the others wait for."""
-    findings = (_on_gpu if review.gpu else _on_cpu)(review, settings)
+def advise(review: Review, config: Config | None, late: int | None) -> list[Finding]:
+    """The findings, the verdict first. `config` is None where it is not
+    available; `late` is the rank that the others wait for."""
+    findings = (_on_gpu if review.gpu else _on_cpu)(review, config)
     if review.blind:
         findings.insert(
             0,
@@ -61,7 +60,7 @@ def advise(review: Review, settings: Settings, late: int | None) -> list[Finding
     return findings
 
 
-def _on_gpu(review: Review, settings: Settings) -> list[Finding]:
+def _on_gpu(review: Review, config: Config | None) -> list[Finding]:
     shares = review.shares
     losses = {
         "data": _data_stall,
@@ -70,57 +69,56 @@ def _on_gpu(review: Review, settings: Settings) -> list[Finding]:
         "communication": _communication,
     }
     order = sorted(losses, key=lambda name: -shares[name])
-    findings = [losses[name](review, settings) for name in order if shares[name] >= _WORTH_SAYING]
-    limit = _device(review, settings)
+    findings = [losses[name](review, config) for name in order if shares[name] >= _WORTH_SAYING]
+    limit = _device(review, config)
     if findings and 1 - shares["compute"] >= _DEVICE_BOUND:
         findings.append(limit._replace(name=f"next limit: {limit.name}"))
     else:
         findings.insert(0, limit)
     if review.syncs and shares["synchronisation"] < _WORTH_SAYING:
-        findings.append(_synchronisation(review, settings))
+        findings.append(_synchronisation(review, config))
     return findings
 
 
-def _on_cpu(review: Review, settings: Settings) -> list[Finding]:
+def _on_cpu(review: Review, config: Config | None) -> list[Finding]:
     shares, findings = review.shares, []
     if shares["data"] >= _CPU_STALL:
-        findings.append(_data_stall(review, settings))
+        findings.append(_data_stall(review, config))
     if shares["communication"] >= _WORTH_SAYING:
-        findings.append(_communication(review, settings))
+        findings.append(_communication(review, config))
     if shares["overhead"] >= _CPU_OVERHEAD:
-        findings.append(_overhead(review, settings))
-    findings.append(_operators(review, settings))
+        findings.append(_overhead(review, config))
+    findings.append(_operators(review, config))
     if review.syncs:
-        findings.append(_synchronisation(review, settings))
+        findings.append(_synchronisation(review, config))
     return findings
 
 
-def _overhead(review: Review, settings: Settings) -> Finding:
+def _overhead(review: Review, config: Config | None) -> Finding:
     return Finding(
         "overhead-bound",
         f"{review.shares['overhead']:.0%} of the step is neither an operator nor a wait for data: "
         "it is spent in Python and the dispatcher",
-        _compile(settings) or "larger batches: fewer steps for the same images",
+        _compile(config) or "larger batches: fewer steps for the same images",
     )
 
 
-def _operators(review: Review, settings: Settings) -> Finding:
+def _operators(review: Review, config: Config | None) -> Finding:
     top = review.ops[0] if review.ops else None
     largest = f", {top.name} alone {top.cpu_ms / review.step_ms:.0%}" if top else ""
     return Finding(
         "compute on the CPU",
         f"operators take {review.shares['compute']:.0%} of the step{largest}; a trace of a CPU "
         "cannot tell whether memory or arithmetic limits them",
-        _compile(settings) or "a narrower model, smaller images or more cores (OMP_NUM_THREADS)",
+        _compile(config) or "a narrower model, smaller images or more cores (OMP_NUM_THREADS)",
     )
 
 
-def _data_stall(review: Review, settings: Settings) -> Finding:
+def _data_stall(review: Review, config: Config | None) -> Finding:
     waiting = "the GPU idles while the host waits" if review.gpu else "the step waits"
-    data = settings.get("data", {})
-    if data.get("pipeline", "resident") != "resident":
+    if config and config.data.pipeline != "resident":
         advice = 'data.pipeline = "resident" (images decoded once), or more data.workers'
-    elif review.gpu and data.get("placement") == "stream":
+    elif config and review.gpu and config.data.placement == "stream":
         advice = 'data.placement = "device": the images stay on the GPU'
     else:
         advice = "more cores for this process; lighter augmentation; the dataset on a faster disk"
@@ -128,7 +126,7 @@ def _data_stall(review: Review, settings: Settings) -> Finding:
     return Finding("data stall", f"{waiting} for data during {share:.0%} of the step", advice)
 
 
-def _synchronisation(review: Review, settings: Settings) -> Finding:
+def _synchronisation(review: Review, config: Config | None) -> Finding:
     count = sum(sync.calls for sync in review.syncs)
     first = review.syncs[0] if review.syncs else None
     place = f"{first.call} at {first.place}" if first else "an unknown place"
@@ -146,18 +144,18 @@ def _synchronisation(review: Review, settings: Settings) -> Finding:
     )
 
 
-def _launching(review: Review, settings: Settings) -> Finding:
+def _launching(review: Review, config: Config | None) -> Finding:
     duration = f", a median kernel takes {review.kernel_us:.3g} µs" if review.kernel_us else ""
     return Finding(
         "launch-bound",
         f"the GPU idles during {review.shares['launching']:.0%} of the step because the host "
         f"launches kernels more slowly than they run: {review.launches:.0f} launches per step"
         f"{duration}",
-        _compile(settings) or _graphs(settings),
+        _compile(config) or _graphs(config),
     )
 
 
-def _communication(review: Review, settings: Settings) -> Finding:
+def _communication(review: Review, config: Config | None) -> Finding:
     return Finding(
         "communication-bound",
         f"the process communicates and computes nothing during "
@@ -168,18 +166,18 @@ def _communication(review: Review, settings: Settings) -> Finding:
     )
 
 
-def _device(review: Review, settings: Settings) -> Finding:
+def _device(review: Review, config: Config | None) -> Finding:
     share = review.memory_kernels or 0
     if share >= 0.5:
         name, kind = "memory-bound", f"kernels that move more than they compute take {share:.0%}"
         advice = (
-            _compile(settings)
-            or _half_precision(settings)
+            _compile(config)
+            or _half_precision(config)
             or "a larger batch does not help; fewer or fused element-wise layers and copies do"
         )
     else:
         name, kind = "compute-bound", f"matrix products and convolutions take {1 - share:.0%}"
-        advice = _half_precision(settings) or (
+        advice = _half_precision(config) or (
             "the GPU is well used: a smaller model, channels in multiples of 64, or more GPUs"
         )
     facts = (
@@ -189,12 +187,12 @@ def _device(review: Review, settings: Settings) -> Finding:
     return Finding(name, facts, advice)
 
 
-def _compile(settings: Settings) -> str:
-    return "" if settings.get("train", {}).get("compile") else "train.compile = true"
+def _compile(config: Config | None) -> str:
+    return "" if config and config.train.compile else "train.compile = true"
 
 
-def _graphs(settings: Settings) -> str:
-    if settings.get("train", {}).get("step", "eager") == "eager":
+def _graphs(config: Config | None) -> str:
+    if config is None or config.train.step == "eager":
         return 'train.step = "auto": on one GPU a CUDA graph launches a whole step at once'
     return (
         "nothing on one GPU, where train.step captures the steps that are not traced; on several, "
@@ -202,6 +200,6 @@ def _graphs(settings: Settings) -> str:
     )
 
 
-def _half_precision(settings: Settings) -> str:
-    precision = settings.get("train", {}).get("precision")
-    return "" if precision in (None, "bf16", "fp16") else 'train.precision = "bf16"'
+def _half_precision(config: Config | None) -> str:
+    low = config is None or config.train.precision in ("bf16", "fp16")
+    return "" if low else 'train.precision = "bf16"'

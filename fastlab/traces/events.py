@@ -81,13 +81,8 @@ def find_traces(path: Path) -> list[Path]:
     files = [*path.glob(f"traces/*{SUFFIX}"), *path.glob(f"*{SUFFIX}")]
     if not files:
         raise UserError(f"{path}: holds no trace; record one: fastlab train --profile ...")
-    return sorted(files, key=_written, reverse=True)
-
-
-def _written(path: Path) -> int:
-    """When a trace was written, in nanoseconds, by its name or else by the file system."""
-    stamp = re.search(r"\.(\d{16,})\.pt", path.name)
-    return int(stamp[1]) if stamp else path.stat().st_mtime_ns
+    # Names hold the time of writing in nanoseconds; copying changes the files' own times.
+    return sorted(files, key=lambda file: re.findall(r"\d{16,}", file.name), reverse=True)
 
 
 def read_traces(path: Path) -> list[Trace]:
@@ -109,23 +104,21 @@ def read_trace(path: Path) -> Trace:
     step."""
     try:
         content = json.loads(path.read_bytes(), strict=False)  # names may hold control characters
+        trace = _parse(path, content)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged or cut short ({error}); record it again") from None
-    if not isinstance(content, dict) or not isinstance(content.get("traceEvents"), list):
-        raise UserError(f"{path}: not a trace of torch.profiler (no traceEvents)")
-    try:
-        trace = _parse(path, content)
     except (
+        ArithmeticError,
         AttributeError,
         LookupError,
-        OverflowError,
         RecursionError,
         TypeError,
         ValueError,
     ) as error:
-        raise UserError(f"{path}: not a trace of torch.profiler ({error!r})") from None
+        raise UserError(
+            f"{path}: damaged or cut short, or not a trace of torch.profiler "
+            f"({type(error).__name__}: {error})"  # its repr may hold the whole file
+        ) from None
     if not trace.steps:
         raise UserError(
             f"{path}: holds no training step (no ProfilerStep that took time); record a longer run"
@@ -166,9 +159,7 @@ def _parse_event(raw: dict[str, Any], origin: float) -> Event:
     end = start + float(raw["dur"])
     if not (math.isfinite(start) and math.isfinite(end)):
         raise ValueError("a time is not a finite number")
-    args = dict(raw.get("args", {}))
-    hash((args.get("External id"), args.get("correlation")))  # events are looked up by these
-    return Event(str(raw["name"]), start, end, str(raw.get("tid")), args)
+    return Event(str(raw["name"]), start, end, str(raw.get("tid")), raw.get("args", {}))
 
 
 def _longest_run(steps: list[Event], saves: Intervals) -> list[Event]:

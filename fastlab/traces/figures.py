@@ -10,7 +10,7 @@ import math
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -102,11 +102,8 @@ class Review:
     """Median duration of a kernel."""
 
 
-class _Work(NamedTuple):
-    """Work on the GPU, and the call on the host that launched it."""
-
-    event: Event
-    call: Event
+_Work = tuple[Event, Event]
+"""Work on the GPU, and the call on the host that launched it."""
 
 
 def measure(trace: Trace) -> Review:
@@ -119,8 +116,8 @@ def _measure_gpu(trace: Trace) -> Review:
     calls = [call for call in trace.calls if low <= call.start < high]
     work = _launched(trace.device, calls)
     low, high, periods = _gpu_window(trace, work)
-    compute = covered_by(e for e in trace.device if not _is_comm(e)).clipped(low, high)
-    comm = covered_by(e for e in trace.device if _is_comm(e)).clipped(low, high)
+    compute = covered_by(e for e in trace.device if not _is_comm(e.name)).clipped(low, high)
+    comm = covered_by(e for e in trace.device if _is_comm(e.name)).clipped(low, high)
     waits = [call for call in calls if _SYNCS.fullmatch(call.name)]
     review = _review(trace, (high - low) / periods, work, waits)
     review.shares = _gpu_shares(trace, compute, comm, low, high)
@@ -136,7 +133,7 @@ def _measure_cpu(trace: Trace) -> Review:
     main = trace.steps[0].thread
     ops = covered_by(e for e in trace.ops if e.thread == main).clipped(low, high)
     waits = _data_waits(trace).clipped(low, high)
-    comm = covered_by(e for e in trace.ranges if _is_comm(e)).clipped(low, high)
+    comm = covered_by(e for e in trace.ranges if _is_comm(e.name)).clipped(low, high)
     exposed = comm.without(ops).without(waits)
     parts = {"compute": ops, "communication": exposed, "data": waits}
     review = _review(trace, (high - low) / len(trace.steps), [], _reads(trace))
@@ -169,17 +166,12 @@ def _review(trace: Trace, step_us: float, work: list[_Work], syncs: list[Event])
 
 def _launched(device: list[Event], calls: list[Event]) -> list[_Work]:
     """The work on the GPU that `calls` launched."""
-    by_correlation = {_correlation(call): call for call in calls}
-    by_correlation.pop(None, None)
+    launches = {call.args["correlation"]: call for call in calls if "correlation" in call.args}
     return [
-        _Work(event, by_correlation[_correlation(event)])
+        (event, launches[event.args["correlation"]])
         for event in device
-        if _correlation(event) in by_correlation
+        if event.args.get("correlation") in launches
     ]
-
-
-def _correlation(event: Event) -> Any:
-    return event.args.get("correlation")
 
 
 def _gpu_window(trace: Trace, work: list[_Work]) -> tuple[float, float, int]:
@@ -200,8 +192,8 @@ def _gpu_window(trace: Trace, work: list[_Work]) -> tuple[float, float, int]:
     return low, max([high, *(event.end for event, _ in work)]), len(firsts)
 
 
-def _is_comm(event: Event) -> bool:
-    return "nccl" in event.name.lower() or event.name.startswith("gloo:")
+def _is_comm(name: str) -> bool:
+    return "nccl" in name.lower() or name.startswith("gloo:")
 
 
 def _data_waits(trace: Trace) -> Intervals:
@@ -245,15 +237,15 @@ def _set_kernels(review: Review, work: list[_Work], steps: int) -> None:
         groups[event.name].append(event.duration)
     rows = [Row(name, len(v) / steps, 0, sum(v) / steps / 1e3) for name, v in groups.items()]
     review.kernels = sorted(rows, key=lambda row: -row.gpu_ms)[:_TOP]
-    computing = {name: sum(v) for name, v in groups.items() if "nccl" not in name.lower()}
+    computing = {name: sum(v) for name, v in groups.items() if not _is_comm(name)}
     if computing:
-        arithmetic = sum(time for name, time in computing.items() if _multiplies(name))
+        arithmetic = sum(
+            time
+            for name, time in computing.items()
+            if _ARITHMETIC.search(name) and not _FUSED.match(name)
+        )
         review.memory_kernels = 1 - arithmetic / sum(computing.values())
         review.kernel_us = float(np.median([event.duration for event, _ in work]))
-
-
-def _multiplies(name: str) -> bool:
-    return bool(_ARITHMETIC.search(name)) and not _FUSED.match(name)
 
 
 def _operators(trace: Trace, work: list[_Work]) -> list[Row]:

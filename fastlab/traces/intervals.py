@@ -1,6 +1,6 @@
 """Events of a trace, the sets of time that they cover, and how they nest."""
 
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -86,40 +86,35 @@ def covered_by(events: Iterable[Event]) -> Intervals:
 
 def enclosing(points: list[Event], events: Iterable[Event]) -> list[list[Event]]:
     """For each of `points`, the `events` of its thread that enclose it, outermost first."""
-    waiting = {thread: deque(own) for thread, own in _by_thread(events).items()}
-    stacks: dict[str, list[Event]] = defaultdict(list)
-    chains: list[list[Event]] = [[] for _ in points]
-    for index in sorted(range(len(points)), key=lambda i: points[i].start):
-        point = points[index]
-        stack, events_ahead = stacks[point.thread], waiting.get(point.thread)
-        while events_ahead and events_ahead[0].start <= point.start:
-            while stack and stack[-1].end <= events_ahead[0].start:
-                stack.pop()
-            stack.append(events_ahead.popleft())
-        chains[index] = [event for event in stack if event.end >= point.end - _ROUNDING]
+    ordered = _by_start(events)
+    starts = np.array([event.start for event in ordered])
+    ends = np.array([event.end for event in ordered])
+    chains = []
+    for point in points:
+        begun = np.searchsorted(starts, point.start, "right")
+        around = np.flatnonzero(ends[:begun] >= point.end - _ROUNDING)
+        chains.append([ordered[i] for i in around if ordered[i].thread == point.thread])
     return chains
 
 
 def self_times(events: Iterable[Event]) -> dict[str, list[float]]:
     """Name -> the duration of each of its events without the events nested in it, in µs."""
+    ordered = _by_start(events)
+    own = [event.duration for event in ordered]
+    unfinished: dict[str, list[int]] = defaultdict(list)
+    for index, event in enumerate(ordered):
+        stack = unfinished[event.thread]
+        while stack and ordered[stack[-1]].end <= event.start:
+            stack.pop()
+        if stack:
+            own[stack[-1]] -= event.duration
+        stack.append(index)
     times: dict[str, list[float]] = defaultdict(list)
-    for thread in _by_thread(events).values():
-        own = [event.duration for event in thread]
-        stack: list[int] = []
-        for index, event in enumerate(thread):
-            while stack and thread[stack[-1]].end <= event.start:
-                stack.pop()
-            if stack:
-                own[stack[-1]] -= event.duration
-            stack.append(index)
-        for event, time in zip(thread, own, strict=True):
-            times[event.name].append(time)
+    for event, time in zip(ordered, own, strict=True):
+        times[event.name].append(time)
     return times
 
 
-def _by_thread(events: Iterable[Event]) -> dict[str, list[Event]]:
-    """The events of each thread by start; an enclosing event precedes what is nested in it."""
-    threads: dict[str, list[Event]] = defaultdict(list)
-    for event in sorted(events, key=lambda event: (event.start, -event.end)):
-        threads[event.thread].append(event)
-    return threads
+def _by_start(events: Iterable[Event]) -> list[Event]:
+    """An enclosing event precedes what is nested in it."""
+    return sorted(events, key=lambda event: (event.start, -event.end))

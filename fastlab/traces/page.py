@@ -48,9 +48,6 @@ def _tensorboard(path: Path, port: int) -> None:
     os.execv(sys.executable, [sys.executable, *command, "--port", str(port)])
 
 
-# What text and page share
-
-
 class Table(NamedTuple):
     title: str
     head: list[str]
@@ -65,14 +62,14 @@ def _title(run: RunReview) -> str:
     return f"{run.name}: {steps}, {main.gpu or 'CPU'}, {ranks}"
 
 
-def _figures(run: RunReview) -> dict[str, tuple[float | None, str]]:
+def _figures(run: RunReview, parts: list[Part]) -> dict[str, tuple[float | None, str]]:
     """Label -> value and format, for the first rank."""
     main = run.main
     rate = run.batch_size * 1e3 / main.step_ms if run.batch_size else None
     return {
         "step, ms": (main.step_ms, ",.2f"),
         "images/s": (rate, ",.0f"),
-        **{_part_label(part): (part.host_ms, ",.2f") for part in main.parts},
+        **{f"{_words(part.name)}, ms": (part.host_ms, ",.2f") for part in parts},
         "augmentation in other threads, ms": (main.ahead_ms or None, ",.2f"),
         "GPU busy": (main.busy, ".1%"),
         **{f"share: {name}": (share, ".1%") for name, share in _shares(main)},
@@ -88,8 +85,8 @@ def _figures(run: RunReview) -> dict[str, tuple[float | None, str]]:
 
 def _figure_rows(runs: list[RunReview]) -> list[list[str]]:
     """A label and a value for each run, and for two runs the change. A figure that no run has is
-    left out."""
-    tables = [_figures(run) for run in runs]
+    left out; so are the parts of a single run, which have a table of their own."""
+    tables = [_figures(run, run.main.parts if len(runs) == 2 else []) for run in runs]
     labels = list(dict.fromkeys(label for table in tables for label in table))
     rows = []
     for label in labels:
@@ -110,12 +107,6 @@ def _change(before: float | None, after: float | None, shown: str) -> str:
     return f"{after / before - 1:+.1%}" if before else MISSING
 
 
-def _other_figures(run: RunReview) -> list[list[str]]:
-    """The figures apart from the parts, which have a table of their own."""
-    parts = {_part_label(part) for part in run.main.parts}
-    return [row for row in _figure_rows([run]) if row[0] not in parts]
-
-
 def _shares(review: Review) -> list[tuple[str, float]]:
     """The shares of the step; a single process has no communication."""
     shares = review.shares.items()
@@ -124,10 +115,6 @@ def _shares(review: Review) -> list[tuple[str, float]]:
 
 def _words(name: str) -> str:
     return name.replace("_", " ")
-
-
-def _part_label(part: Part) -> str:
-    return f"{_words(part.name)}, ms"
 
 
 def _part_table(review: Review) -> Table:
@@ -190,9 +177,6 @@ def _shortened(name: str) -> str:
     return name if len(name) <= 70 else name[:67] + "..."
 
 
-# Text
-
-
 def text(runs: list[RunReview]) -> str:
     parts = [_run_text(run) for run in runs]
     if len(runs) == 2:
@@ -208,7 +192,7 @@ def _run_text(run: RunReview) -> str:
         lines += ["", *_wrapped(f"{name}: {facts}"), *_wrapped(f"  try: {advice}")]
     spread = f"{main.fastest_ms:,.2f} to {main.slowest_ms:,.2f} ms on the host"
     lines.append(f"\nStep: {main.step_ms:,.2f} ms ({spread})")
-    figures = Table("Other figures", [], _other_figures(run))
+    figures = Table("Other figures", [], _figure_rows([run]))
     for title, head, rows in (_part_table(main), figures, *tables(run)):
         lines += [f"\n{title}", *_columns([head, *rows] if head else rows)]
     return "\n".join(lines)
@@ -231,9 +215,6 @@ def _columns(rows: list[list[str]]) -> list[str]:
     ]
 
 
-# The page
-
-
 def write_page(runs: list[RunReview], out: Path) -> None:
     """Write one self-contained HTML page. Raises `UserError` where `out` cannot be written."""
     pages = [
@@ -243,7 +224,7 @@ def write_page(runs: list[RunReview], out: Path) -> None:
             "step_ms": run.main.step_ms,
             "shares": _shares(run.main),
             "parts": _part_table(run.main),
-            "figures": _other_figures(run),
+            "figures": _figure_rows([run]),
             "tables": tables(run),
         }
         for run in runs

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastlab.console import UserError
 from fastlab.runs import RunDir
-from fastlab.traces.advice import Finding, Settings, advise
+from fastlab.traces.advice import Finding, advise
 from fastlab.traces.events import read_traces
 from fastlab.traces.figures import Review, measure
 
@@ -33,35 +32,17 @@ class RunReview:
 def review_run(path: Path) -> RunReview:
     """Review the newest recording of a run directory, or a single trace. Raises `UserError`."""
     traces = read_traces(path)
-    settings = _settings(traces[0].path)
+    run = RunDir(traces[0].path.absolute().parent.parent)
+    config = run.load_config() if run.exists() else None
     ranks = [measure(trace) for trace in traces]
     late = _late_rank(ranks)
     return RunReview(
         name=str(path),
-        batch_size=settings.get("train", {}).get("batch_size"),
+        batch_size=config.train.batch_size if config else None,
         ranks=ranks,
-        findings=advise(ranks[0], settings, late),
+        findings=advise(ranks[0], config, late),
         late=late,
     )
-
-
-def _settings(trace: Path) -> Settings:
-    """The configuration of the run that a trace belongs to; empty where there is none.
-
-    Another version of fastlab may have written it, so only what a review uses is checked.
-    """
-    run = RunDir(trace.absolute().parent.parent)
-    settings = run.settings() if run.exists() else {}
-    for name, section in settings.items():
-        if not isinstance(section, dict):
-            raise UserError(f"{run.config}: {name} is not a section; correct or remove the file")
-    batch_size = settings.get("train", {}).get("batch_size", 1)
-    if type(batch_size) is not int or not 1 <= batch_size < 2**53:
-        raise UserError(
-            f"{run.config}: train.batch_size is not a whole number from 1; correct or remove the "
-            f"file"
-        )
-    return settings
 
 
 def _late_rank(ranks: list[Review]) -> int | None:

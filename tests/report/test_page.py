@@ -304,46 +304,6 @@ def test_the_table_below_a_plot_holds_every_run(tmp_path: Path) -> None:
     assert [head.text for head in table.all("th", scope="colgroup")] == ["a", "b"]
 
 
-def coinciding(page: Element) -> list[str]:
-    notes = [note.text for figure in page.all("figure") for note in figure.all("p", class_="note")]
-    return [note.removeprefix("Coinciding curves: ") for note in notes]
-
-
-def test_a_curve_under_another_is_reported(tmp_path: Path) -> None:
-    short = [epoch(n, val_top1=0.2 + 0.01 * n, val_top5=0.3) for n in (1, 2, 3)]
-    longer = [*short, epoch(4)]
-    better = [{**e, "val_top1": e["val_top1"] + 0.1} for e in longer]
-    runs = [
-        make_run(tmp_path / name, epochs)
-        for name, epochs in zip("abc", (short, longer, better), strict=True)
-    ]
-    assert coinciding(page_of(*runs[:2])) == ["a lies under b (training, validation)."] * 3
-    assert coinciding(page_of(*runs[1::-1])) == []  # the shorter one is drawn over the longer
-    loss, top1, top5 = coinciding(page_of(*runs[1:]))
-    assert loss == top5 == "b lies under c (training, validation)."
-    assert top1 == "b lies under c (training)."
-
-
-@pytest.mark.parametrize(
-    ("settings", "note"),
-    [
-        (("",), ";"),
-        (("flip = false\ncrop_scale = 1.0",), ";"),
-        (("translate = 4",), " and on augmented images;"),
-        (("crop_scale = 0.5", "cutout = 8"), " and on augmented images;"),
-        (("", "flip = true"), " and, where a run augments them, on augmented images;"),
-    ],
-)
-def test_augmentation_is_mentioned_where_it_is_used(
-    tmp_path: Path, settings: tuple[str, ...], note: str
-) -> None:
-    runs = [make_run(tmp_path / str(number), [epoch(1)]) for number in range(len(settings))]
-    for run, text in zip(runs, settings, strict=True):
-        (run / "config.toml").write_text(f"{CONFIG}\n[augment]\n{text}\n")
-    notes = " ".join(p.text for p in page_of(*runs).all("p", class_="note"))
-    assert f"in training mode{note}" in notes
-
-
 def test_class_names_are_not_truncated(tmp_path: Path) -> None:
     page = page_of(make_run(tmp_path / "a", [epoch(1)]))
     assert "line-clamp" not in page.one("style").text
@@ -495,13 +455,12 @@ def assert_user_error(runs: list[Path], out: Path, *parts: str) -> None:
     with pytest.raises(UserError) as caught:
         write_report(runs, out)
     message = str(caught.value)
-    assert "\n" not in message
+    assert "\n" not in message and len(message) < 500
     assert [part for part in parts if part not in message] == []
 
 
 def test_a_directory_that_is_not_a_run_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "report.html"
-    assert_user_error([], out, "no run directory")
     assert_user_error([tmp_path / "gone"], out, str(tmp_path / "gone"), "no such directory")
     assert_user_error([tmp_path], out, str(tmp_path), "not a run directory")
     assert not out.exists()
@@ -529,21 +488,19 @@ BROKEN_FILES = [
     ("summary.json", '{"dataset": {"classes": true}}'),
     ("summary.json", '{"dataset": []}'),
     ("summary.json", "[" * 100_000),
-    ("environment.json", '{"a":' * 900 + "1" + "}" * 900),  # parsed, but nested too deeply
     ("config.toml", f"a = {'[' * 100_000}"),
-    ("config.toml", f"a = {'[' * 150}{']' * 150}"),
-    ("predictions.json", "{}"),
     ("predictions.json", '[{"png": "AAAA", "label": "cat", "predicted": []}]'),
     ("predictions.json", json.dumps([{"png": png(1, 1) + "'>", "label": "", "predicted": []}])),
     ("predictions.json", '[{"label": "cat", "predicted": []}]'),
     ("predictions.json", "[1]"),
+    ("predictions.json", '["é' + "a" * 2000),
 ]
 
 
 @pytest.mark.parametrize(("name", "content"), BROKEN_FILES)
 def test_a_malformed_file_is_refused(tmp_path: Path, name: str, content: str) -> None:
     run = make_run(tmp_path / "a", [epoch(1)])
-    (run / name).write_text(content)
+    (run / name).write_text(content, encoding="latin-1")
     assert_user_error([run], tmp_path / "report.html", str(run / name), "correct the file")
 
 

@@ -409,7 +409,7 @@ def complaint(path: Path, capsys) -> str:
     assert main(["trace", str(path)]) == 2
     captured = capsys.readouterr()
     lines = captured.err.splitlines()
-    assert len(lines) == 1 and str(path) in lines[0] and not captured.out
+    assert len(lines) == 1 and len(lines[0]) < 500 and str(path) in lines[0] and not captured.out
     return lines[0]
 
 
@@ -424,6 +424,7 @@ def test_a_trace_cut_short_is_refused(share, whole, tmp_path, capsys):
     "content",
     [
         b"\xff\xfe\x00",
+        b'["\xff' + b"a" * 2000,
         b"[" * 100_000,
         b"[]",
         b"{}",
@@ -459,9 +460,6 @@ def parts_of(content: dict) -> dict[str, dict]:
         ("step", {"name": f"ProfilerStep#{'9' * 5000}"}),
         ("cpu_op", {"dur": 10**400}),
         ("cpu_op", {"dur": float("inf")}),
-        ("cpu_op", {"args": {"External id": [1]}}),
-        ("kernel", {"args": {"External id": 1, "correlation": {}}}),
-        ("cuda_runtime", {"args": {"correlation": [1]}}),
     ],
 )
 def test_damaged_events_are_refused(part, changes, whole, tmp_path, capsys):
@@ -485,10 +483,10 @@ def test_a_source_line_that_is_not_text_is_shown_unchanged(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        ("train = 3", "train is not a section"),
-        ("data = 3", "data is not a section"),
-        ('[train]\nbatch_size = "x"', "train.batch_size is not a whole number from 1"),
-        ("[train]\nbatch_size = 0", "train.batch_size is not a whole number from 1"),
+        ("train = 3", "train: expected a section"),
+        ("data = 3", "data: expected a section"),
+        ('[train]\nbatch_size = "x"', "train.batch_size: expected a whole number at least 1"),
+        ("[train]\nbatch_size = 0", "train.batch_size: expected a whole number at least 1"),
         ("a = " + "[" * 9000, "not valid TOML"),
     ],
 )
@@ -497,14 +495,6 @@ def test_a_damaged_configuration_is_refused(config, reason, whole, tmp_path, cap
     (tmp_path / "traces" / "rank0.1.pt.trace.json").write_bytes(whole)
     (tmp_path / "config.toml").write_text(config)
     assert f"config.toml: {reason}" in complaint(tmp_path, capsys)
-
-
-def test_a_configuration_of_another_version_is_accepted(whole, tmp_path, capsys):
-    (tmp_path / "traces").mkdir()
-    (tmp_path / "traces" / "rank0.1.pt.trace.json").write_bytes(whole)
-    (tmp_path / "config.toml").write_text("[train]\nbatch_size = 8\nunknown = 1\n[later]\na = 1\n")
-    assert main(["trace", str(tmp_path)]) == 0
-    assert "images/s" in capsys.readouterr().out
 
 
 def test_a_run_without_a_trace_is_refused_with_the_way_to_record_one(tmp_path, capsys):
