@@ -5,10 +5,11 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from fastlab.console import UserError
 from fastlab.machine import cores
@@ -128,20 +129,16 @@ def _gpus() -> list[str]:
     return listed.stdout.split()
 
 
-class StopSignals:
-    """Counts SIGINT and SIGTERM while it is entered, in place of what they do otherwise."""
-
-    def __init__(self) -> None:
-        self.count, self.number = 0, 0
-        """How many came, and the number of the last."""
-
-    def __enter__(self) -> "StopSignals":
-        self._before = {n: signal.signal(n, self._receive) for n in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
+@contextmanager
+def stop_signals() -> Generator[list[int]]:
+    """Collects SIGINTs and SIGTERMs, in place of what they do otherwise."""
+    received: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: received.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
-
-    def _receive(self, number: int, _: Any) -> None:
-        self.count, self.number = self.count + 1, number

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from fastlab import config as configs
 from fastlab.console import UserError
 from fastlab.files import inherited_lock
-from fastlab.study.child import StopSignals, conclude, last_line, start
+from fastlab.study.child import conclude, last_line, start
 from fastlab.study.folder import StudyDir, look
 from fastlab.study.screen import Screen
 from fastlab.study.spec import Task
@@ -27,7 +27,7 @@ class Cluster:
     settings: dict[str, Any]
     """As submitit takes them, such as timeout_min."""
 
-    def run(self, tasks: list[Task], stop: StopSignals, screen: Screen) -> None:
+    def run(self, tasks: list[Task], stop: list[int], screen: Screen) -> None:
         """Train all of `tasks`; after a signal, cancel the jobs and wait for their end. Raises
         `UserError` where submitit is missing or refuses the settings."""
         paths, names = [self.study.path.absolute()] * len(tasks), [task.name for task in tasks]
@@ -35,7 +35,7 @@ class Cluster:
         waiting = dict(zip(submitted, tasks, strict=True))
         cancelled = False
         while waiting:
-            if stop.count and not cancelled:
+            if stop and not cancelled:
                 cancelled = True
                 screen.say(f"cancelling {len(waiting)} jobs")
                 for job in waiting:

@@ -18,7 +18,8 @@ from typing import Any
 
 from fastlab.console import UserError, public_command
 from fastlab.dataset.manifest import check_sizes, read_manifest
-from fastlab.study.child import StopSignals, call, last_line
+from fastlab.files import write_json
+from fastlab.study.child import call, last_line, stop_signals
 from fastlab.study.cluster import Cluster, cluster_settings
 from fastlab.study.estimate import estimate, estimate_text
 from fastlab.study.folder import State, StudyDir, look
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return 0
     folder.create(tasks)
-    with folder.locked() as lock, StopSignals() as stop:
+    with folder.locked() as lock, stop_signals() as stop:
         # Another command, or trainings that outlived one, may have finished some runs meanwhile.
         todo = [task for task in todo if is_wanted(look(folder, task), args.retry)]
         screen = Screen(folder, todo, estimated.seconds, args.jobs)
@@ -59,10 +60,10 @@ def run(args: argparse.Namespace) -> int:
             Cluster(folder, args.jobs, args.cluster, settings).run(todo, stop, screen)
         else:
             Pool(folder, lock, args.jobs).run(todo, stop, screen)
-    if stop.count:
+    if stop:
         report(folder, studies, tasks)
         print("stopped; the same command resumes the study")
-        return 128 + stop.number
+        return 128 + stop[-1]
     evaluate_best(folder, studies)
     return report(folder, studies, tasks)
 
@@ -114,7 +115,7 @@ def evaluate_best(folder: StudyDir, studies: list[Study]) -> None:
     best = best_run(analyse(folder, studies))
     if best and folder.read_test().get("run") != best.task.name:
         figures = _test_figures(folder, best.task)
-        folder.write_test({"run": best.task.name, **figures})
+        write_json(folder.test, {"run": best.task.name, **figures})
 
 
 def _test_figures(folder: StudyDir, task: Task) -> dict[str, Any]:

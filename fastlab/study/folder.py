@@ -70,9 +70,6 @@ class StudyDir:
         why there are none; empty before the test split was evaluated."""
         return _read_json(self.test)
 
-    def write_test(self, figures: dict[str, Any]) -> None:
-        write_json(self.test, figures)
-
 
 @dataclass(frozen=True)
 class State:
@@ -102,9 +99,8 @@ def look(study: StudyDir, task: Task) -> State:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; empty where there is no file, or it was torn by a kill."""
+    """The object in a file; empty where there is no file, or a loss of power has torn it."""
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
         return {}
-    return value if isinstance(value, dict) else {}
