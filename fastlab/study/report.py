@@ -1,6 +1,7 @@
 """The report of studies: `report.html`, and the same tables without curves as `report.md`."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from fastlab import config as configs
@@ -15,11 +16,10 @@ from fastlab.report.page import (
     render,
     write_whole,
 )
-from fastlab.runs import EPOCH_KEYS, Epoch, Run, best_epoch
+from fastlab.runs import EPOCH_KEYS, Epoch, Run
 from fastlab.study.folder import StudyDir
 from fastlab.study.reference import MEAN_OF_PRINTED, Reference, reference_table, reference_test
 from fastlab.study.results import (
-    Best,
     RowResult,
     RunResult,
     StudyResult,
@@ -36,11 +36,11 @@ _OF_ONE_RUN = ("command", "date", "machine.memory_gib")
 
 
 class _Metric(NamedTuple):
-    """A column of every table: an attribute of a row's figures, scaled."""
+    """A column of every table: a figure of a row, scaled."""
 
     key: str
     title: str
-    attribute: str
+    figure: str
     scale: float
     decimals: int
 
@@ -140,7 +140,7 @@ def _row(row: RowResult) -> dict[str, Any]:
     """The lines of a row in its study's table, each cell as text, with notes and links."""
     here = {
         "who": "here",
-        **_cells(row),
+        **_cells(vars(row)),
         "rate": number_text(row.rate),
         "time": duration_text(row.seconds),
         "seeds": f"{len(row.finished)} of {len(row.runs)}",
@@ -149,7 +149,7 @@ def _row(row: RowResult) -> dict[str, Any]:
         "label": row.label,
         "lines": [here, *(_reference_lines(row, row.reference) if row.reference else [])],
         "notes": [_note(run) for run in row.runs if not run.run],
-        "links": [{"seed": run.task.seed, "name": run.task.name} for run in row.runs],
+        "tasks": row.row.tasks,
     }
 
 
@@ -162,21 +162,21 @@ def _reference_lines(row: RowResult, reference: Reference) -> list[dict[str, str
     """The reference's figures, and the difference of the row's from them."""
     differences = {}
     for metric in _METRICS:
-        here: Interval | None = getattr(row, metric.attribute)
-        there: float = getattr(reference, metric.attribute)
-        distance = here and metric.scale * (here.mean - there)
+        here: Interval | None = vars(row)[metric.figure]
+        distance = here and metric.scale * (here.mean - vars(reference)[metric.figure])
         differences[metric.key] = (
             MISSING if distance is None else f"{distance:+.{metric.decimals}f}"
         )
     untimed = {"rate": MISSING, "time": MISSING, "seeds": "1"}
     return [
-        {"who": "reference", **_cells(reference), **untimed},
+        {"who": "reference", **_cells(vars(reference)), **untimed},
         {"who": "difference", **differences, **dict.fromkeys(untimed, "")},
     ]
 
 
-def _cells(figures: RowResult | Reference | Best) -> dict[str, str]:
-    return {m.key: _cell(getattr(figures, m.attribute), m) for m in _METRICS}
+def _cells(figures: Mapping[str, Any]) -> dict[str, str]:
+    """The cells of "top1", "top5" and "loss" in `figures`, each an interval, a number or None."""
+    return {metric.key: _cell(figures[metric.figure], metric) for metric in _METRICS}
 
 
 def _cell(value: Interval | float | None, metric: _Metric) -> str:
@@ -196,14 +196,11 @@ def _verdicts(results: list[StudyResult]) -> dict[str, list[tuple[Study, Verdict
 
 
 def _run(result: RunResult) -> dict[str, Any]:
-    best = best_epoch(result.run) if result.run else None
     return {
         "name": result.task.name,
-        "seed": result.task.seed,
-        "state": result.state.status,
-        "reason": result.state.reason,
+        "state": result.state,
         "epochs": f"{result.state.epochs} of {result.task.config.train.epochs} epochs",
-        "top1": percent_text(best["val_top1"]) if best else MISSING,
+        "top1": percent_text(result.best["val_top1"] if result.best else None),
         "config": configs.dump(result.task.config),
     }
 
@@ -211,14 +208,14 @@ def _run(result: RunResult) -> dict[str, Any]:
 def _best(folder: StudyDir, results: list[StudyResult]) -> dict[str, Any]:
     """What is shown of the best run; empty without a finished one."""
     best = best_run(results)
-    if best is None:
+    if not (best and best.best):
         return {}
-    rows = [{"split": "validation", **_cells(best)}]
+    figures = {key.removeprefix("val_"): value for key, value in best.best.items()}
+    rows = [{"split": "validation", **_cells(figures)}]
     tested = folder.read_test()
     if tested.get("run") == best.task.name and "top1" in tested:
-        figures = Reference(tested["loss"], tested["top1"], tested["top5"])
-        rows.append({"split": "test", **_cells(figures)})
-        rows.append({"split": "reference, test", **_cells(reference_test())})
+        rows.append({"split": "test", **_cells(tested)})
+        rows.append({"split": "reference, test", **_cells(vars(reference_test()))})
     of_best = [row for study in results for row in study.rows if best.task in row.row.tasks]
     lacking = list(dict.fromkeys(seed for row in of_best for seed in row.lacking))
     notes = [f"Its row lacks {listed(lacking)}."] if lacking else []

@@ -4,11 +4,19 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from fastlab.console import UserError
 from fastlab.report.page import percent_text
-from fastlab.runs import EPOCH_KEYS, Run, best_epoch, images_per_second, read_run, train_seconds
+from fastlab.runs import (
+    EPOCH_KEYS,
+    Epoch,
+    Run,
+    best_epoch,
+    images_per_second,
+    read_run,
+    train_seconds,
+)
 from fastlab.study.folder import State, StudyDir, look
 from fastlab.study.reference import Reference, find_reference
 from fastlab.study.spec import Finding, Row, Study, Task, tasks_of
@@ -21,6 +29,11 @@ class RunResult:
     state: State
     run: Run | None
     """None unless it is finished and readable."""
+
+    @property
+    def best(self) -> Epoch | None:
+        """The run's best epoch by validation top-1."""
+        return best_epoch(self.run) if self.run else None
 
 
 @dataclass(frozen=True)
@@ -70,15 +83,6 @@ class StudyResult:
     verdicts: list[Verdict]
 
 
-class Best(NamedTuple):
-    """A run with the figures of its best epoch on validation."""
-
-    task: Task
-    top1: float
-    top5: float | None
-    loss: float | None
-
-
 def analyse(folder: StudyDir, studies: list[Study]) -> list[StudyResult]:
     runs = {task.name: read_result(folder, task) for task in tasks_of(studies)}
     results = []
@@ -101,7 +105,7 @@ def read_result(folder: StudyDir, task: Task) -> RunResult:
 
 def _row(row: Row, results: tuple[RunResult, ...]) -> RowResult:
     runs = [result.run for result in results if result.run]
-    best = [best_epoch(run) or dict.fromkeys(EPOCH_KEYS) for run in runs]
+    best = [result.best or dict.fromkeys(EPOCH_KEYS) for result in results if result.run]
     rates = [rate for run in runs if (rate := images_per_second(run)) is not None]
     seconds = [time for run in runs if (time := train_seconds(run)) is not None]
     return RowResult(
@@ -116,17 +120,10 @@ def _row(row: Row, results: tuple[RunResult, ...]) -> RowResult:
     )
 
 
-def best_run(results: list[StudyResult]) -> Best | None:
+def best_run(results: list[StudyResult]) -> RunResult | None:
     """The finished run with the highest validation top-1."""
-    candidates = [
-        Best(result.task, top1, epoch["val_top5"], epoch["val_loss"])
-        for study in results
-        for row in study.rows
-        for result in row.runs
-        if result.run and (epoch := best_epoch(result.run))
-        if (top1 := epoch["val_top1"]) is not None
-    ]
-    return max(candidates, key=lambda best: best.top1, default=None)
+    runs = [run for study in results for row in study.rows for run in row.runs if run.best]
+    return max(runs, key=lambda run: (run.best or {})["val_top1"] or 0.0, default=None)
 
 
 # Findings
