@@ -18,7 +18,6 @@ from benchmarks.records import clock, reference
 from fastlab import cli
 from fastlab.console import UserError, run_command
 from fastlab.dataset.archives import COMPRESSED_TAR
-from fastlab.study import estimate
 from tests import screenshots
 from tests.faults import __main__ as faults
 
@@ -64,7 +63,6 @@ def test_a_record_without_its_dataset(monkeypatch, capsys):
         (training.main, [*DEMO, "--batches", "0"]),
         (convert.main, ["nope", "--rounds", "0"]),
         (screenshots.main, []),
-        (estimate.main, []),
     ],
 )
 def test_arguments_that_cannot_be_read_end_with_status_2(main, arguments, capsys):
@@ -73,10 +71,9 @@ def test_arguments_that_cannot_be_read_end_with_status_2(main, arguments, capsys
     assert end.value.code == 2
 
 
-@pytest.mark.parametrize("main", [estimate.main, faults.main])
-def test_help_is_no_name_of_a_file(main, capsys):
+def test_help_is_no_name_of_a_file(capsys):
     with pytest.raises(SystemExit) as end:
-        main(["--help"])
+        faults.main(["--help"])
     assert end.value.code == 0
     assert capsys.readouterr().out.startswith("usage:")
 
