@@ -19,11 +19,12 @@ from typing import Any, NamedTuple, TypeVar
 from fastlab.config import Config
 from fastlab.console import first_line, silence
 from fastlab.processes import die_with_parent
+from fastlab.report.texts import duration_text
 from fastlab.runs import RunDir, train_seconds
 from fastlab.study.child import places
 from fastlab.study.folder import State, StudyDir
 from fastlab.study.results import read_result
-from fastlab.study.screen import clock, counted
+from fastlab.study.screen import counted
 from fastlab.study.spec import Task
 
 START_SECONDS = 5.0
@@ -79,8 +80,8 @@ def estimate_text(estimated: Estimate, todo: list[Task], jobs: int) -> str:
     total = sum(seconds.values())
     known = "" if len(seconds) == len(todo) else f" for {len(seconds)} of the {len(todo)} runs"
     jobs = min(jobs, len(todo))
-    side = f", at best {clock(total / jobs)} with --jobs {jobs}" if jobs > 1 else ""
-    return f"about {clock(total)} of training{known}{side}; {source}"
+    side = f", at best {duration_text(total / jobs)} with --jobs {jobs}" if jobs > 1 else ""
+    return f"about {duration_text(total)} of training{known}{side}; {source}"
 
 
 def _cost(task: Task) -> tuple[Any, ...]:
