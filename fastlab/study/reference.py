@@ -33,11 +33,6 @@ class Reference:
     top5: float
 
 
-def reference_test() -> Reference:
-    """The figures of the reference's best model on the test split."""
-    return _figures(reference_table()["test"])
-
-
 def find_reference(config: Config) -> Reference | None:
     """The reference's row with the settings of `config`, apart from its scale."""
     subject = _subject(config)
@@ -46,7 +41,7 @@ def find_reference(config: Config) -> Reference | None:
         for section, settings in row["set"].items():
             wanted.update({(section, key): value for key, value in settings.items()})
         if subject == wanted:
-            return _figures(row)
+            return reference_figures(row)
     return None
 
 
@@ -56,7 +51,8 @@ def reference_table() -> dict[str, Any]:
     return tomllib.loads(Path(__file__).with_name("reference.toml").read_text(encoding="utf-8"))
 
 
-def _figures(row: dict[str, Any]) -> Reference:
+def reference_figures(row: dict[str, Any]) -> Reference:
+    """The figures of an entry of `reference_table`."""
     return Reference(row["loss_printed"] * MEAN_OF_PRINTED, row["top1"], row["top5"])
 
 

@@ -18,7 +18,7 @@ from fastlab.report.page import (
 )
 from fastlab.runs import EPOCH_KEYS, Epoch, Run
 from fastlab.study.folder import StudyDir
-from fastlab.study.reference import MEAN_OF_PRINTED, Reference, reference_table, reference_test
+from fastlab.study.reference import MEAN_OF_PRINTED, Reference, reference_figures, reference_table
 from fastlab.study.results import (
     RowResult,
     RunResult,
@@ -215,7 +215,8 @@ def _best(folder: StudyDir, results: list[StudyResult]) -> dict[str, Any]:
     tested = folder.read_test()
     if tested.get("run") == best.task.name and "top1" in tested:
         rows.append({"split": "test", **_cells(tested)})
-        rows.append({"split": "reference, test", **_cells(vars(reference_test()))})
+        reference = reference_figures(reference_table()["test"])
+        rows.append({"split": "reference, test", **_cells(vars(reference))})
     of_best = [row for study in results for row in study.rows if best.task in row.row.tasks]
     lacking = list(dict.fromkeys(seed for row in of_best for seed in row.lacking))
     notes = [f"Its row lacks {listed(lacking)}."] if lacking else []

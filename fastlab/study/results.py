@@ -132,20 +132,17 @@ def best_run(results: list[StudyResult]) -> RunResult | None:
 def decide(finding: Finding, rows: list[RowResult]) -> Verdict:
     """Decide a finding by the 95 % intervals of validation top-1."""
     named = {row.label: row for row in rows}
-    labels = [finding.better] * bool(finding.better) + [*finding.worse, *finding.chance]
+    labels = [label for label in (finding.better, *finding.worse, *finding.chance) if label]
     tops = {label: top1 for label in labels if (top1 := named[label].top1)}
-    missing = [label for label in labels if label not in tops]
-    if missing:
+    if missing := [label for label in labels if label not in tops]:
         return Verdict(finding, "undecided", f"no finished run of {listed(missing)}.")
     figures = _figures(labels, tops)
     # A seed that diverged speaks against its row, and the interval of the other seeds hides that.
-    partial = [
-        f"{listed(named[label].lacking)} of {label}" for label in labels if named[label].lacking
-    ]
+    partial = [label for label in labels if named[label].lacking]
     if partial:
-        return Verdict(finding, "undecided", f"{figures}, without {'; '.join(partial)}.")
-    single = [label for label in labels if tops[label].half is None]
-    if single:
+        lacking = "; ".join(f"{listed(named[label].lacking)} of {label}" for label in partial)
+        return Verdict(finding, "undecided", f"{figures}, without {lacking}.")
+    if single := [label for label in labels if tops[label].half is None]:
         sentence = f"{figures}; a single seed of {listed(single)} has no interval."
         return Verdict(finding, "undecided", sentence)
     if finding.chance:
@@ -154,13 +151,10 @@ def decide(finding: Finding, rows: list[RowResult]) -> Verdict:
 
 
 def _decide_order(finding: Finding, tops: dict[str, Interval]) -> Verdict:
-    better = tops[finding.better]
-    above = [label for label in finding.worse if tops[label].low > better.high]
-    overlapping = [label for label in finding.worse if tops[label].high >= better.low]
-    figure = _figures([finding.better], tops)
-    if above:
+    better, figure = tops[finding.better], _figures([finding.better], tops)
+    if above := [label for label in finding.worse if tops[label].low > better.high]:
         return Verdict(finding, "does not hold", f"{figure} lies below {_figures(above, tops)}.")
-    if overlapping:
+    if overlapping := [label for label in finding.worse if tops[label].high >= better.low]:
         sentence = f"the interval of {figure} overlaps {_figures(overlapping, tops)}."
         return Verdict(finding, "undecided", sentence)
     return Verdict(finding, "holds", f"{figure} lies above {_figures(finding.worse, tops)}.")
@@ -170,17 +164,15 @@ def _decide_chance(
     finding: Finding, named: dict[str, RowResult], tops: dict[str, Interval]
 ) -> Verdict:
     """A row is at chance unless it lies above it by more than three standard errors of guessing."""
-    bounds = {label: _chance(named[label]) for label in finding.chance}
-    limit = f"{percent_text(max(bound for _, bound in bounds.values()))} %"
-    chance, _ = bounds[finding.chance[0]]
-    sentence = f"{_figures(finding.chance, tops)}, where chance is {percent_text(chance)} %"
-    if any(tops[label].low > bound for label, (_, bound) in bounds.items()):
-        return Verdict(
-            finding, "does not hold", f"{sentence}: above the {limit} that guessing gives."
-        )
-    if all(tops[label].high <= bound for label, (_, bound) in bounds.items()):
-        return Verdict(finding, "holds", f"{sentence} and guessing gives up to {limit}.")
-    return Verdict(finding, "undecided", f"{sentence}: the interval spans the {limit} of guessing.")
+    bounds = [(tops[label], *_chance(named[label])) for label in finding.chance]
+    sentence = (
+        f"{_figures(finding.chance, tops)}, where chance is {percent_text(bounds[0][1])} % and "
+        f"guessing gives up to {percent_text(max(limit for _, _, limit in bounds))} %."
+    )
+    if any(top1.low > limit for top1, _, limit in bounds):
+        return Verdict(finding, "does not hold", sentence)
+    below = all(top1.high <= limit for top1, _, limit in bounds)
+    return Verdict(finding, "holds" if below else "undecided", sentence)
 
 
 def _chance(row: RowResult) -> tuple[float, float]:
