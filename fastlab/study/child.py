@@ -15,7 +15,7 @@ from fastlab.console import UserError
 from fastlab.machine import cores
 from fastlab.processes import die_with_parent
 from fastlab.runs import RunDir
-from fastlab.study.folder import State, Status, StudyDir, look
+from fastlab.study.folder import State, StudyDir, look
 from fastlab.study.spec import Task
 
 _TRAIN = Path(__file__).parents[1] / "train.py"
@@ -78,17 +78,16 @@ def _arguments(study: StudyDir, task: Task) -> list[str]:
 def conclude(study: StudyDir, child: Child) -> State:
     """Record how a child ended, and return where its run stands."""
     code = child.process.returncode
-    number = -code if code < 0 else code - 128 if code in (130, 143) else 0
-    status: Status = "failed"
     if code == 0:
         status, reason = "finished", ""
-    elif number:
+    elif code < 0 or code in (130, 143):
+        number = -code if code < 0 else code - 128
         status, reason = "interrupted", f"ended by {signal.Signals(number).name}"
     else:
-        reason = last_line(study.log(child.task).read_bytes()[child.log_start :])
-    study.write_record(
-        child.task, status, reason, side_by_side=child.side_by_side, exit_status=code
-    )
+        output = study.log(child.task).read_bytes()[child.log_start :]
+        status, reason = "failed", last_line(output)
+    details = {"side_by_side": child.side_by_side, "exit_status": code}
+    study.write_record(child.task, status, reason, **details)
     return look(study, child.task)
 
 
@@ -98,12 +97,6 @@ def last_line(output: bytes) -> str:
     return lines[-1].strip().removeprefix("fastlab: ")[:500] if lines else "ended without a message"
 
 
-def call(arguments: list[str]) -> subprocess.CompletedProcess[bytes]:
-    """Run ``python arguments`` to its end, in the place of a training, and keep its output."""
-    environment = {**os.environ, **places(1)[0]}
-    return subprocess.run([sys.executable, *arguments], capture_output=True, env=environment)
-
-
 def places(jobs: int) -> list[dict[str, str]]:
     """What to add to the environment of each of `jobs` trainings that run side by side: a GPU each
     in turn, or a share of the cores."""
@@ -111,8 +104,8 @@ def places(jobs: int) -> list[dict[str, str]]:
     if gpus:
         return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} for i in range(jobs)]
     if jobs == 1 or "OMP_NUM_THREADS" in os.environ:
-        return [{} for _ in range(jobs)]
-    return [{"OMP_NUM_THREADS": str(max(1, cores() // jobs))} for _ in range(jobs)]
+        return [{}] * jobs
+    return [{"OMP_NUM_THREADS": str(max(1, cores() // jobs))}] * jobs
 
 
 def _gpus() -> list[str]:

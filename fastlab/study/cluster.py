@@ -42,8 +42,9 @@ class Cluster:
                     job.cancel()
             for job in [job for job in waiting if job.done()]:
                 task = waiting.pop(job)
-                if not cancelled:
-                    self._explain(job, task)
+                if not cancelled and not self.study.record(task).exists():  # it wrote none itself
+                    reason = f"job {job.job_id}: {last_line(str(job.exception()).encode())}"
+                    self.study.write_record(task, "failed", reason[:500])
                 screen.ended(task, look(self.study, task))
             screen.show([task for task in waiting.values() if look(self.study, task).epochs])
             time.sleep(0.5)
@@ -61,12 +62,6 @@ class Cluster:
         except (AssertionError, NameError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"--cluster {self.engine}: {' '.join(str(error).split())}") from None
         return executor
-
-    def _explain(self, job: Any, task: Task) -> None:
-        """Record why a job ended that could not record it itself."""
-        if not self.study.record(task).exists():
-            reason = f"job {job.job_id}: {last_line(str(job.exception()).encode())}"
-            self.study.write_record(task, "failed", reason[:500])
 
 
 def train_here(path: Path, name: str) -> str:

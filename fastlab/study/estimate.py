@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 from fastlab.config import Config
 from fastlab.console import first_line, silence
@@ -32,23 +32,13 @@ START_SECONDS = 5.0
 _WARMUP = 2  # steps
 _BUDGET = 1.0  # seconds of steps
 
-T = TypeVar("T")
-
-
-class Estimate(NamedTuple):
-    """Training time that is left."""
-
-    seconds: dict[str, float]
-    """By the task's name, for each task whose epochs' time is known."""
-    source: str
-    """Where the figures come from, as text."""
-
 
 def estimate(
     folder: StudyDir, tasks: list[Task], todo: list[Task], states: dict[str, State], measure: bool
-) -> Estimate:
-    """Estimate what is left of each run in `todo` by the epochs of finished runs that cost the
-    same; where there is none and `measure` is set, by measured steps."""
+) -> tuple[dict[str, float], str]:
+    """Seconds that each run in `todo` still needs, by its name, and where the figures come from:
+    the epochs of finished runs that cost the same; where there is none and `measure` is set,
+    measured steps. A run is left out where neither is known."""
     finished = _finished_epochs(folder, [t for t in tasks if states[t.name].status == "finished"])
     kinds = {_cost(task): task for task in todo}
     unknown = [task for cost, task in kinds.items() if cost not in finished]
@@ -68,11 +58,10 @@ def estimate(
         (len(kinds.keys() - epochs.keys()), f"unknown{problem and f' ({problem})'}"),
     ]
     sources = ", ".join(f"{count} {source}" for count, source in counts if count)
-    return Estimate(seconds, f"time per epoch for {counted(len(kinds), 'kind')} of run: {sources}")
+    return seconds, f"time per epoch for {counted(len(kinds), 'kind')} of run: {sources}"
 
 
-def estimate_text(estimated: Estimate, todo: list[Task], jobs: int) -> str:
-    seconds, source = estimated
+def estimate_text(seconds: dict[str, float], source: str, todo: list[Task], jobs: int) -> str:
     if not todo:
         return "nothing left to train"
     if not seconds:
@@ -152,7 +141,7 @@ def epoch_seconds(cfg: Config) -> float:
 
 
 def step_seconds(
-    batches: Iterable[T], step: Callable[[T], object], wait: Callable[[], None]
+    batches: Iterable[Any], step: Callable[[Any], object], wait: Callable[[], None]
 ) -> float:
     """Median seconds of a step, over steps of `_BUDGET` seconds in all after `_WARMUP` steps; over
     all steps where there are no more than those. `wait` waits for the device."""

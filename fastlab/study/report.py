@@ -1,6 +1,7 @@
 """The report of studies: `report.html`, and the same tables without curves as `report.md`."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from fastlab.report.page import (
     write_whole,
 )
 from fastlab.runs import EPOCH_KEYS, Epoch, Run
-from fastlab.study.folder import StudyDir
+from fastlab.study.folder import StudyDir, read_json
 from fastlab.study.reference import MEAN_OF_PRINTED, Reference, reference_figures, reference_table
 from fastlab.study.results import (
     RowResult,
@@ -125,15 +126,12 @@ def _study(result: StudyResult) -> dict[str, Any]:
 
 def _mean_run(row: RowResult) -> Run:
     """The curves of a row: the means over its finished seeds, up to the last epoch of all."""
-    runs = row.finished
-    last = min(len(run.epochs) for run in runs)
-    epochs = [_mean_epoch([run.epochs[index] for run in runs]) for index in range(last)]
-    return Run(row.label, {}, {}, {}, epochs, [])
-
-
-def _mean_epoch(epochs: list[Epoch]) -> Epoch:
-    means = {key: interval([epoch[key] for epoch in epochs]) for key in EPOCH_KEYS}
-    return {"epoch": epochs[0]["epoch"]} | {k: m.mean if m else None for k, m in means.items()}
+    means: list[Epoch] = []
+    for epochs in zip(*(run.epochs for run in row.finished), strict=False):
+        over_seeds = {key: interval([epoch[key] for epoch in epochs]) for key in EPOCH_KEYS}
+        mean = {key: figure.mean if figure else None for key, figure in over_seeds.items()}
+        means.append({"epoch": epochs[0]["epoch"], **mean})
+    return Run(row.label, {}, {}, {}, means, [])
 
 
 def _row(row: RowResult) -> dict[str, Any]:
@@ -212,7 +210,7 @@ def _best(folder: StudyDir, results: list[StudyResult]) -> dict[str, Any]:
         return {}
     figures = {key.removeprefix("val_"): value for key, value in best.best.items()}
     rows = [{"split": "validation", **_cells(figures)}]
-    tested = folder.read_test()
+    tested = read_json(folder.test)
     if tested.get("run") == best.task.name and "top1" in tested:
         rows.append({"split": "test", **_cells(tested)})
         reference = reference_figures(reference_table()["test"])
@@ -227,10 +225,9 @@ def _best(folder: StudyDir, results: list[StudyResult]) -> dict[str, Any]:
 def _environment(environments: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """Rows of key and text; where runs differ, each text that occurs."""
     texts: dict[str, dict[str, None]] = {}
-    for environment in environments:
-        for key, text in flat_rows(environment):
-            if key not in _OF_ONE_RUN:
-                texts.setdefault(key, {})[text] = None
+    for key, text in itertools.chain.from_iterable(map(flat_rows, environments)):
+        if key not in _OF_ONE_RUN:
+            texts.setdefault(key, {})[text] = None
     dates = sorted(str(environment.get("date", "")) for environment in environments)
     span = [("runs begun", " to ".join(dict.fromkeys([dates[0], dates[-1]])))] if dates else []
     return span + [(key, " | ".join(different)) for key, different in texts.items()]
