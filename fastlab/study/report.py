@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import statistics
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -17,9 +18,15 @@ from fastlab.report.page import (
     render,
     write_whole,
 )
-from fastlab.runs import EPOCH_KEYS, Epoch, Run
+from fastlab.runs import EPOCH_KEYS, Epoch, Run, images_per_second, train_seconds
 from fastlab.study.folder import StudyDir, read_json
-from fastlab.study.reference import MEAN_OF_PRINTED, Reference, reference_figures, reference_table
+from fastlab.study.reference import (
+    MEAN_OF_PRINTED,
+    Reference,
+    find_reference,
+    reference_figures,
+    reference_table,
+)
 from fastlab.study.results import (
     RowResult,
     RunResult,
@@ -135,17 +142,21 @@ def _mean_run(row: RowResult) -> Run:
 
 
 def _row(row: RowResult) -> dict[str, Any]:
-    """The lines of a row in its study's table, each cell as text, with notes and links."""
+    """The lines of a row in its study's table, each cell as text, with notes and links. Rate and
+    time are medians over the finished seeds."""
+    rates = [rate for run in row.finished if (rate := images_per_second(run)) is not None]
+    times = [time for run in row.finished if (time := train_seconds(run)) is not None]
+    reference = find_reference(row.row.config)
     here = {
         "who": "here",
-        **_cells(vars(row)),
-        "rate": number_text(row.rate),
-        "time": duration_text(row.seconds),
+        **_cells(row.figures),
+        "rate": number_text(statistics.median(rates) if rates else None),
+        "time": duration_text(statistics.median(times) if times else None),
         "seeds": f"{len(row.finished)} of {len(row.runs)}",
     }
     return {
         "label": row.label,
-        "lines": [here, *(_reference_lines(row, row.reference) if row.reference else [])],
+        "lines": [here, *(_reference_lines(row, reference) if reference else [])],
         "notes": [_note(run) for run in row.runs if not run.run],
         "tasks": row.row.tasks,
     }
@@ -160,7 +171,7 @@ def _reference_lines(row: RowResult, reference: Reference) -> list[dict[str, str
     """The reference's figures, and the difference of the row's from them."""
     differences = {}
     for metric in _METRICS:
-        here: Interval | None = vars(row)[metric.figure]
+        here = row.figures[metric.figure]
         distance = here and metric.scale * (here.mean - vars(reference)[metric.figure])
         differences[metric.key] = (
             MISSING if distance is None else f"{distance:+.{metric.decimals}f}"

@@ -1,24 +1,14 @@
 """The figures of a study's rows over their seeds, and what they decide about its findings."""
 
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from fastlab.console import UserError
 from fastlab.report.page import percent_text
-from fastlab.runs import (
-    EPOCH_KEYS,
-    Epoch,
-    Run,
-    best_epoch,
-    images_per_second,
-    read_run,
-    train_seconds,
-)
+from fastlab.runs import Epoch, Run, best_epoch, read_run
 from fastlab.study.folder import State, StudyDir, look
-from fastlab.study.reference import Reference, find_reference
 from fastlab.study.spec import Finding, Row, Study, Task, tasks_of
 from fastlab.study.statistics import Interval, interval
 
@@ -38,21 +28,10 @@ class RunResult:
 
 @dataclass(frozen=True)
 class RowResult:
-    """One value of a factor. Figures are those of each finished seed's best epoch by validation
-    top-1; None where there is no finished seed, or one of them diverged."""
+    """One value of a factor."""
 
     row: Row
-    runs: tuple[RunResult, ...]
-    loss: Interval | None
-    """Mean cross-entropy on validation."""
-    top1: Interval | None
-    """0 to 1, on validation; so is top5."""
-    top5: Interval | None
-    rate: float | None
-    """images/s in training, median over seeds."""
-    seconds: float | None
-    """Training and validation, median over seeds."""
-    reference: Reference | None
+    runs: list[RunResult]
 
     @property
     def label(self) -> str:
@@ -61,6 +40,14 @@ class RowResult:
     @property
     def finished(self) -> list[Run]:
         return [result.run for result in self.runs if result.run]
+
+    @property
+    def figures(self) -> dict[str, Interval | None]:
+        """On validation, over the best epochs of the finished seeds: "loss" (mean cross-entropy),
+        "top1" and "top5" (0 to 1). None where no seed is finished, or one of them diverged."""
+        best = [run.best or {} for run in self.runs if run.run]
+        keys = ("loss", "top1", "top5")
+        return {key: interval([epoch.get(f"val_{key}") for epoch in best]) for key in keys}
 
     @property
     def lacking(self) -> list[str]:
@@ -87,7 +74,7 @@ def analyse(folder: StudyDir, studies: list[Study]) -> list[StudyResult]:
     runs = {task.name: read_result(folder, task) for task in tasks_of(studies)}
     results = []
     for study in studies:
-        rows = [_row(row, tuple(runs[task.name] for task in row.tasks)) for row in study.rows]
+        rows = [RowResult(row, [runs[task.name] for task in row.tasks]) for row in study.rows]
         verdicts = [decide(finding, rows) for finding in study.findings]
         results.append(StudyResult(study, rows, verdicts))
     return results
@@ -103,23 +90,6 @@ def read_result(folder: StudyDir, task: Task) -> RunResult:
         return RunResult(task, State("unreadable", str(error)), None)
 
 
-def _row(row: Row, results: tuple[RunResult, ...]) -> RowResult:
-    runs = [result.run for result in results if result.run]
-    best = [result.best or dict.fromkeys(EPOCH_KEYS) for result in results if result.run]
-    rates = [rate for run in runs if (rate := images_per_second(run)) is not None]
-    seconds = [time for run in runs if (time := train_seconds(run)) is not None]
-    return RowResult(
-        row,
-        results,
-        loss=interval([epoch["val_loss"] for epoch in best]),
-        top1=interval([epoch["val_top1"] for epoch in best]),
-        top5=interval([epoch["val_top5"] for epoch in best]),
-        rate=statistics.median(rates) if rates else None,
-        seconds=statistics.median(seconds) if seconds else None,
-        reference=find_reference(row.config),
-    )
-
-
 def best_run(results: list[StudyResult]) -> RunResult | None:
     """The finished run with the highest validation top-1."""
     runs = [run for study in results for row in study.rows for run in row.runs if run.best]
@@ -133,7 +103,7 @@ def decide(finding: Finding, rows: list[RowResult]) -> Verdict:
     """Decide a finding by the 95 % intervals of validation top-1."""
     named = {row.label: row for row in rows}
     labels = [label for label in (finding.better, *finding.worse, *finding.chance) if label]
-    tops = {label: top1 for label in labels if (top1 := named[label].top1)}
+    tops = {label: top1 for label in labels if (top1 := named[label].figures["top1"])}
     if missing := [label for label in labels if label not in tops]:
         return Verdict(finding, "undecided", f"no finished run of {listed(missing)}.")
     figures = _figures(labels, tops)
