@@ -22,7 +22,6 @@ from fastlab.runs import EPOCH_KEYS, Epoch, Run, images_per_second, train_second
 from fastlab.study.folder import StudyDir, read_json
 from fastlab.study.reference import (
     MEAN_OF_PRINTED,
-    Reference,
     find_reference,
     reference_figures,
     reference_table,
@@ -167,18 +166,18 @@ def _note(run: RunResult) -> str:
     return f"seed {run.task.seed} {run.state.status}{reason}"
 
 
-def _reference_lines(row: RowResult, reference: Reference) -> list[dict[str, str]]:
+def _reference_lines(row: RowResult, reference: dict[str, float]) -> list[dict[str, str]]:
     """The reference's figures, and the difference of the row's from them."""
     differences = {}
     for metric in _METRICS:
         here = row.figures[metric.figure]
-        distance = here and metric.scale * (here.mean - vars(reference)[metric.figure])
+        distance = here and metric.scale * (here.mean - reference[metric.figure])
         differences[metric.key] = (
             MISSING if distance is None else f"{distance:+.{metric.decimals}f}"
         )
     untimed = {"rate": MISSING, "time": MISSING, "seeds": "1"}
     return [
-        {"who": "reference", **_cells(vars(reference)), **untimed},
+        {"who": "reference", **_cells(reference), **untimed},
         {"who": "difference", **differences, **dict.fromkeys(untimed, "")},
     ]
 
@@ -225,7 +224,7 @@ def _best(folder: StudyDir, results: list[StudyResult]) -> dict[str, Any]:
     if tested.get("run") == best.task.name and "top1" in tested:
         rows.append({"split": "test", **_cells(tested)})
         reference = reference_figures(reference_table()["test"])
-        rows.append({"split": "reference, test", **_cells(vars(reference))})
+        rows.append({"split": "reference, test", **_cells(reference)})
     of_best = [row for study in results for row in study.rows if best.task in row.row.tasks]
     lacking = list(dict.fromkeys(seed for row in of_best for seed in row.lacking))
     notes = [f"Its row lacks {listed(lacking)}."] if lacking else []

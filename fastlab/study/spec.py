@@ -34,6 +34,7 @@ import tomli_w
 from fastlab import config as configs
 from fastlab.config import Config
 from fastlab.console import UserError
+from fastlab.report.texts import setting_text
 
 # The keys of a study file and of a finding, with defaults of the type that each takes.
 _STUDY: dict[str, Any] = {
@@ -166,7 +167,7 @@ def _row_settings(table: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     if rows and (factor or values):
         raise UserError("give factor and values, or rows, not both")
     if factor:
-        labelled = [(_text(value), {factor: value}) for value in values]
+        labelled = [(setting_text(value), {factor: value}) for value in values]
     else:
         labelled = [_label_and_settings(raw) for raw in rows]
     if not labelled:
@@ -186,14 +187,10 @@ def _label_and_settings(raw: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         if not isinstance(section, dict):
             raise UserError(f"rows: {name}: expected section.key = value")
         settings |= {f"{name}.{key}": value for key, value in section.items()}
-    label = raw.get("label", ", ".join(map(_text, settings.values())))
+    label = raw.get("label", ", ".join(map(setting_text, settings.values())))
     if not isinstance(label, str) or not label:
         raise UserError(f"rows: label: expected a text, got {label!r}")
     return label, settings
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _toml(value: Any) -> str:
