@@ -58,10 +58,9 @@ class Screen:
         waiting = len(self.tasks) - self.counts.total() - len(running)
         counts = ", ".join(f"{count} {name}" for name, count in self.counts.items())
         left = self._seconds_left(running, elapsed)
+        rest = f", about {duration_text(left)} left" if left else ""
         head = f"{counts or 'none ended'}, {len(running)} running, {waiting} waiting; "
-        head += f"{duration_text(elapsed)} elapsed" + (
-            f", about {duration_text(left)} left" if left else ""
-        )
+        head += f"{duration_text(elapsed)} elapsed{rest}"
         return [head, *(_line(task, state) for task, state in running)]
 
     def _seconds_left(self, running: list[tuple[Task, State]], elapsed: float) -> float:
