@@ -20,7 +20,6 @@ from benchmarks.records import clock, reference
 from fastlab import cli
 from fastlab.console import UserError, run_command
 from fastlab.dataset.archives import COMPRESSED_TAR
-from fastlab.study import estimate
 from tests import screenshots
 from tests.faults import __main__ as faults
 
@@ -67,7 +66,6 @@ def test_a_speed_record_without_a_dataset_is_refused_in_one_line(monkeypatch, ca
         (training.main, [*DEMO, "--batches", "0"]),
         (convert.main, ["nope", "--rounds", "0"]),
         (screenshots.main, []),
-        (estimate.main, []),
     ],
 )
 def test_unreadable_arguments_give_status_2(main, arguments, capsys):
@@ -76,10 +74,9 @@ def test_unreadable_arguments_give_status_2(main, arguments, capsys):
     assert end.value.code == 2
 
 
-@pytest.mark.parametrize("main", [estimate.main, faults.main])
-def test_help_is_not_taken_for_a_file_name(main, capsys):
+def test_help_is_not_taken_for_a_file_name(capsys):
     with pytest.raises(SystemExit) as end:
-        main(["--help"])
+        faults.main(["--help"])
     assert end.value.code == 0
     assert capsys.readouterr().out.startswith("usage:")
 

@@ -5,16 +5,17 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from fastlab.console import UserError
 from fastlab.machine import cores
 from fastlab.processes import die_with_parent
 from fastlab.runs import RunDir
-from fastlab.study.folder import State, Status, StudyDir, look
+from fastlab.study.folder import State, StudyDir, look
 from fastlab.study.spec import Task
 
 _TRAIN = Path(__file__).parents[1] / "train.py"
@@ -77,17 +78,16 @@ def _arguments(study: StudyDir, task: Task) -> list[str]:
 def conclude(study: StudyDir, child: Child) -> State:
     """Record how a child ended, and return where its run stands."""
     code = child.process.returncode
-    number = -code if code < 0 else code - 128 if code in (130, 143) else 0
-    status: Status = "failed"
     if code == 0:
         status, reason = "finished", ""
-    elif number:
+    elif code < 0 or code in (130, 143):
+        number = -code if code < 0 else code - 128
         status, reason = "interrupted", f"ended by {signal.Signals(number).name}"
     else:
-        reason = last_line(study.log(child.task).read_bytes()[child.log_start :])
-    study.write_record(
-        child.task, status, reason, side_by_side=child.side_by_side, exit_status=code
-    )
+        output = study.log(child.task).read_bytes()[child.log_start :]
+        status, reason = "failed", last_line(output)
+    details = {"side_by_side": child.side_by_side, "exit_status": code}
+    study.write_record(child.task, status, reason, **details)
     return look(study, child.task)
 
 
@@ -97,12 +97,6 @@ def last_line(output: bytes) -> str:
     return lines[-1].strip().removeprefix("fastlab: ")[:500] if lines else "ended without a message"
 
 
-def call(arguments: list[str]) -> subprocess.CompletedProcess[bytes]:
-    """Run ``python arguments`` to its end, in the place of a training, and keep its output."""
-    environment = {**os.environ, **places(1)[0]}
-    return subprocess.run([sys.executable, *arguments], capture_output=True, env=environment)
-
-
 def places(jobs: int) -> list[dict[str, str]]:
     """What to add to the environment of each of `jobs` trainings that run side by side: a GPU each
     in turn, or a share of the cores."""
@@ -110,8 +104,8 @@ def places(jobs: int) -> list[dict[str, str]]:
     if gpus:
         return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} for i in range(jobs)]
     if jobs == 1 or "OMP_NUM_THREADS" in os.environ:
-        return [{} for _ in range(jobs)]
-    return [{"OMP_NUM_THREADS": str(max(1, cores() // jobs))} for _ in range(jobs)]
+        return [{}] * jobs
+    return [{"OMP_NUM_THREADS": str(max(1, cores() // jobs))}] * jobs
 
 
 def _gpus() -> list[str]:
@@ -128,20 +122,16 @@ def _gpus() -> list[str]:
     return listed.stdout.split()
 
 
-class StopSignals:
-    """Counts SIGINT and SIGTERM while it is entered, in place of what they do otherwise."""
-
-    def __init__(self) -> None:
-        self.count, self.number = 0, 0
-        """How many came, and the number of the last."""
-
-    def __enter__(self) -> "StopSignals":
-        self._before = {n: signal.signal(n, self._receive) for n in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
+@contextmanager
+def stop_signals() -> Generator[list[int]]:
+    """Collects SIGINTs and SIGTERMs, in place of what they do otherwise."""
+    received: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: received.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
-
-    def _receive(self, number: int, _: Any) -> None:
-        self.count, self.number = self.count + 1, number

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from fastlab import config as configs
 from fastlab.console import UserError
 from fastlab.files import inherited_lock
-from fastlab.study.child import StopSignals, conclude, last_line, start
+from fastlab.study.child import conclude, last_line, start
 from fastlab.study.folder import StudyDir, look
 from fastlab.study.screen import Screen
 from fastlab.study.spec import Task
@@ -27,7 +27,7 @@ class Cluster:
     settings: dict[str, Any]
     """As submitit takes them, such as timeout_min."""
 
-    def run(self, tasks: list[Task], stop: StopSignals, screen: Screen) -> None:
+    def run(self, tasks: list[Task], stop: list[int], screen: Screen) -> None:
         """Train all of `tasks`; after a signal, cancel the jobs and wait for their end. Raises
         `UserError` where submitit is missing or refuses the settings."""
         paths, names = [self.study.path.absolute()] * len(tasks), [task.name for task in tasks]
@@ -35,15 +35,16 @@ class Cluster:
         waiting = dict(zip(submitted, tasks, strict=True))
         cancelled = False
         while waiting:
-            if stop.count and not cancelled:
+            if stop and not cancelled:
                 cancelled = True
                 screen.say(f"cancelling {len(waiting)} jobs")
                 for job in waiting:
                     job.cancel()
             for job in [job for job in waiting if job.done()]:
                 task = waiting.pop(job)
-                if not cancelled:
-                    self._explain(job, task)
+                if not cancelled and not self.study.record(task).exists():  # it wrote none itself
+                    reason = f"job {job.job_id}: {last_line(str(job.exception()).encode())}"
+                    self.study.write_record(task, "failed", reason[:500])
                 screen.ended(task, look(self.study, task))
             screen.show([task for task in waiting.values() if look(self.study, task).epochs])
             time.sleep(0.5)
@@ -61,12 +62,6 @@ class Cluster:
         except (AssertionError, NameError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"--cluster {self.engine}: {' '.join(str(error).split())}") from None
         return executor
-
-    def _explain(self, job: Any, task: Task) -> None:
-        """Record why a job ended that could not record it itself."""
-        if not self.study.record(task).exists():
-            reason = f"job {job.job_id}: {last_line(str(job.exception()).encode())}"
-            self.study.write_record(task, "failed", reason[:500])
 
 
 def train_here(path: Path, name: str) -> str:

@@ -11,6 +11,8 @@ study files.
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -18,10 +20,11 @@ from typing import Any
 
 from fastlab.console import UserError, public_command
 from fastlab.dataset.manifest import check_sizes, read_manifest
-from fastlab.study.child import StopSignals, call, last_line
+from fastlab.files import write_json
+from fastlab.study.child import last_line, places, stop_signals
 from fastlab.study.cluster import Cluster, cluster_settings
 from fastlab.study.estimate import estimate, estimate_text
-from fastlab.study.folder import State, StudyDir, look
+from fastlab.study.folder import State, StudyDir, look, read_json
 from fastlab.study.pool import Pool
 from fastlab.study.report import write_report
 from fastlab.study.results import analyse, best_run
@@ -46,23 +49,23 @@ def run(args: argparse.Namespace) -> int:
     print(plan(studies, tasks, states), flush=True)
     if not args.dry_run:
         check_datasets(todo)
-    estimated = estimate(folder, tasks, todo, states, measure=not args.no_calibration)
-    print(estimate_text(estimated, todo, args.jobs), flush=True)
+    seconds, source = estimate(folder, tasks, todo, states, measure=not args.no_calibration)
+    print(estimate_text(seconds, source, todo, args.jobs), flush=True)
     if args.dry_run:
         return 0
     folder.create(tasks)
-    with folder.locked() as lock, StopSignals() as stop:
+    with folder.locked() as lock, stop_signals() as stop:
         # Another command, or trainings that outlived one, may have finished some runs meanwhile.
         todo = [task for task in todo if is_wanted(look(folder, task), args.retry)]
-        screen = Screen(folder, todo, estimated.seconds, args.jobs)
+        screen = Screen(folder, todo, seconds, args.jobs)
         if args.cluster:
             Cluster(folder, args.jobs, args.cluster, settings).run(todo, stop, screen)
         else:
             Pool(folder, lock, args.jobs).run(todo, stop, screen)
-    if stop.count:
+    if stop:
         report(folder, studies, tasks)
         print("stopped; the same command resumes the study")
-        return 128 + stop.number
+        return 128 + stop[-1]
     evaluate_best(folder, studies)
     return report(folder, studies, tasks)
 
@@ -93,8 +96,7 @@ def plan(studies: list[Study], tasks: list[Task], states: dict[str, State]) -> s
     for study in studies:
         lines.append(f"{study.name}: {study.title}")
         for row in study.rows:
-            marks = [_MARKS.get(states[task.name].status, "") for task in row.tasks]
-            seeds = [f"{task.seed}{mark}" for task, mark in zip(row.tasks, marks, strict=True)]
+            seeds = [f"{t.seed}{_MARKS.get(states[t.name].status, '')}" for t in row.tasks]
             name = row.tasks[0].name.rpartition("-seed")[0]
             lines.append(f"  {row.label:<28} {name:<22} seeds {', '.join(seeds)}")
     asked = sum(len(row.tasks) for study in studies for row in study.rows)
@@ -112,9 +114,9 @@ def evaluate_best(folder: StudyDir, studies: list[Study]) -> None:
     if any(look(folder, task).status in ("waiting", "interrupted") for task in tasks_of(studies)):
         return
     best = best_run(analyse(folder, studies))
-    if best and folder.read_test().get("run") != best.task.name:
+    if best and read_json(folder.test).get("run") != best.task.name:
         figures = _test_figures(folder, best.task)
-        folder.write_test({"run": best.task.name, **figures})
+        write_json(folder.test, {"run": best.task.name, **figures})
 
 
 def _test_figures(folder: StudyDir, task: Task) -> dict[str, Any]:
@@ -123,7 +125,8 @@ def _test_figures(folder: StudyDir, task: Task) -> dict[str, Any]:
     if split is None or not split.images:
         return {"note": "The dataset has no labelled test split."}
     run = str(folder.run(task))
-    done = call(["-m", "fastlab", "evaluate", run, "--split", "test", "--json"])
+    command = [sys.executable, "-m", "fastlab", "evaluate", run, "--split", "test", "--json"]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, **places(1)[0]})
     if done.returncode:
         return {"note": f"The test split could not be evaluated: {last_line(done.stderr)}"}
     figures = json.loads(done.stdout.strip().splitlines()[-1])

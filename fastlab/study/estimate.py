@@ -1,33 +1,30 @@
 """How long the trainings of a study will take: from finished runs, else from measured steps.
 
-    python -m fastlab.study.estimate CONFIG.toml ...
-
-measures an epoch of each configuration here, in some seconds of real steps, and writes a JSON line
-for each: {"config", "epoch"} (seconds, validation included) or {"config", "error"}. They must share
-their precision, which a process sets once. Nothing is compiled, since compiling takes longer than
-the measurement: on a GPU the training itself is faster.
+Nothing is compiled to measure, since compiling takes longer than the measurement: on a GPU the
+training itself is faster.
 """
 
-import argparse
 import dataclasses
-import itertools
-import json
 import os
 import statistics
-import tempfile
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
-from fastlab import config as configs
 from fastlab.config import Config
+from fastlab.console import first_line, silence
+from fastlab.processes import die_with_parent
+from fastlab.report.texts import duration_text
 from fastlab.runs import RunDir, train_seconds
-from fastlab.study.child import call, last_line
+from fastlab.study.child import places
 from fastlab.study.folder import State, StudyDir
 from fastlab.study.results import read_result
-from fastlab.study.screen import clock, counted
+from fastlab.study.screen import counted
 from fastlab.study.spec import Task
 
 START_SECONDS = 5.0
@@ -35,47 +32,36 @@ START_SECONDS = 5.0
 _WARMUP = 2  # steps
 _BUDGET = 1.0  # seconds of steps
 
-T = TypeVar("T")
-
-
-class Estimate(NamedTuple):
-    """Training time that is left."""
-
-    seconds: dict[str, float]
-    """By the task's name, for each task whose epochs' time is known."""
-    source: str
-    """Where the figures come from, as text."""
-
 
 def estimate(
     folder: StudyDir, tasks: list[Task], todo: list[Task], states: dict[str, State], measure: bool
-) -> Estimate:
-    """Estimate what is left of each run in `todo` by the epochs of finished runs that cost the
-    same; where there is none and `measure` is set, by measured steps."""
+) -> tuple[dict[str, float], str]:
+    """Seconds that each run in `todo` still needs, by its name, and where the figures come from:
+    the epochs of finished runs that cost the same; where there is none and `measure` is set,
+    measured steps. A run is left out where neither is known."""
     finished = _finished_epochs(folder, [t for t in tasks if states[t.name].status == "finished"])
-    unknown = {_cost(task): task for task in todo if _cost(task) not in finished}
-    measured, problem = _measured_epochs(list(unknown.values())) if measure else ({}, "")
-    epochs = finished | {
-        cost: measured[task.name] for cost, task in unknown.items() if task.name in measured
-    }
+    kinds = {_cost(task): task for task in todo}
+    unknown = [task for cost, task in kinds.items() if cost not in finished]
+    if measure and unknown:
+        print(f"measuring an epoch's time, {counted(len(unknown), 'kind')} of run", flush=True)
+    measured, problem = _measured_epochs(unknown if measure else [])
+    epochs = finished | {_cost(t): measured[t.name] for t in unknown if t.name in measured}
     seconds = {
         task.name: START_SECONDS
         + epochs[_cost(task)] * (task.config.train.epochs - states[task.name].epochs)
         for task in todo
         if _cost(task) in epochs
     }
-    costs = {_cost(task) for task in todo}
     counts = [
-        (len(costs & finished.keys()), "from finished runs"),
+        (len(kinds.keys() & finished.keys()), "from finished runs"),
         (len(measured), "measured now over some steps without torch.compile"),
-        (len(costs - epochs.keys()), f"unknown{problem and f' ({problem})'}"),
+        (len(kinds.keys() - epochs.keys()), f"unknown{problem and f' ({problem})'}"),
     ]
     sources = ", ".join(f"{count} {source}" for count, source in counts if count)
-    return Estimate(seconds, f"time per epoch for {counted(len(costs), 'kind')} of run: {sources}")
+    return seconds, f"time per epoch for {counted(len(kinds), 'kind')} of run: {sources}"
 
 
-def estimate_text(estimated: Estimate, todo: list[Task], jobs: int) -> str:
-    seconds, source = estimated
+def estimate_text(seconds: dict[str, float], source: str, todo: list[Task], jobs: int) -> str:
     if not todo:
         return "nothing left to train"
     if not seconds:
@@ -83,8 +69,8 @@ def estimate_text(estimated: Estimate, todo: list[Task], jobs: int) -> str:
     total = sum(seconds.values())
     known = "" if len(seconds) == len(todo) else f" for {len(seconds)} of the {len(todo)} runs"
     jobs = min(jobs, len(todo))
-    side = f", at best {clock(total / jobs)} with --jobs {jobs}" if jobs > 1 else ""
-    return f"about {clock(total)} of training{known}{side}; {source}"
+    side = f", at best {duration_text(total / jobs)} with --jobs {jobs}" if jobs > 1 else ""
+    return f"about {duration_text(total)} of training{known}{side}; {source}"
 
 
 def _cost(task: Task) -> tuple[Any, ...]:
@@ -108,49 +94,29 @@ def _finished_epochs(folder: StudyDir, tasks: list[Task]) -> dict[tuple[Any, ...
 
 
 def _measured_epochs(tasks: list[Task]) -> tuple[dict[str, float], str]:
-    """Seconds of an epoch by task name, and why those that are missing could not be measured."""
-    if not tasks:
-        return {}, ""
-    print(f"measuring an epoch's time, {counted(len(tasks), 'kind')} of run", flush=True)
+    """Seconds of an epoch by task name, and why those that are missing could not be measured.
+
+    They are measured in another process, since importing torch takes memory and time, and in a new
+    one for each precision, which a process sets once."""
     seconds, problem = {}, ""
-    with tempfile.TemporaryDirectory() as directory:
-        for _, group in itertools.groupby(sorted(tasks, key=_precision), key=_precision):
-            for line in _measure_in_child(Path(directory), list(group)):
-                if "epoch" in line:
-                    seconds[Path(line["config"]).name] = line["epoch"]
-                problem = line.get("error", problem)
+    for precision in sorted({task.config.train.precision for task in tasks}):
+        with ProcessPoolExecutor(1, get_context("spawn"), _begin, (places(1)[0],)) as process:
+            for task in tasks:
+                if task.config.train.precision != precision:
+                    continue
+                try:
+                    seconds[task.name] = process.submit(epoch_seconds, task.config).result()
+                except Exception as error:  # any: the training itself will meet it and report it
+                    problem = first_line(error)
     return seconds, problem
 
 
-def _precision(task: Task) -> str:
-    return task.config.train.precision
-
-
-def _measure_in_child(directory: Path, tasks: list[Task]) -> Iterator[dict[str, Any]]:
-    """The lines that this module as a program writes about `tasks`."""
-    for task in tasks:
-        (directory / task.name).write_text(configs.dump(task.config), encoding="utf-8")
-    done = call(["-m", "fastlab.study.estimate", *(str(directory / task.name) for task in tasks)])
-    yield from (json.loads(line) for line in done.stdout.splitlines() if line.startswith(b"{"))
-    if done.returncode:
-        yield {"error": last_line(done.stderr)}
-
-
-# The measurement, in the child
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m fastlab.study.estimate",
-        description="Measure how long an epoch of each configuration takes here.",
-    )
-    parser.add_argument("configs", nargs="+", metavar="CONFIG.toml")
-    for path in parser.parse_args(argv).configs:
-        try:
-            line = {"epoch": epoch_seconds(configs.load(Path(path)))}
-        except Exception as error:  # any error: the training itself will meet it and report it
-            line = {"error": f"{type(error).__name__}: {error}".partition("\n")[0]}
-        print(json.dumps({"config": path, **line}), flush=True)
+def _begin(environment: dict[str, str]) -> None:
+    """In the process that measures: print nothing, and do not outlive the command."""
+    die_with_parent()
+    os.environ.update(environment)
+    silence(sys.stdout)
+    silence(sys.stderr)
 
 
 def epoch_seconds(cfg: Config) -> float:
@@ -175,7 +141,7 @@ def epoch_seconds(cfg: Config) -> float:
 
 
 def step_seconds(
-    batches: Iterable[T], step: Callable[[T], object], wait: Callable[[], None]
+    batches: Iterable[Any], step: Callable[[Any], object], wait: Callable[[], None]
 ) -> float:
     """Median seconds of a step, over steps of `_BUDGET` seconds in all after `_WARMUP` steps; over
     all steps where there are no more than those. `wait` waits for the device."""
@@ -187,7 +153,3 @@ def step_seconds(
         if len(seconds) > _WARMUP and sum(seconds[_WARMUP:]) > _BUDGET:
             break
     return statistics.median(seconds[_WARMUP:] or seconds)
-
-
-if __name__ == "__main__":
-    main()

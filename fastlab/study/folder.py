@@ -12,16 +12,15 @@ from fastlab.files import inherited_lock, write_json
 from fastlab.runs import RunDir
 from fastlab.study.spec import Task
 
-_LOCK_SECONDS = 60.0
-
 Status = Literal["finished", "failed", "interrupted", "waiting", "unreadable"]
 """An interrupted run has begun and can be resumed; a finished one may be unreadable."""
 
 
 class StudyDir:
     """``runs/`` holds the run directories. ``configs/``, ``logs/`` (what the training printed) and
-    ``records/`` (how it ended) hold a file for each run. ``test.json`` holds the best model's
-    figures on the test split; ``report.html`` and ``report.md`` are the report."""
+    ``records/`` (how it ended) hold a file for each run. ``test.json`` holds the name of the best
+    run and its figures on the test split, or a note why there are none; ``report.html`` and
+    ``report.md`` are the report."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -56,22 +55,14 @@ class StudyDir:
         """Lock the study; the value is the lock's descriptor, for trainings to inherit. Raises
         `UserError` where another command still holds the lock after a minute."""
         busy = f"{self.path}: another command runs this study; wait for it or stop it"
-        return inherited_lock(self.lock, busy, _LOCK_SECONDS)
+        return inherited_lock(self.lock, busy, patience=60)
 
     def write_record(self, task: Task, status: Status, reason: str, **details: Any) -> None:
         """Record how the latest attempt at a run ended."""
         write_json(self.record(task), {"state": status, "reason": reason, **details})
 
     def read_record(self, task: Task) -> dict[str, Any]:
-        return _read_json(self.record(task))
-
-    def read_test(self) -> dict[str, Any]:
-        """The best run's name as "run", with its figures on the test split or a "note" that says
-        why there are none; empty before the test split was evaluated."""
-        return _read_json(self.test)
-
-    def write_test(self, figures: dict[str, Any]) -> None:
-        write_json(self.test, figures)
+        return read_json(self.record(task))
 
 
 @dataclass(frozen=True)
@@ -101,10 +92,9 @@ def look(study: StudyDir, task: Task) -> State:
     return State(record.get("state", begun), record.get("reason", ""), *figures)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; empty where there is no file, or it was torn by a kill."""
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; empty where there is no file, or a loss of power has torn it."""
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
         return {}
-    return value if isinstance(value, dict) else {}

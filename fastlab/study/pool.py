@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass, field
 
 from fastlab.console import UserError
-from fastlab.study.child import Child, StopSignals, conclude, places, start
+from fastlab.study.child import Child, conclude, places, start
 from fastlab.study.folder import StudyDir, look
 from fastlab.study.screen import Screen, counted
 from fastlab.study.spec import Task
@@ -24,14 +24,14 @@ class Pool:
     def __post_init__(self) -> None:
         self.places = places(self.jobs)
 
-    def run(self, tasks: list[Task], stop: StopSignals, screen: Screen) -> None:
+    def run(self, tasks: list[Task], stop: list[int], screen: Screen) -> None:
         """Train all of `tasks`; after a signal, wait for those that have begun to save and end."""
         waiting, passed_on = list(tasks), 0
-        while self.running or (waiting and not stop.count):
-            while waiting and not stop.count and len(self.running) < self.jobs:
+        while self.running or (waiting and not stop):
+            while waiting and not stop and len(self.running) < self.jobs:
                 self._start(waiting.pop(0), screen)
-            if stop.count > passed_on:
-                passed_on = stop.count
+            if len(stop) > passed_on:
+                passed_on = len(stop)
                 self._stop(at_once=passed_on > 2, screen=screen)
             self._collect(screen)
             screen.show([child.task for child in self.running.values()])

@@ -2,7 +2,6 @@
 
 import dataclasses
 import tomllib
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,30 +22,15 @@ _SCALE_SETTINGS = {
 }
 
 
-@dataclass(frozen=True)
-class Reference:
-    """The figures of a row of the reference report, from a single run."""
-
-    loss: float
-    """Mean cross-entropy."""
-    top1: float
-    top5: float
-
-
-def reference_test() -> Reference:
-    """The figures of the reference's best model on the test split."""
-    return _figures(reference_table()["test"])
-
-
-def find_reference(config: Config) -> Reference | None:
-    """The reference's row with the settings of `config`, apart from its scale."""
+def find_reference(config: Config) -> dict[str, float] | None:
+    """The figures of the reference's row with the settings of `config`, apart from its scale."""
     subject = _subject(config)
     for row in reference_table()["rows"]:
         wanted = _subject(Config())
         for section, settings in row["set"].items():
             wanted.update({(section, key): value for key, value in settings.items()})
         if subject == wanted:
-            return _figures(row)
+            return reference_figures(row)
     return None
 
 
@@ -56,8 +40,11 @@ def reference_table() -> dict[str, Any]:
     return tomllib.loads(Path(__file__).with_name("reference.toml").read_text(encoding="utf-8"))
 
 
-def _figures(row: dict[str, Any]) -> Reference:
-    return Reference(row["loss_printed"] * MEAN_OF_PRINTED, row["top1"], row["top5"])
+def reference_figures(row: dict[str, Any]) -> dict[str, float]:
+    """The figures of an entry of `reference_table`, from a single run: "loss" (mean cross-entropy),
+    "top1" and "top5" (0 to 1)."""
+    loss = row["loss_printed"] * MEAN_OF_PRINTED
+    return {"loss": loss, "top1": row["top1"], "top5": row["top5"]}
 
 
 def _subject(config: Config) -> dict[tuple[str, str], Any]:

@@ -1,5 +1,8 @@
 """The report of studies: `report.html`, and the same tables without curves as `report.md`."""
 
+import itertools
+import statistics
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from fastlab import config as configs
@@ -13,11 +16,15 @@ from fastlab.report.page import (
     write_whole,
 )
 from fastlab.report.texts import MISSING
-from fastlab.runs import EPOCH_KEYS, Epoch, Run, best_epoch
-from fastlab.study.folder import StudyDir
-from fastlab.study.reference import MEAN_OF_PRINTED, Reference, reference_table, reference_test
+from fastlab.runs import EPOCH_KEYS, Epoch, Run, images_per_second, train_seconds
+from fastlab.study.folder import StudyDir, read_json
+from fastlab.study.reference import (
+    MEAN_OF_PRINTED,
+    find_reference,
+    reference_figures,
+    reference_table,
+)
 from fastlab.study.results import (
-    Best,
     RowResult,
     RunResult,
     StudyResult,
@@ -34,11 +41,11 @@ _OF_ONE_RUN = ("command", "date", "machine.memory_gib")
 
 
 class _Metric(NamedTuple):
-    """A column of every table: an attribute of a row's figures, scaled."""
+    """A column of every table: a figure of a row, scaled."""
 
     key: str
     title: str
-    attribute: str
+    figure: str
     scale: float
     decimals: int
 
@@ -122,31 +129,32 @@ def _study(result: StudyResult) -> dict[str, Any]:
 
 def _mean_run(row: RowResult) -> Run:
     """The curves of a row: the means over its finished seeds, up to the last epoch of all."""
-    runs = row.finished
-    last = min(len(run.epochs) for run in runs)
-    epochs = [_mean_epoch([run.epochs[index] for run in runs]) for index in range(last)]
-    return Run(row.label, {}, {}, {}, epochs, [])
-
-
-def _mean_epoch(epochs: list[Epoch]) -> Epoch:
-    means = {key: interval([epoch[key] for epoch in epochs]) for key in EPOCH_KEYS}
-    return {"epoch": epochs[0]["epoch"]} | {k: m.mean if m else None for k, m in means.items()}
+    means: list[Epoch] = []
+    for epochs in zip(*(run.epochs for run in row.finished), strict=False):
+        over_seeds = {key: interval([epoch[key] for epoch in epochs]) for key in EPOCH_KEYS}
+        mean = {key: figure.mean if figure else None for key, figure in over_seeds.items()}
+        means.append({"epoch": epochs[0]["epoch"], **mean})
+    return Run(row.label, {}, {}, {}, means, [])
 
 
 def _row(row: RowResult) -> dict[str, Any]:
-    """The lines of a row in its study's table, each cell as text, with notes and links."""
+    """The lines of a row in its study's table, each cell as text, with notes and links. Rate and
+    time are medians over the finished seeds."""
+    rates = [rate for run in row.finished if (rate := images_per_second(run)) is not None]
+    times = [time for run in row.finished if (time := train_seconds(run)) is not None]
+    reference = find_reference(row.row.config)
     here = {
         "who": "here",
-        **_cells(row),
-        "rate": number_text(row.rate),
-        "time": duration_text(row.seconds),
+        **_cells(row.figures),
+        "rate": number_text(statistics.median(rates) if rates else None),
+        "time": duration_text(statistics.median(times) if times else None),
         "seeds": f"{len(row.finished)} of {len(row.runs)}",
     }
     return {
         "label": row.label,
-        "lines": [here, *(_reference_lines(row, row.reference) if row.reference else [])],
+        "lines": [here, *(_reference_lines(row, reference) if reference else [])],
         "notes": [_note(run) for run in row.runs if not run.run],
-        "links": [{"seed": run.task.seed, "name": run.task.name} for run in row.runs],
+        "tasks": row.row.tasks,
     }
 
 
@@ -155,13 +163,12 @@ def _note(run: RunResult) -> str:
     return f"seed {run.task.seed} {run.state.status}{reason}"
 
 
-def _reference_lines(row: RowResult, reference: Reference) -> list[dict[str, str]]:
+def _reference_lines(row: RowResult, reference: dict[str, float]) -> list[dict[str, str]]:
     """The reference's figures, and the difference of the row's from them."""
     differences = {}
     for metric in _METRICS:
-        here: Interval | None = getattr(row, metric.attribute)
-        there: float = getattr(reference, metric.attribute)
-        distance = here and metric.scale * (here.mean - there)
+        here = row.figures[metric.figure]
+        distance = here and metric.scale * (here.mean - reference[metric.figure])
         differences[metric.key] = (
             MISSING if distance is None else f"{distance:+.{metric.decimals}f}"
         )
@@ -172,8 +179,9 @@ def _reference_lines(row: RowResult, reference: Reference) -> list[dict[str, str
     ]
 
 
-def _cells(figures: RowResult | Reference | Best) -> dict[str, str]:
-    return {m.key: _cell(getattr(figures, m.attribute), m) for m in _METRICS}
+def _cells(figures: Mapping[str, Any]) -> dict[str, str]:
+    """The cells of "top1", "top5" and "loss" in `figures`, each an interval, a number or None."""
+    return {metric.key: _cell(figures[metric.figure], metric) for metric in _METRICS}
 
 
 def _cell(value: Interval | float | None, metric: _Metric) -> str:
@@ -193,14 +201,11 @@ def _verdicts(results: list[StudyResult]) -> dict[str, list[tuple[Study, Verdict
 
 
 def _run(result: RunResult) -> dict[str, Any]:
-    best = best_epoch(result.run) if result.run else None
     return {
         "name": result.task.name,
-        "seed": result.task.seed,
-        "state": result.state.status,
-        "reason": result.state.reason,
+        "state": result.state,
         "epochs": f"{result.state.epochs} of {result.task.config.train.epochs} epochs",
-        "top1": percent_text(best["val_top1"]) if best else MISSING,
+        "top1": percent_text(result.best["val_top1"] if result.best else None),
         "config": configs.dump(result.task.config),
     }
 
@@ -208,14 +213,15 @@ def _run(result: RunResult) -> dict[str, Any]:
 def _best(folder: StudyDir, results: list[StudyResult]) -> dict[str, Any]:
     """What is shown of the best run; empty without a finished one."""
     best = best_run(results)
-    if best is None:
+    if not (best and best.best):
         return {}
-    rows = [{"split": "validation", **_cells(best)}]
-    tested = folder.read_test()
+    figures = {key.removeprefix("val_"): value for key, value in best.best.items()}
+    rows = [{"split": "validation", **_cells(figures)}]
+    tested = read_json(folder.test)
     if tested.get("run") == best.task.name and "top1" in tested:
-        figures = Reference(tested["loss"], tested["top1"], tested["top5"])
-        rows.append({"split": "test", **_cells(figures)})
-        rows.append({"split": "reference, test", **_cells(reference_test())})
+        rows.append({"split": "test", **_cells(tested)})
+        reference = reference_figures(reference_table()["test"])
+        rows.append({"split": "reference, test", **_cells(reference)})
     of_best = [row for study in results for row in study.rows if best.task in row.row.tasks]
     lacking = list(dict.fromkeys(seed for row in of_best for seed in row.lacking))
     notes = [f"Its row lacks {listed(lacking)}."] if lacking else []
@@ -226,10 +232,9 @@ def _best(folder: StudyDir, results: list[StudyResult]) -> dict[str, Any]:
 def _environment(environments: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """Rows of key and text; where runs differ, each text that occurs."""
     texts: dict[str, dict[str, None]] = {}
-    for environment in environments:
-        for key, text in flat_rows(environment):
-            if key not in _OF_ONE_RUN:
-                texts.setdefault(key, {})[text] = None
+    for key, text in itertools.chain.from_iterable(map(flat_rows, environments)):
+        if key not in _OF_ONE_RUN:
+            texts.setdefault(key, {})[text] = None
     dates = sorted(str(environment.get("date", "")) for environment in environments)
     span = [("runs begun", " to ".join(dict.fromkeys([dates[0], dates[-1]])))] if dates else []
     return span + [(key, " | ".join(different)) for key, different in texts.items()]

@@ -1,16 +1,14 @@
 """The figures of a study's rows over their seeds, and what they decide about its findings."""
 
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from fastlab.console import UserError
 from fastlab.report.page import percent_text
-from fastlab.runs import EPOCH_KEYS, Run, best_epoch, images_per_second, read_run, train_seconds
+from fastlab.runs import Epoch, Run, best_epoch, read_run
 from fastlab.study.folder import State, StudyDir, look
-from fastlab.study.reference import Reference, find_reference
 from fastlab.study.spec import Finding, Row, Study, Task, tasks_of
 from fastlab.study.statistics import Interval, interval
 
@@ -22,24 +20,18 @@ class RunResult:
     run: Run | None
     """None unless it is finished and readable."""
 
+    @property
+    def best(self) -> Epoch | None:
+        """The run's best epoch by validation top-1."""
+        return best_epoch(self.run) if self.run else None
+
 
 @dataclass(frozen=True)
 class RowResult:
-    """One value of a factor. Figures are those of each finished seed's best epoch by validation
-    top-1; None where there is no finished seed, or one of them diverged."""
+    """One value of a factor."""
 
     row: Row
-    runs: tuple[RunResult, ...]
-    loss: Interval | None
-    """Mean cross-entropy on validation."""
-    top1: Interval | None
-    """0 to 1, on validation; so is top5."""
-    top5: Interval | None
-    rate: float | None
-    """images/s in training, median over seeds."""
-    seconds: float | None
-    """Training and validation, median over seeds."""
-    reference: Reference | None
+    runs: list[RunResult]
 
     @property
     def label(self) -> str:
@@ -48,6 +40,14 @@ class RowResult:
     @property
     def finished(self) -> list[Run]:
         return [result.run for result in self.runs if result.run]
+
+    @property
+    def figures(self) -> dict[str, Interval | None]:
+        """On validation, over the best epochs of the finished seeds: "loss" (mean cross-entropy),
+        "top1" and "top5" (0 to 1). None where no seed is finished, or one of them diverged."""
+        best = [run.best or {} for run in self.runs if run.run]
+        keys = ("loss", "top1", "top5")
+        return {key: interval([epoch.get(f"val_{key}") for epoch in best]) for key in keys}
 
     @property
     def lacking(self) -> list[str]:
@@ -70,20 +70,11 @@ class StudyResult:
     verdicts: list[Verdict]
 
 
-class Best(NamedTuple):
-    """A run with the figures of its best epoch on validation."""
-
-    task: Task
-    top1: float
-    top5: float | None
-    loss: float | None
-
-
 def analyse(folder: StudyDir, studies: list[Study]) -> list[StudyResult]:
     runs = {task.name: read_result(folder, task) for task in tasks_of(studies)}
     results = []
     for study in studies:
-        rows = [_row(row, tuple(runs[task.name] for task in row.tasks)) for row in study.rows]
+        rows = [RowResult(row, [runs[task.name] for task in row.tasks]) for row in study.rows]
         verdicts = [decide(finding, rows) for finding in study.findings]
         results.append(StudyResult(study, rows, verdicts))
     return results
@@ -99,34 +90,10 @@ def read_result(folder: StudyDir, task: Task) -> RunResult:
         return RunResult(task, State("unreadable", str(error)), None)
 
 
-def _row(row: Row, results: tuple[RunResult, ...]) -> RowResult:
-    runs = [result.run for result in results if result.run]
-    best = [best_epoch(run) or dict.fromkeys(EPOCH_KEYS) for run in runs]
-    rates = [rate for run in runs if (rate := images_per_second(run)) is not None]
-    seconds = [time for run in runs if (time := train_seconds(run)) is not None]
-    return RowResult(
-        row,
-        results,
-        loss=interval([epoch["val_loss"] for epoch in best]),
-        top1=interval([epoch["val_top1"] for epoch in best]),
-        top5=interval([epoch["val_top5"] for epoch in best]),
-        rate=statistics.median(rates) if rates else None,
-        seconds=statistics.median(seconds) if seconds else None,
-        reference=find_reference(row.config),
-    )
-
-
-def best_run(results: list[StudyResult]) -> Best | None:
+def best_run(results: list[StudyResult]) -> RunResult | None:
     """The finished run with the highest validation top-1."""
-    candidates = [
-        Best(result.task, top1, epoch["val_top5"], epoch["val_loss"])
-        for study in results
-        for row in study.rows
-        for result in row.runs
-        if result.run and (epoch := best_epoch(result.run))
-        if (top1 := epoch["val_top1"]) is not None
-    ]
-    return max(candidates, key=lambda best: best.top1, default=None)
+    runs = [run for study in results for row in study.rows for run in row.runs if run.best]
+    return max(runs, key=lambda run: (run.best or {})["val_top1"] or 0.0, default=None)
 
 
 # Findings
@@ -135,20 +102,17 @@ def best_run(results: list[StudyResult]) -> Best | None:
 def decide(finding: Finding, rows: list[RowResult]) -> Verdict:
     """Decide a finding by the 95 % intervals of validation top-1."""
     named = {row.label: row for row in rows}
-    labels = [finding.better] * bool(finding.better) + [*finding.worse, *finding.chance]
-    tops = {label: top1 for label in labels if (top1 := named[label].top1)}
-    missing = [label for label in labels if label not in tops]
-    if missing:
+    labels = [label for label in (finding.better, *finding.worse, *finding.chance) if label]
+    tops = {label: top1 for label in labels if (top1 := named[label].figures["top1"])}
+    if missing := [label for label in labels if label not in tops]:
         return Verdict(finding, "undecided", f"no finished run of {listed(missing)}.")
     figures = _figures(labels, tops)
     # A seed that diverged speaks against its row, and the interval of the other seeds hides that.
-    partial = [
-        f"{listed(named[label].lacking)} of {label}" for label in labels if named[label].lacking
-    ]
+    partial = [label for label in labels if named[label].lacking]
     if partial:
-        return Verdict(finding, "undecided", f"{figures}, without {'; '.join(partial)}.")
-    single = [label for label in labels if tops[label].half is None]
-    if single:
+        lacking = "; ".join(f"{listed(named[label].lacking)} of {label}" for label in partial)
+        return Verdict(finding, "undecided", f"{figures}, without {lacking}.")
+    if single := [label for label in labels if tops[label].half is None]:
         sentence = f"{figures}; a single seed of {listed(single)} has no interval."
         return Verdict(finding, "undecided", sentence)
     if finding.chance:
@@ -157,13 +121,10 @@ def decide(finding: Finding, rows: list[RowResult]) -> Verdict:
 
 
 def _decide_order(finding: Finding, tops: dict[str, Interval]) -> Verdict:
-    better = tops[finding.better]
-    above = [label for label in finding.worse if tops[label].low > better.high]
-    overlapping = [label for label in finding.worse if tops[label].high >= better.low]
-    figure = _figures([finding.better], tops)
-    if above:
+    better, figure = tops[finding.better], _figures([finding.better], tops)
+    if above := [label for label in finding.worse if tops[label].low > better.high]:
         return Verdict(finding, "does not hold", f"{figure} lies below {_figures(above, tops)}.")
-    if overlapping:
+    if overlapping := [label for label in finding.worse if tops[label].high >= better.low]:
         sentence = f"the interval of {figure} overlaps {_figures(overlapping, tops)}."
         return Verdict(finding, "undecided", sentence)
     return Verdict(finding, "holds", f"{figure} lies above {_figures(finding.worse, tops)}.")
@@ -173,17 +134,15 @@ def _decide_chance(
     finding: Finding, named: dict[str, RowResult], tops: dict[str, Interval]
 ) -> Verdict:
     """A row is at chance unless it lies above it by more than three standard errors of guessing."""
-    bounds = {label: _chance(named[label]) for label in finding.chance}
-    limit = f"{percent_text(max(bound for _, bound in bounds.values()))} %"
-    chance, _ = bounds[finding.chance[0]]
-    sentence = f"{_figures(finding.chance, tops)}, where chance is {percent_text(chance)} %"
-    if any(tops[label].low > bound for label, (_, bound) in bounds.items()):
-        return Verdict(
-            finding, "does not hold", f"{sentence}: above the {limit} that guessing gives."
-        )
-    if all(tops[label].high <= bound for label, (_, bound) in bounds.items()):
-        return Verdict(finding, "holds", f"{sentence} and guessing gives up to {limit}.")
-    return Verdict(finding, "undecided", f"{sentence}: the interval spans the {limit} of guessing.")
+    bounds = [(tops[label], *_chance(named[label])) for label in finding.chance]
+    sentence = (
+        f"{_figures(finding.chance, tops)}, where chance is {percent_text(bounds[0][1])} % and "
+        f"guessing gives up to {percent_text(max(limit for _, _, limit in bounds))} %."
+    )
+    if any(top1.low > limit for top1, _, limit in bounds):
+        return Verdict(finding, "does not hold", sentence)
+    below = all(top1.high <= limit for top1, _, limit in bounds)
+    return Verdict(finding, "holds" if below else "undecided", sentence)
 
 
 def _chance(row: RowResult) -> tuple[float, float]:

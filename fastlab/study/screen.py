@@ -3,7 +3,9 @@
 import shutil
 import sys
 import time
+from collections import Counter
 
+from fastlab.report.texts import duration_text
 from fastlab.study.folder import State, StudyDir, look
 from fastlab.study.spec import Task
 
@@ -17,7 +19,7 @@ class Screen:
         self, study: StudyDir, tasks: list[Task], seconds: dict[str, float], jobs: int
     ) -> None:
         self.study, self.tasks, self.seconds, self.jobs = study, tasks, seconds, jobs
-        self.counts = {"finished": 0, "failed": 0, "interrupted": 0}
+        self.counts: Counter[str] = Counter()
         self.live = sys.stdout.isatty()
         self.started = self.shown = time.monotonic()
         self.lines = 0
@@ -32,9 +34,9 @@ class Screen:
         self.say(f"begins     {task.name}" + (f" on GPU {gpu}" if gpu else ""))
 
     def ended(self, task: Task, state: State) -> None:
-        self.counts[state.status] = self.counts.get(state.status, 0) + 1
+        self.counts[state.status] += 1
         self.seconds_ended += self.seconds.get(task.name, 0.0)
-        ended = sum(self.counts.values())
+        ended = self.counts.total()
         top1 = "" if state.top1 is None else f", last top-1 {state.top1:.2%}"
         reason = f": {state.reason}" if state.reason else ""
         self.say(f"{state.status:<10} {task.name} ({ended} of {len(self.tasks)}){top1}{reason}")
@@ -53,11 +55,12 @@ class Screen:
 
     def table(self, running: list[tuple[Task, State]], elapsed: float) -> list[str]:
         """The live table's lines, `elapsed` seconds after the start."""
-        waiting = len(self.tasks) - sum(self.counts.values()) - len(running)
-        counts = ", ".join(f"{count} {name}" for name, count in self.counts.items() if count)
+        waiting = len(self.tasks) - self.counts.total() - len(running)
+        counts = ", ".join(f"{count} {name}" for name, count in self.counts.items())
         left = self._seconds_left(running, elapsed)
+        rest = f", about {duration_text(left)} left" if left else ""
         head = f"{counts or 'none ended'}, {len(running)} running, {waiting} waiting; "
-        head += f"{clock(elapsed)} elapsed" + (f", about {clock(left)} left" if left else "")
+        head += f"{duration_text(elapsed)} elapsed{rest}"
         return [head, *(_line(task, state) for task, state in running)]
 
     def _seconds_left(self, running: list[tuple[Task, State]], elapsed: float) -> float:
@@ -85,11 +88,3 @@ def _line(task: Task, state: State) -> str:
 
 def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def clock(seconds: float) -> str:
-    """A rough duration: 42 s, 3 min, 2 h 05 min."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -22,26 +22,27 @@ A finding with `chance = ["label"]` claims instead that these rows learn nothing
 
 import dataclasses
 import hashlib
+import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import tomli_w
 
 from fastlab import config as configs
 from fastlab.config import Config
 from fastlab.console import UserError
+from fastlab.report.texts import setting_text
 
-_STUDY_TYPES: dict[str, type] = {
-    **dict.fromkeys(("title", "about", "base", "factor"), str),
-    **dict.fromkeys(("values", "labels", "rows", "seeds", "findings"), list),
+# The keys of a study file and of a finding, with defaults of the type that each takes.
+_STUDY: dict[str, Any] = {
+    **dict.fromkeys(("title", "about", "base", "factor"), ""),
+    **{key: [] for key in ("values", "rows", "findings")},
+    "seeds": [0, 1, 2],
 }
-_FINDING_TYPES: dict[str, type] = {
-    **dict.fromkeys(("claim", "better"), str),
-    **dict.fromkeys(("worse", "chance"), list),
-    "reported": bool,
-}
+_FINDING = {"claim": "", "better": "", "worse": [], "chance": [], "reported": False}
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,8 @@ class Finding:
 
     claim: str
     better: str = ""
-    worse: tuple[str, ...] = ()
-    chance: tuple[str, ...] = ()
+    worse: Sequence[str] = ()
+    chance: Sequence[str] = ()
     reported: bool = False
     """Whether the reference report makes this claim."""
 
@@ -87,16 +88,8 @@ class Study:
     name: str
     title: str
     about: str
-    rows: tuple[Row, ...]
-    findings: tuple[Finding, ...]
-
-
-class _Variant(NamedTuple):
-    """A row before it is applied to the base configuration."""
-
-    label: str
-    settings: dict[str, Any]
-    """Values by `section.key`."""
+    rows: list[Row]
+    findings: list[Finding]
 
 
 def make_task(config: Config) -> Task:
@@ -119,13 +112,11 @@ def read_study(path: Path, overrides: list[str], epochs: int = 0, seeds: int = 0
 
     Raises `UserError` where the file is not a valid study.
     """
-    for override in overrides:
-        _refuse_seed(override.partition("=")[0], f"--set {override}")
     if epochs:
         overrides = [*overrides, f"train.epochs={epochs}"]
     table = configs.read_toml(path, "name a study file")
     try:
-        return _study(path, table, overrides, seeds)
+        return _study(path, _with_defaults(table, _STUDY, ""), overrides, seeds)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -133,78 +124,62 @@ def read_study(path: Path, overrides: list[str], epochs: int = 0, seeds: int = 0
 def tasks_of(studies: list[Study]) -> list[Task]:
     """Each training once. All rows come with their first seed before any comes with its second, so
     that a study which is stopped early has a figure for every row."""
-    most_seeds = max((len(row.tasks) for study in studies for row in study.rows), default=0)
-    tasks = {
-        row.tasks[index].name: row.tasks[index]
-        for index in range(most_seeds)
-        for study in studies
-        for row in study.rows
-        if index < len(row.tasks)
-    }
-    return list(tasks.values())
+    rows = [row.tasks for study in studies for row in study.rows]
+    in_turn = itertools.chain.from_iterable(itertools.zip_longest(*rows))
+    return list({task.name: task for task in in_turn if task}.values())
 
 
-def _study(path: Path, table: dict[str, Any], overrides: list[str], seeds: int) -> Study:
-    _check_types(table, _STUDY_TYPES, "")
-    for key in ("title", "base"):
-        if key not in table:
-            raise UserError(f"{key} is missing; README.md shows a study")
-    base, numbers = path.parent / table["base"], _seeds(table, seeds)
-    rows = tuple(_row(base, variant, overrides, numbers) for variant in _variants(table))
+def _study(path: Path, table: dict[str, Any], overrides: list[str], count: int) -> Study:
+    if not (table["title"] and table["base"]):
+        raise UserError("title or base is missing; README.md shows a study")
+    base, seeds = path.parent / table["base"], _seeds(table["seeds"], count)
+    rows = [
+        _row(base, label, settings, overrides, seeds) for label, settings in _row_settings(table)
+    ]
     labels = [row.label for row in rows]
-    findings = tuple(_finding(raw, labels) for raw in table.get("findings", []))
-    return Study(path.stem, table["title"], table.get("about", ""), rows, findings)
+    findings = [_finding(raw, labels) for raw in table["findings"]]
+    return Study(path.stem, table["title"], table["about"], rows, findings)
 
 
-def _check_types(table: dict[str, Any], types: dict[str, type], where: str) -> None:
+def _with_defaults(table: dict[str, Any], defaults: dict[str, Any], where: str) -> dict[str, Any]:
     for key, value in table.items():
-        if key not in types:
-            raise UserError(f"{where}{key!r}: unknown key; valid: {', '.join(types)}")
-        if type(value) is not types[key]:
-            raise UserError(f"{where}{key}: expected a {types[key].__name__}, got {value!r}")
+        if key not in defaults:
+            raise UserError(f"{where}{key!r}: unknown key; valid: {', '.join(defaults)}")
+        kind = type(defaults[key])
+        if type(value) is not kind:
+            raise UserError(f"{where}{key}: expected a {kind.__name__}, got {value!r}")
+        if key in ("rows", "findings") and any(type(item) is not dict for item in value):
+            raise UserError(f"{key}: expected tables, [[{key}]], got {value!r}")
+    return {**defaults, **table}
 
 
-def _seeds(table: dict[str, Any], count: int) -> list[int]:
+def _seeds(listed: list[Any], count: int) -> list[int]:
     """The listed seeds, cut or continued with the smallest unused numbers to `count`; 0: all."""
-    listed = table.get("seeds", [0, 1, 2])
     if not listed or any(type(seed) is not int for seed in listed) or len({*listed}) < len(listed):
         raise UserError(f"seeds: expected different whole numbers, got {listed!r}")
     unused = [seed for seed in range(count + len(listed)) if seed not in listed]
     return [*listed, *unused][: count or len(listed)]
 
 
-def _variants(table: dict[str, Any]) -> list[_Variant]:
-    if "rows" in table and {"factor", "values", "labels"} & table.keys():
+def _row_settings(table: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Each row's label, and its settings by ``section.key``."""
+    factor, values, rows = table["factor"], table["values"], table["rows"]
+    if rows and (factor or values):
         raise UserError("give factor and values, or rows, not both")
-    if "rows" in table:
-        variants = [_row_variant(raw) for raw in table["rows"]]
+    if factor:
+        labelled = [(setting_text(value), {factor: value}) for value in values]
     else:
-        variants = _factor_variants(table)
-    if not variants:
-        raise UserError("has no rows")
-    labels = [variant.label for variant in variants]
-    for label, settings in variants:
+        labelled = [_label_and_settings(raw) for raw in rows]
+    if not labelled:
+        raise UserError("has no rows: factor and values are missing or empty")
+    labels = [label for label, _ in labelled]
+    for label in labels:
         if labels.count(label) > 1:
             raise UserError(f"two rows are labelled {label!r}; give each a label")
-        for key in settings:
-            _refuse_seed(key, f"row {label!r}")
-    return variants
+    return labelled
 
 
-def _factor_variants(table: dict[str, Any]) -> list[_Variant]:
-    if not {"factor", "values"} <= table.keys():
-        raise UserError("factor and values are missing, or rows")
-    values = table["values"]
-    labels = table.get("labels", [_text(value) for value in values])
-    if len(labels) != len(values) or any(type(label) is not str for label in labels):
-        raise UserError("labels: expected one text for each of the values")
-    pairs = zip(labels, values, strict=True)
-    return [_Variant(label, {table["factor"]: value}) for label, value in pairs]
-
-
-def _row_variant(raw: Any) -> _Variant:
-    if not isinstance(raw, dict):
-        raise UserError(f"rows: expected tables, [[rows]], got {raw!r}")
+def _label_and_settings(raw: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     settings = {}
     for name, section in raw.items():
         if name == "label":
@@ -212,52 +187,37 @@ def _row_variant(raw: Any) -> _Variant:
         if not isinstance(section, dict):
             raise UserError(f"rows: {name}: expected section.key = value")
         settings |= {f"{name}.{key}": value for key, value in section.items()}
-    label = raw.get("label", ", ".join(map(_text, settings.values())))
+    label = raw.get("label", ", ".join(map(setting_text, settings.values())))
     if not isinstance(label, str) or not label:
         raise UserError(f"rows: label: expected a text, got {label!r}")
-    return _Variant(label, settings)
-
-
-def _refuse_seed(key: str, where: str) -> None:
-    """Each row is trained with every seed of the study, so a row cannot set its seed."""
-    if key == "train.seed":
-        raise UserError(f"{where}: train.seed is not set here; list the study's seeds = [0, 1, 2]")
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    return label, settings
 
 
 def _toml(value: Any) -> str:
     """`value` as TOML on one line, as `configs.load` takes it. JSON would not do: some of its
     strings are no TOML strings."""
-    if isinstance(value, list | dict):
-        return json.dumps(value, default=str)  # no key takes one: this is for the error message
-    return tomli_w.dumps({"value": value}).removeprefix("value = ").rstrip("\n")
+    return tomli_w.dumps({"value": value}).removeprefix("value = ").rstrip().replace("\n", " ")
 
 
-def _row(base: Path, variant: _Variant, overrides: list[str], seeds: list[int]) -> Row:
-    settings = [f"{key}={_toml(value)}" for key, value in variant.settings.items()]
+def _row(
+    base: Path, label: str, settings: dict[str, Any], overrides: list[str], seeds: list[int]
+) -> Row:
+    changes = [*overrides, *(f"{key}={_toml(value)}" for key, value in settings.items())]
     try:
-        loaded = [
-            configs.load(base, [*overrides, *settings, f"train.seed={seed}"]) for seed in seeds
-        ]
+        for change in changes:
+            if change.startswith("train.seed="):
+                raise UserError(f"--set {change}: list the study's seeds = [0, 1, 2] instead")
+        loaded = [configs.load(base, [*changes, f"train.seed={seed}"]) for seed in seeds]
     except UserError as error:
-        raise UserError(f"row {variant.label!r}: {error}") from None
-    return Row(variant.label, tuple(make_task(config) for config in loaded))
+        raise UserError(f"row {label!r}: {error}") from None
+    return Row(label, tuple(make_task(config) for config in loaded))
 
 
-def _finding(raw: Any, labels: list[str]) -> Finding:
-    if not isinstance(raw, dict):
-        raise UserError(f"findings: expected tables, [[findings]], got {raw!r}")
-    _check_types(raw, _FINDING_TYPES, "findings: ")
-    compares = bool(raw.get("better")) and bool(raw.get("worse"))
-    if not raw.get("claim") or compares == bool(raw.get("chance")):
+def _finding(raw: dict[str, Any], labels: list[str]) -> Finding:
+    finding = Finding(**_with_defaults(raw, _FINDING, "findings: "))
+    compares = bool(finding.better) and bool(finding.worse)
+    if not finding.claim or compares == bool(finding.chance):
         raise UserError("findings: each needs a claim, and better and worse or chance")
-    lists = {key: tuple(raw.get(key, ())) for key in ("worse", "chance")}
-    finding = Finding(
-        raw["claim"], raw.get("better", ""), reported=raw.get("reported", False), **lists
-    )
     for label in [*finding.worse, *finding.chance, finding.better or labels[0]]:
         if label not in labels:
             raise UserError(f"findings: no row {label!r}; rows: {'; '.join(labels)}")

@@ -6,8 +6,8 @@ from fastlab.study.spec import make_task
 from tests.study.studies import make_run
 
 
-@pytest.mark.parametrize("damaged", ["", "{", "[]", "[" * 100_000])
-def test_a_record_that_a_kill_has_torn_is_ignored(damaged, tmp_path):
+@pytest.mark.parametrize("damaged", ["", "{"])
+def test_a_record_that_was_torn_is_ignored(damaged, tmp_path):
     folder, task = StudyDir(tmp_path), make_task(Config())
     folder.create([task])
     folder.record(task).write_text(damaged)

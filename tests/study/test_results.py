@@ -97,5 +97,6 @@ def test_a_diverged_seed_is_not_averaged_away(tmp_path):
     metrics.write_text(re.sub(r'"val_loss": [\d.]+', '"val_loss": null', metrics.read_text()))
     [result] = analyse(folder, [study])
     [row] = result.rows
-    assert row.loss is None and row.top1 and row.top1.mean == pytest.approx(0.1)
+    top1 = row.figures["top1"]
+    assert row.figures["loss"] is None and top1 and top1.mean == pytest.approx(0.1)
     write_report(folder, [study], "command")

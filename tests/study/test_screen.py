@@ -10,6 +10,9 @@ def test_the_live_table_shows_progress_and_the_time_left(tmp_path, capsys):
     screen.ended(tasks[0], State("finished", top1=0.4))
     screen.ended(tasks[1], State("failed", "no memory"))
     head, row = screen.table([(tasks[2], State("interrupted", "", 50, 0.5, 1234.0))], elapsed=125)
-    assert head == "1 finished, 1 failed, 1 running, 1 waiting; 2 min elapsed, about 75 s left"
+    assert (
+        head
+        == "1 finished, 1 failed, 1 running, 1 waiting; 2 min 05 s elapsed, about 1 min 15 s left"
+    )
     assert "epoch  50/100" in row and "50.00%" in row and "1,234 images/s" in row
     assert capsys.readouterr().out.splitlines()[1].endswith("(2 of 4): no memory")

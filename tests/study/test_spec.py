@@ -72,7 +72,6 @@ def test_rows_win_over_overrides_and_seeds_are_cut_or_extended(tmp_path: Path):
         ('factor = "optim.lr"\nvalues = []', "has no rows"),
         ('factor = "optim.lrr"\nvalues = [1]', "nearest valid key: optim.lr"),
         ('factor = "optim.lr"\nvalues = [0.1, 0.1]', "two rows are labelled '0.1'"),
-        ('factor = "optim.lr"\nvalues = [0.1]\nlabels = ["a", "b"]', "one text for each"),
         ('factor = "optim.lr"\nvalues = [0.1]\nseeds = [1, 1]', "different whole numbers"),
         ('factor = "optim.lr"\nvalues = [0.1]\nseed = [1]', "'seed': unknown key"),
         ("[[rows]]\noptim = 3", "expected section.key = value"),
