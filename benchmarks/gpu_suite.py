@@ -81,9 +81,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--piece", type=Path, help="for data: a .tar.xz of original images")
     parser.add_argument("--cache", type=Path, help="a folder with a packed compiler cache")
     parser.add_argument("--pack", type=Path, help="the folder for packed results")
-    parser.add_argument("--set", action="append", default=[], help="for every training")
-    parser.add_argument("--seconds", type=float, help="another time limit of the stage")
-    parser.add_argument("--only", nargs="+", metavar="STEP", help="run only these steps")
     return run_command(run, parser.parse_args(argv))
 
 
@@ -97,12 +94,10 @@ def run(args: argparse.Namespace) -> int:
     if args.cache:
         unpack_cache(args.cache)
     sizes = Sizes() if identify()["machine"]["gpus"] else gpu_steps.ON_CPU
-    sizes = replace(sizes, overrides=(*sizes.overrides, *args.set))
-    deadline = started + sizes.patience * (args.seconds or stage.seconds)
+    deadline = started + sizes.patience * stage.seconds
     steps = [
         replace(step, seconds=sizes.patience * step.seconds)
         for step in stage.steps(sizes, args.piece)
-        if not args.only or step.name in args.only
     ]
     outcomes = attempt(steps, deadline, args.stage, wait=stage.collects)
     if args.pack:
