@@ -259,9 +259,9 @@ def interleave(
             problems[case] = first_line(error)
             results.drop(case)
             continue
-        print(f"round {turn + 1:2d}  {case:<32} {measured.value:14,.1f}", flush=True)
         if turn >= 0:
             results.add(case, "images/s", *measured)
+        print(f"round {turn + 1:2d}  {case:<32} {measured.value:14,.1f}", flush=True)
     return problems
 
 
