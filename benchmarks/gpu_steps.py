@@ -128,14 +128,12 @@ def measure(sizes: Sizes, _: Path | None) -> list[Step]:
 def savings(sizes: Sizes, _: Path | None) -> list[Step]:
     """Measure the step with each of its savings undone, first at the largest batch, which is bound
     by bytes."""
-    names = {f"savings-{batch}": batch for batch in sizes.savings_batches}
+
+    def step(name: str, *options: object) -> Step:
+        return Step(name, _training(sizes, DATASET, name, "resnet11", *options), 60)
+
     return [
-        Step(
-            name,
-            _training(sizes, DATASET, name, "resnet11", *_savings_options(sizes, batch)),
-            60,
-        )
-        for name, batch in names.items()
+        step(f"savings-{batch}", *_savings_options(sizes, batch)) for batch in sizes.savings_batches
     ]
 
 

@@ -66,8 +66,7 @@ def run(args: argparse.Namespace) -> None:
         for count, name in itertools.product(args.cores, CASES)
         if name in names
     }
-    problems = interleave(cases, args.rounds, results, warmup=1)
-    results.report(table, problems)
+    results.report(table, interleave(cases, args.rounds, results, warmup=1))
 
 
 def _measure_in_child(args: argparse.Namespace, name: str, cores: int) -> Round:

@@ -206,19 +206,15 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def child_result(
-    module: str, arguments: list[str], environment: dict[str, str] | None = None
-) -> dict[str, Any]:
+def child_result(module: str, arguments: list[str], **variables: str) -> dict[str, Any]:
     """What ``python -m MODULE ARGUMENTS`` prints as JSON in its last line.
 
     A case in a process of its own leaves no memory, threads or compiled code to the next. Where it
     fails, raises `RuntimeError` with its `UserError`, or else with its last line of standard error,
-    all of which is printed.
+    all of which is printed. `variables` are set in its environment.
     """
-    command, variables = (
-        [sys.executable, "-m", module, *arguments],
-        {**os.environ, **(environment or {})},
-    )
+    command = [sys.executable, "-m", module, *arguments]
+    variables = {**os.environ, **variables}
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=_PATIENCE, env=variables
@@ -273,15 +269,15 @@ def check_dataset(path: str | Path) -> None:
 def chosen(names: str, known: Collection[str], option: str) -> list[str]:
     """The names that `names` lists, separated by semicolons; "" stands for all. Raises `UserError`
     for a name that is not in `known`."""
-    for name in names.split(";") if names else ():
+    listed = names.split(";") if names else list(known)
+    for name in listed:
         if name not in known:
             expected = "; ".join(known)
             raise UserError(f"{option} {name!r}: no such name; expected some of {expected}")
-    return names.split(";") if names else list(known)
+    return listed
 
 
 def report_skipped(problems: dict[str, str]) -> None:
-    """Print why each case that `problems` names could not be measured."""
     for name, problem in problems.items():
         print(f"skipped {name}: {problem}", file=sys.stderr)
 

@@ -74,10 +74,9 @@ def launch(args: argparse.Namespace, processes: int) -> Round:
     arguments += ["--config", str(args.config), "--batch", str(args.batch), "--cores", str(each)]
     arguments += ["--seconds", str(args.seconds)]
     arguments += [part for override in args.overrides for part in ("--set", override)]
-    environment = {"OMP_NUM_THREADS": str(each)}
-    if not torch.cuda.is_available():
-        environment["ACCELERATE_USE_CPU"] = "true"
-    rate = child_result("torch.distributed.run", arguments, environment)["rate"]
+    cpu = str(not torch.cuda.is_available())
+    variables = {"OMP_NUM_THREADS": str(each), "ACCELERATE_USE_CPU": cpu}
+    rate = child_result("torch.distributed.run", arguments, **variables)["rate"]
     details = {"batch": args.batch, "cores": each, "device": default_device().type}
     return Round(rate, {}, {**details, "processes": processes})
 
