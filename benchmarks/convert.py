@@ -23,14 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import simplejpeg
 
-from benchmarks.measurements import (
-    Results,
-    Round,
-    Session,
-    command_line,
-    interleave,
-    share_cell,
-)
+from benchmarks.measurements import Results, Round, Session, command_line, interleave, share_cell
 from fastlab.console import positive_int, run_command
 from fastlab.dataset.archives import Tree, open_tree
 from fastlab.dataset.blocks import block_size

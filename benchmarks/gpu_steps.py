@@ -90,7 +90,7 @@ def smoke(sizes: Sizes, _: Path | None) -> list[Step]:
 
 
 def data(sizes: Sizes, piece: Path | None) -> list[Step]:
-    """Unpack one piece of the original images. The first piece is a whole, smaller dataset: its
+    """Unpack a piece of the original images (--piece). The first is a whole, smaller dataset: its
     arrival starts every step that needs no other piece."""
     if piece is None or not piece.is_file():
         raise UserError(f"--piece {piece}: no such file; name a piece of the dataset")
@@ -150,19 +150,19 @@ def reference(sizes: Sizes, _: Path | None) -> list[Step]:
 
 
 def loaders(sizes: Sizes, _: Path | None) -> list[Step]:
-    """Measure the input path beside a copy of as many bytes, and nvJPEG."""
+    """If time is left: measure the input path beside a copy of as many bytes, and nvJPEG."""
     rounds = ("--batches", sizes.loader_batches, "--rounds", sizes.rounds)
     return [Step("loaders", _loaders(DATASET, "loaders", *rounds), 60)]
 
 
 def race(sizes: Sizes, _: Path | None) -> list[Step]:
-    """Measure the seconds to the reference's 46.04 %."""
+    """Measure the seconds to the reference's 46.04 %, five times."""
     limit = ("--runs", 5, "--limit", 140)
     return [Step("race", _race(sizes, "reference", "race-reference", DATASET, *limit), 160)]
 
 
 def more(sizes: Sizes, _: Path | None) -> list[Step]:
-    """Measure the other models, then attempt 66 % once in the time that is left."""
+    """If time is left: measure the other models, then attempt 66 % once."""
     options = ("--ceilings", CEILINGS, "--rounds", 1, "--steps", 100)
     names = {f"training-{model}": model for model in _OTHER_MODELS}
     limit = ("--runs", 1, "--limit", 90)

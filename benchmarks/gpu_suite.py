@@ -41,7 +41,6 @@ class Stage:
     """Time limit of all steps together."""
     steps: Callable[[Sizes, Path | None], list[Step]]
     """Takes the value of `--piece`, too."""
-    about: str
     collects: bool = False
     """It waits for the steps that run beside, and packs the compiler's cache."""
 
@@ -49,21 +48,15 @@ class Stage:
 # The limits are what each stage took on an H200, with a margin; those of `savings`, `reference`,
 # which has not run to its end there, `loaders` and `more` are estimates from rates measured there.
 STAGES = {
-    "smoke": Stage(
-        90, gpu_steps.smoke, "the tests marked gpu, a few steps of every variant", collects=True
-    ),
-    "data": Stage(20, gpu_steps.data, "unpack a piece of the dataset (--piece)"),
-    "ready": Stage(
-        60, gpu_steps.ready, "convert all images, wait for tests and compilations", collects=True
-    ),
-    "measure": Stage(140, gpu_steps.measure, "roofs, training steps of ResNet-11"),
-    "savings": Stage(110, gpu_steps.savings, "the step of ResNet-11 with each saving undone"),
-    "reference": Stage(225, gpu_steps.reference, "the reference's ResNet-11 for its 100 epochs"),
-    "race": Stage(95, gpu_steps.race, "seconds to 46.04 %, five times"),
-    "loaders": Stage(
-        65, gpu_steps.loaders, "if time is left: the input path beside a copy of its bytes, nvJPEG"
-    ),
-    "more": Stage(120, gpu_steps.more, "if time is left: the other models, one attempt at 66 %"),
+    "smoke": Stage(90, gpu_steps.smoke, collects=True),
+    "data": Stage(20, gpu_steps.data),
+    "ready": Stage(60, gpu_steps.ready, collects=True),
+    "measure": Stage(140, gpu_steps.measure),
+    "savings": Stage(110, gpu_steps.savings),
+    "reference": Stage(225, gpu_steps.reference),
+    "race": Stage(95, gpu_steps.race),
+    "loaders": Stage(65, gpu_steps.loaders),
+    "more": Stage(120, gpu_steps.more),
 }
 
 
@@ -74,10 +67,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    about = "; ".join(
-        f"{name} ({stage.seconds:.0f} s): {stage.about}" for name, stage in STAGES.items()
+    about = " ".join(
+        f"{name} ({stage.seconds:.0f} s): {stage.steps.__doc__}" for name, stage in STAGES.items()
     )
-    parser.add_argument("stage", choices=STAGES, help=about)
+    parser.add_argument("stage", choices=STAGES, help=about.replace("%", "%%"))
     parser.add_argument("--piece", type=Path, help="for data: a .tar.xz of original images")
     parser.add_argument("--cache", type=Path, help="a folder with a packed compiler cache")
     parser.add_argument("--pack", type=Path, help="the folder for packed results")

@@ -243,7 +243,8 @@ def interleave(
 ) -> dict[str, str]:
     """Measure every case in turn until `results` has its rounds, after `warmup` turns that are not
     kept. Interleaved, so that a change of the machine's speed touches all cases alike. Returns the
-    reasons of the cases that failed with `RuntimeError`, by name; they lose their rounds."""
+    reasons of the cases that failed with `UserError` or `RuntimeError`, by name; they lose their
+    rounds."""
     problems: dict[str, str] = {}
     for turn, case in itertools.product(range(-warmup, rounds), cases):
         needed = turn + 1 if turn >= 0 else rounds
@@ -251,7 +252,7 @@ def interleave(
             continue
         try:
             measured = cases[case]()
-        except RuntimeError as error:
+        except (UserError, RuntimeError) as error:
             problems[case] = first_line(error)
             results.drop(case)
             continue
