@@ -13,8 +13,6 @@ A round queues batches for at least 50 ms, after a few that are not timed. "Devi
 between two CUDA events around them, in which the GPU may wait for Python; "host" is the time that
 Python takes to queue a few. On a CPU both are the host's. Bytes are what a case must read and write
 at least: each pixel once as uint8 and once as bf16.
-
-With ``--out``, every round is saved at once, and the same command continues after an interruption.
 """
 
 import argparse

@@ -21,15 +21,7 @@ import torch
 
 from benchmarks import faked_gpu, savings
 from benchmarks.faked_gpu import Call, CountError, Generated
-from benchmarks.measurements import (
-    Record,
-    Session,
-    add_overrides,
-    command_line,
-    new_session,
-    public_config,
-    save,
-)
+from benchmarks.measurements import Record, Session, command_line, new_session, public_config, save
 from fastlab import config as configs
 from fastlab import models
 from fastlab.config import Config
@@ -89,9 +81,8 @@ class Pass(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = command_line(__doc__)
+    parser = command_line(__doc__, overrides=True)
     parser.add_argument("--config", type=Path, nargs="+", required=True, help="models to count")
-    add_overrides(parser)
     parser.add_argument("--batch", type=positive_int, default=128, help="images a step")
     parser.add_argument(
         "--savings", action="store_true", help="also with each saving of the step undone"

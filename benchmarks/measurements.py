@@ -26,6 +26,7 @@ from fastlab.console import (
 from fastlab.dataset.manifest import check_sizes, read_manifest
 from fastlab.files import write_json
 from fastlab.machine import environment
+from fastlab.options import add_set_option
 
 _PATIENCE = 900  # seconds for a case in a process of its own
 
@@ -181,9 +182,11 @@ def device_of(machine: dict[str, Any]) -> list[str]:
     return machine["gpus"] or [machine["cpu"], machine.get("instructions", "")]
 
 
-def command_line(doc: str | None, rounds: int | None = None) -> argparse.ArgumentParser:
-    """A parser with `--out` and, where `rounds` gives its default, `--rounds`. The first line of
-    `doc` describes the command."""
+def command_line(
+    doc: str | None, rounds: int | None = None, *, overrides: bool = False
+) -> argparse.ArgumentParser:
+    """A parser with `--out`, with `--rounds` where `rounds` gives its default, and with `--set`
+    where `overrides`. The first line of `doc` describes the command."""
     assert doc is not None
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--out", type=Path, help="write the records to this JSON file")
@@ -191,19 +194,9 @@ def command_line(doc: str | None, rounds: int | None = None) -> argparse.Argumen
         parser.add_argument(
             "--rounds", type=positive_int, default=rounds, help="how often each case is measured"
         )
+    if overrides:
+        add_set_option(parser, "override one value of the configuration; may be repeated")
     return parser
-
-
-def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """Add `--set`."""
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        dest="overrides",
-        metavar="SECTION.KEY=VALUE",
-        help="override one value of the configuration; may be repeated",
-    )
 
 
 def child_result(module: str, arguments: list[str], **variables: str) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from benchmarks.measurements import (
     Results,
     Round,
     Session,
-    add_overrides,
     check_dataset,
     child_result,
     command_line,
@@ -40,9 +39,8 @@ from pipelines.base import Batch
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = command_line(__doc__, rounds=3)
+    parser = command_line(__doc__, rounds=3, overrides=True)
     parser.add_argument("--config", type=Path, required=True)
-    add_overrides(parser)
     parser.add_argument(
         "--processes",
         type=positive_ints,

@@ -11,11 +11,7 @@ is the share of a step's time between the two. FLOP are counted by torch, not as
 multiply-add.
 
 One process for each configuration and batch size holds all variants, which take turns round by
-round: the images are uploaded once, and each variant is compiled once. A variant whose loss or
-weights are no longer finite is skipped and reported: such numbers change the power that a device
-draws, and with it the clock.
-
-With ``--out``, every round is saved at once, and the same command continues after an interruption.
+round. A variant whose loss or weights are no longer finite is skipped and reported.
 """
 
 import argparse
@@ -35,7 +31,6 @@ from benchmarks.measurements import (
     Results,
     Round,
     Session,
-    add_overrides,
     check_dataset,
     chosen,
     command_line,
@@ -101,9 +96,8 @@ class Case:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = command_line(__doc__, rounds=3)
+    parser = command_line(__doc__, rounds=3, overrides=True)
     parser.add_argument("--config", type=Path, nargs="+", required=True)
-    add_overrides(parser)
     parser.add_argument("--batches", type=positive_ints, default=[128], help="such as 128,1024")
     parser.add_argument("--variants", default="", help="names, separated by semicolons")
     parser.add_argument(
