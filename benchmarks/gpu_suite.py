@@ -4,14 +4,12 @@
     python3 -m benchmarks.gpu_suite data --piece .lease/piece-1.tar.xz  # then 2 and 3
     python3 -m benchmarks.gpu_suite ready --pack OUT                    # then the others, in turn
 
-The machine is bare: it has only PyTorch and the packages that usually come with it, no network, and
-a command brings at most a checkout and some files. So a stage takes the missing packages from
-``wheels/`` (`make wheels`), keeps everything under ``lease/``, and packs its results into a few
-small files when it ends. Each step has a time limit; a step that fails is reported with its last
-line, and the next step begins. While the pieces of the dataset arrive, tests and compilations run
-in the background; from the stage `measure` on, each step has the machine for itself. `--rehearse`
-runs these very commands on a CPU, where the same steps take small sizes (`benchmarks.rehearsal`
-says how).
+The machine has PyTorch and what usually comes with it, and no network. So a stage takes the missing
+packages from ``wheels/`` (`make wheels`), keeps everything under ``lease/``, and packs its results
+into a few small files when it ends. A step that fails is reported with its last line, and the next
+step begins. While the pieces of the dataset arrive, tests and compilations run in the background;
+from the stage `measure` on, each step has the machine for itself. `--rehearse` runs these commands
+on a CPU, at small sizes (`benchmarks.rehearsal`).
 """
 
 import argparse

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import faked_gpu, savings
-from benchmarks.faked_gpu import Call, CountError, Generated
+from benchmarks.faked_gpu import CountError, Generated
 from benchmarks.measurements import Record, Session, command_line, new_session, public_config, save
 from fastlab import config as configs
 from fastlab import models
@@ -30,6 +30,7 @@ from fastlab.models import norm_pool, norm_relu
 from fastlab.models.dropout import DropoutKeys
 
 _SIDE, _CLASSES = 64, 200  # of Tiny ImageNet
+_OWN = "fastlab::"  # prefix of the names of the project's operators
 _SMALL = 1_000_000  # bytes: a kernel that moves fewer takes about as long as its launch
 
 
@@ -69,7 +70,6 @@ class Kernel(NamedTuple):
     name: str
     kernels: int
     bytes: int
-    generated: bool
 
 
 class Pass(NamedTuple):
@@ -128,28 +128,23 @@ def generated_step(cfg: Config, batch: int) -> list[Generated]:
 def count_pass(graph: Generated) -> Pass:
     """Call it within `faked_gpu`. Raises `CountError` where a kernel's bytes are not known."""
     launches, calls = faked_gpu.run(graph)
-    kernels = [Kernel(launch.kernel, 1, launch.bytes, True) for launch in launches]
-    library: Counter[str] = Counter()
-    for call in calls:
-        if call.operator.startswith("fastlab::"):
-            kernels.append(_custom_kernels(call))
+    counted = Pass([Kernel(name, 1, moved) for name, moved in launches], Counter())
+    for operator, arguments in calls:
+        if not operator.startswith(_OWN):
+            counted.library[operator] += 1
+        elif operator in OPERATORS:
+            counted.kernels.append(Kernel(operator, *OPERATORS[operator](**arguments)))
         else:
-            library[call.operator] += 1
-    return Pass(kernels, library)
-
-
-def _custom_kernels(call: Call) -> Kernel:
-    if call.operator not in OPERATORS:
-        raise CountError(f"{call.operator}: its traffic is not in OPERATORS")
-    traffic = OPERATORS[call.operator](**call.arguments)
-    return Kernel(call.operator, traffic.kernels, traffic.bytes, False)
+            raise CountError(f"{operator}: its traffic is not in OPERATORS")
+    return counted
 
 
 def _details(counted: Pass) -> dict[str, Any]:
     kernels = counted.kernels
+    custom = sum(k.kernels for k in kernels if k.name.startswith(_OWN))
     return {
-        "generated": sum(k.kernels for k in kernels if k.generated),
-        "custom": sum(k.kernels for k in kernels if not k.generated),
+        "generated": sum(k.kernels for k in kernels) - custom,
+        "custom": custom,
         "library": dict(counted.library),
         "small": sum(k.kernels for k in kernels if k.bytes / k.kernels < _SMALL),
         "bytes": sum(k.bytes for k in kernels),
