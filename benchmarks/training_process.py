@@ -167,7 +167,8 @@ class Measured:
 
     def _warm_up(self) -> None:
         started = time.perf_counter()
-        self._batch = _copy(next(iter(self.trainer.train_data.epoch(self._epoch))))
+        batch = next(iter(self.trainer.train_data.epoch(self._epoch)))
+        self._batch = Batch(*(part.clone() for part in batch))
         self._epoch += 1
         self._held_step = self.trainer.make_step()
         self._seconds(self._held_step, self._held(), 1)
@@ -211,10 +212,6 @@ class Measured:
         yield
         self._peak = max(self._peak, self._allocated + torch.cuda.max_memory_allocated() - before)
         self._allocated += torch.cuda.memory_allocated() - before
-
-
-def _copy(batch: Batch) -> Batch:
-    return Batch(*(part.clone(memory_format=torch.preserve_format) for part in batch))
 
 
 def flop_per_image(cfg: Config, classes: int, side: int) -> float:
