@@ -110,25 +110,18 @@ def load(path: Path, option: str = "record") -> Session:
 
 
 class Results:
-    """What a command measures, written to its `--out` file after every round.
-
-    The same command continues there after an interruption, on the same device with the same
-    versions: a record names one device and one set of versions.
-    """
+    """What a command measures, written to its `--out` file after every round. The same command
+    continues there after an interruption, on the same device with the same versions."""
 
     def __init__(self, benchmark: str, out: Path | None, script: str = "") -> None:
-        """Where `out` is None, nothing is saved. `script` is the command's module where that is not
-        `benchmark`.
-
-        Raises `UserError` where `out` holds anything but an earlier part of these results.
-        """
+        """Where `out` is None, nothing is saved; `script` is that of `new_session`. Raises
+        `UserError` where `out` holds anything but an earlier part of these results."""
         self._out = out
         new = new_session(benchmark, [], script)
         before = load(out, "--out") if out and out.exists() else new
         if _origin(before) != _origin(new):
             raise UserError(
-                f"--out {out}: was measured by another command, device or version; choose another "
-                f"file"
+                f"--out {out}: was measured by another command, device or version; choose another"
             )
         self.session = replace(new, records=before.records, calls=[*before.calls, new.date])
 
