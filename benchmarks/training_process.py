@@ -52,7 +52,7 @@ def serve(requests: Connection, args: argparse.Namespace, config: Path, batch: i
         dynamo.patch(recompile_limit=64),
         redirect_stdout(sys.stderr),
         tempfile.TemporaryDirectory() as scratch,
-        suppress(EOFError),
+        suppress(EOFError, KeyboardInterrupt),
     ):
         answers = Answers(args, config, batch, RunDir(Path(scratch)))
         while True:
