@@ -75,13 +75,12 @@ class Running:
     def finish(self, stage: str, deadline: float) -> str:
         """Wait for the step, stop it at its limit or at `deadline`, and report it on the console
         and in suite.jsonl. Returns its outcome."""
+        ended = False
         try:
             ended = self._ended_by(min(deadline, self.started + self.seconds))
-        except KeyboardInterrupt:  # which does not reach the step's own session
-            self._stop()
-            raise
-        if not ended:
-            self._stop()
+        finally:
+            if not ended:  # Ctrl-C does not reach the step's own session
+                self._stop()
         status = self._status()
         outcome = "cut off" if not ended else "done" if status == 0 else f"failed ({status})"
         seconds = time.monotonic() - self.started
