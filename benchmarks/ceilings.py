@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
 
 import torch
 
@@ -27,17 +26,11 @@ _ROUND = 0.05  # seconds that a round takes at least
 _LONGEST = 5.0  # seconds for one ceiling
 
 
-class _Product(NamedTuple):
-    name: str
-    dtype: torch.dtype
-    precision: str
-    """For `torch.set_float32_matmul_precision`: only "highest" is plain fp32."""
-
-
+# Name, dtype, and precision for `torch.set_float32_matmul_precision`: only "highest" is plain fp32.
 _PRODUCTS = (
-    _Product("matmul_fp32", torch.float32, "highest"),
-    _Product("matmul_tf32", torch.float32, "high"),
-    _Product("matmul_bf16", torch.bfloat16, "highest"),
+    ("matmul_fp32", torch.float32, "highest"),
+    ("matmul_tf32", torch.float32, "high"),
+    ("matmul_bf16", torch.bfloat16, "highest"),
 )
 _CONVOLUTIONS = ((64, 32), (128, 16), (256, 8))  # channels and side of ResNet-11's blocks
 

@@ -18,19 +18,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import simplejpeg
 
-from benchmarks.measurements import (
-    Results,
-    Round,
-    Session,
-    command_line,
-    interleave,
-    share_cell,
-)
+from benchmarks.measurements import Results, Round, Session, command_line, interleave, share_cell
 from fastlab.console import positive_int, run_command
 from fastlab.dataset.archives import Tree, open_tree
 from fastlab.dataset.blocks import block_size
@@ -38,14 +31,6 @@ from fastlab.dataset.originals import read_originals
 from fastlab.machine import cores
 
 SIDE = 64  # pixels
-
-
-class Share(NamedTuple):
-    """What one process reads, decodes and, unless `target` is None, writes there."""
-
-    tree: Tree
-    paths: list[str]
-    target: Path | None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,8 +56,8 @@ def run(args: argparse.Namespace) -> None:
         name = "directory" if source.is_dir() else source.name.partition(".")[2]
         tree, paths = _open(source, args.scratch)
         parts = _split(paths, args.workers)
-        reading = [Share(tree, part, None) for part in parts]
-        writing = [Share(tree, part, args.scratch / f"{i}.raw") for i, part in enumerate(parts)]
+        reading = [(tree, part, None) for part in parts]
+        writing = [(tree, part, args.scratch / f"{i}.raw") for i, part in enumerate(parts)]
         out = args.scratch / "dataset"
         cases[f"read, decode {name}"] = case(rate, _read_decode, reading)
         cases[f"read, decode, write {name}"] = case(rate, _read_decode, writing)
@@ -140,7 +125,7 @@ def _decode_all(data: list[bytes], ready: Callable[[], object]) -> int:
     return len(data)
 
 
-def _read_decode(share: Share, ready: Callable[[], object]) -> int:
+def _read_decode(share: tuple[Tree, list[str], Path | None], ready: Callable[[], object]) -> int:
     tree, paths, target = share
     out = np.empty((block_size(SIDE), SIDE, SIDE, 3), dtype=np.uint8)
     if target:

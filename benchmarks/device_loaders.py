@@ -13,8 +13,6 @@ A round queues batches for at least 50 ms, after a few that are not timed. "Devi
 between two CUDA events around them, in which the GPU may wait for Python; "host" is the time that
 Python takes to queue a few. On a CPU both are the host's. Bytes are what a case must read and write
 at least: each pixel once as uint8 and once as bf16.
-
-With ``--out``, every round is saved at once, and the same command continues after an interruption.
 """
 
 import argparse
@@ -23,7 +21,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +43,7 @@ from benchmarks.measurements import (
 )
 from benchmarks.timing import Seconds, default_device, timed
 from fastlab.config import AugmentConfig, DataConfig
-from fastlab.console import UserError, first_line, positive_ints, run_command
+from fastlab.console import UserError, positive_ints, run_command
 from fastlab.dataset.formats.array import open_array
 from fastlab.dataset.formats.tar import Shards, open_shards
 from fastlab.dataset.manifest import read_manifest
@@ -151,30 +149,20 @@ def measure(
     """Measure the rounds that `results` lacks: all rounds of one batch size before the next.
     Returns the reasons of cases that failed, by name."""
     problems: dict[str, str] = {}
+    images = len(data.uploaded[0])
     for batch in args.batches:
-        left = [name for name in names if results.rounds(f"{name}, {batch}") < args.rounds]
-        cases = _prepare_all(left, data, batch, problems)
+        if batch > images:
+            problems[f"batch {batch}"] = f"the training split has only {images} images"
+            continue
+        fitting = [name for name in names if batch <= _LARGEST.get(name, batch)]
+        cases = {f"{name}, {batch}": _case(name, data, batch) for name in fitting}
         problems |= interleave(cases, args.rounds, results)
     return problems
 
 
-def _prepare_all(
-    names: list[str], data: Data, batch: int, problems: dict[str, str]
-) -> dict[str, Callable[[], Round]]:
-    """The cases that work here; adds the reasons of the others to `problems`."""
-    images = len(data.uploaded[0])
-    if batch > images:
-        problems[f"batch {batch}"] = f"the training split has only {images} images"
-        return {}
-    cases = {}
-    for name in names:
-        if batch > _LARGEST.get(name, batch):
-            continue
-        try:
-            cases[f"{name}, {batch}"] = _prepare(name, data, batch)
-        except (UserError, RuntimeError) as error:
-            problems[f"{name}, {batch}"] = first_line(error)
-    return cases
+def _case(name: str, data: Data, batch: int) -> Callable[[], Round]:
+    prepared = cache(partial(_prepare, name, data, batch))
+    return lambda: prepared()()
 
 
 def _prepare(name: str, data: Data, batch: int) -> Callable[[], Round]:

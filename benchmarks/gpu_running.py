@@ -4,7 +4,6 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ from datetime import UTC, datetime
 from benchmarks.gpu_steps import BESIDE, LOGS, RESULTS, Step
 
 _GRACE = 10.0  # seconds that a step has to save its work
+_WRITTEN_ANEW = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
 _SHOWN = 12  # last lines of each step's log that a stage prints
 
 
@@ -41,26 +41,23 @@ class Running:
 
     @classmethod
     def start(cls, step: Step) -> "Running":
-        status, number = (LOGS / f"{step.name}.{kind}" for kind in ("status", "number"))
-        for path in (status, number):
-            path.unlink(missing_ok=True)
-        script = f"""
-            echo $$ >{shlex.quote(str(number))}
-            trap : INT
-            {shlex.join(step.command)}
-            echo $? >{shlex.quote(str(status))}"""
-        with (LOGS / f"{step.name}.log").open("w", encoding="utf-8") as log:
-            subprocess.run(
-                # A shell starts its background commands with SIGINT ignored.
-                ["setsid", "--fork", "env", "--default-signal=INT", "bash", "-c", script],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                check=True,
-            )
-        while not (number.exists() and number.read_text().endswith("\n")):
-            time.sleep(0.01)
-        running = cls(step.name, int(number.read_text()), time.monotonic(), step.seconds)
+        status = LOGS / f"{step.name}.status"
+        status.unlink(missing_ok=True)
+        script = f"trap : INT; {shlex.join(step.command)}; echo $? >{shlex.quote(str(status))}"
+        files = [
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_OPEN, 1, LOGS / f"{step.name}.log", _WRITTEN_ANEW, 0o644),
+            (os.POSIX_SPAWN_DUP2, 1, 2),
+        ]
+        shell = os.posix_spawnp(
+            "bash",
+            ["bash", "-c", script],
+            os.environ,
+            setsid=True,
+            setsigdef=[signal.SIGINT],  # a shell starts its background commands with it ignored
+            file_actions=files,
+        )
+        running = cls(step.name, shell, time.monotonic(), step.seconds)
         if step.beside:
             BESIDE.mkdir(exist_ok=True)
             (BESIDE / f"{step.name}.json").write_text(json.dumps(asdict(running)))
@@ -78,13 +75,12 @@ class Running:
     def finish(self, stage: str, deadline: float) -> str:
         """Wait for the step, stop it at its limit or at `deadline`, and report it on the console
         and in suite.jsonl. Returns its outcome."""
+        ended = False
         try:
             ended = self._ended_by(min(deadline, self.started + self.seconds))
-        except KeyboardInterrupt:  # which does not reach the step's own session
-            self._stop()
-            raise
-        if not ended:
-            self._stop()
+        finally:
+            if not ended:  # Ctrl-C does not reach the step's own session
+                self._stop()
         status = self._status()
         outcome = "cut off" if not ended else "done" if status == 0 else f"failed ({status})"
         seconds = time.monotonic() - self.started

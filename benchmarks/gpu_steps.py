@@ -90,7 +90,7 @@ def smoke(sizes: Sizes, _: Path | None) -> list[Step]:
 
 
 def data(sizes: Sizes, piece: Path | None) -> list[Step]:
-    """Unpack one piece of the original images. The first piece is a whole, smaller dataset: its
+    """Unpack a piece of the original images (--piece). The first is a whole, smaller dataset: its
     arrival starts every step that needs no other piece."""
     if piece is None or not piece.is_file():
         raise UserError(f"--piece {piece}: no such file; name a piece of the dataset")
@@ -128,14 +128,12 @@ def measure(sizes: Sizes, _: Path | None) -> list[Step]:
 def savings(sizes: Sizes, _: Path | None) -> list[Step]:
     """Measure the step with each of its savings undone, first at the largest batch, which is bound
     by bytes."""
-    names = {f"savings-{batch}": batch for batch in sizes.savings_batches}
+
+    def step(name: str, *options: object) -> Step:
+        return Step(name, _training(sizes, DATASET, name, "resnet11", *options), 60)
+
     return [
-        Step(
-            name,
-            _training(sizes, DATASET, name, "resnet11", *_savings_options(sizes, batch)),
-            60,
-        )
-        for name, batch in names.items()
+        step(f"savings-{batch}", *_savings_options(sizes, batch)) for batch in sizes.savings_batches
     ]
 
 
@@ -152,19 +150,19 @@ def reference(sizes: Sizes, _: Path | None) -> list[Step]:
 
 
 def loaders(sizes: Sizes, _: Path | None) -> list[Step]:
-    """Measure the input path beside a copy of as many bytes, and nvJPEG."""
+    """If time is left: measure the input path beside a copy of as many bytes, and nvJPEG."""
     rounds = ("--batches", sizes.loader_batches, "--rounds", sizes.rounds)
     return [Step("loaders", _loaders(DATASET, "loaders", *rounds), 60)]
 
 
 def race(sizes: Sizes, _: Path | None) -> list[Step]:
-    """Measure the seconds to the reference's 46.04 %."""
+    """Measure the seconds to the reference's 46.04 %, five times."""
     limit = ("--runs", 5, "--limit", 140)
     return [Step("race", _race(sizes, "reference", "race-reference", DATASET, *limit), 160)]
 
 
 def more(sizes: Sizes, _: Path | None) -> list[Step]:
-    """Measure the other models, then attempt 66 % once in the time that is left."""
+    """If time is left: measure the other models, then attempt 66 % once."""
     options = ("--ceilings", CEILINGS, "--rounds", 1, "--steps", 100)
     names = {f"training-{model}": model for model in _OTHER_MODELS}
     limit = ("--runs", 1, "--limit", 90)

@@ -4,14 +4,12 @@
     python3 -m benchmarks.gpu_suite data --piece .lease/piece-1.tar.xz  # then 2 and 3
     python3 -m benchmarks.gpu_suite ready --pack OUT                    # then the others, in turn
 
-The machine is bare: it has only PyTorch and the packages that usually come with it, no network, and
-a command brings at most a checkout and some files. So a stage takes the missing packages from
-``wheels/`` (`make wheels`), keeps everything under ``lease/``, and packs its results into a few
-small files when it ends. Each step has a time limit; a step that fails is reported with its last
-line, and the next step begins. While the pieces of the dataset arrive, tests and compilations run
-in the background; from the stage `measure` on, each step has the machine for itself. `--rehearse`
-runs these very commands on a CPU, where the same steps take small sizes (`benchmarks.rehearsal`
-says how).
+The machine has PyTorch and what usually comes with it, and no network. So a stage takes the missing
+packages from ``wheels/`` (`make wheels`), keeps everything under ``lease/``, and packs its results
+into a few small files when it ends. A step that fails is reported with its last line, and the next
+step begins. While the pieces of the dataset arrive, tests and compilations run in the background;
+from the stage `measure` on, each step has the machine for itself. `--rehearse` runs these commands
+on a CPU, at small sizes (`benchmarks.rehearsal`).
 """
 
 import argparse
@@ -41,7 +39,6 @@ class Stage:
     """Time limit of all steps together."""
     steps: Callable[[Sizes, Path | None], list[Step]]
     """Takes the value of `--piece`, too."""
-    about: str
     collects: bool = False
     """It waits for the steps that run beside, and packs the compiler's cache."""
 
@@ -49,21 +46,15 @@ class Stage:
 # The limits are what each stage took on an H200, with a margin; those of `savings`, `reference`,
 # which has not run to its end there, `loaders` and `more` are estimates from rates measured there.
 STAGES = {
-    "smoke": Stage(
-        90, gpu_steps.smoke, "the tests marked gpu, a few steps of every variant", collects=True
-    ),
-    "data": Stage(20, gpu_steps.data, "unpack a piece of the dataset (--piece)"),
-    "ready": Stage(
-        60, gpu_steps.ready, "convert all images, wait for tests and compilations", collects=True
-    ),
-    "measure": Stage(140, gpu_steps.measure, "roofs, training steps of ResNet-11"),
-    "savings": Stage(110, gpu_steps.savings, "the step of ResNet-11 with each saving undone"),
-    "reference": Stage(225, gpu_steps.reference, "the reference's ResNet-11 for its 100 epochs"),
-    "race": Stage(95, gpu_steps.race, "seconds to 46.04 %, five times"),
-    "loaders": Stage(
-        65, gpu_steps.loaders, "if time is left: the input path beside a copy of its bytes, nvJPEG"
-    ),
-    "more": Stage(120, gpu_steps.more, "if time is left: the other models, one attempt at 66 %"),
+    "smoke": Stage(90, gpu_steps.smoke, collects=True),
+    "data": Stage(20, gpu_steps.data),
+    "ready": Stage(60, gpu_steps.ready, collects=True),
+    "measure": Stage(140, gpu_steps.measure),
+    "savings": Stage(110, gpu_steps.savings),
+    "reference": Stage(225, gpu_steps.reference),
+    "race": Stage(95, gpu_steps.race),
+    "loaders": Stage(65, gpu_steps.loaders),
+    "more": Stage(120, gpu_steps.more),
 }
 
 
@@ -74,16 +65,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    about = "; ".join(
-        f"{name} ({stage.seconds:.0f} s): {stage.about}" for name, stage in STAGES.items()
+    about = " ".join(
+        f"{name} ({stage.seconds:.0f} s): {stage.steps.__doc__}" for name, stage in STAGES.items()
     )
-    parser.add_argument("stage", choices=STAGES, help=about)
+    parser.add_argument("stage", choices=STAGES, help=about.replace("%", "%%"))
     parser.add_argument("--piece", type=Path, help="for data: a .tar.xz of original images")
     parser.add_argument("--cache", type=Path, help="a folder with a packed compiler cache")
     parser.add_argument("--pack", type=Path, help="the folder for packed results")
-    parser.add_argument("--set", action="append", default=[], help="for every training")
-    parser.add_argument("--seconds", type=float, help="another time limit of the stage")
-    parser.add_argument("--only", nargs="+", metavar="STEP", help="run only these steps")
     return run_command(run, parser.parse_args(argv))
 
 
@@ -97,12 +85,10 @@ def run(args: argparse.Namespace) -> int:
     if args.cache:
         unpack_cache(args.cache)
     sizes = Sizes() if identify()["machine"]["gpus"] else gpu_steps.ON_CPU
-    sizes = replace(sizes, overrides=(*sizes.overrides, *args.set))
-    deadline = started + sizes.patience * (args.seconds or stage.seconds)
+    deadline = started + sizes.patience * stage.seconds
     steps = [
         replace(step, seconds=sizes.patience * step.seconds)
         for step in stage.steps(sizes, args.piece)
-        if not args.only or step.name in args.only
     ]
     outcomes = attempt(steps, deadline, args.stage, wait=stage.collects)
     if args.pack:

@@ -1,7 +1,6 @@
 """Kernels and bytes of a training step's forward and backward, counted without a GPU.
 
     python -m benchmarks.kernel_counts --config configs/resnet11.toml --batch 128 --out FILE.json
-    python -m benchmarks.kernel_counts --table BEFORE.json AFTER.json
 
 The model is compiled for a faked H100 as the trainer compiles it: training, bf16 autocast,
 channels-last (`benchmarks.faked_gpu`). Bytes are the sizes of the arguments of every generated
@@ -14,23 +13,15 @@ import argparse
 import itertools
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks import faked_gpu, savings
-from benchmarks.faked_gpu import Call, CountError, Generated
-from benchmarks.measurements import (
-    Record,
-    Session,
-    add_overrides,
-    command_line,
-    load,
-    new_session,
-    public_config,
-    save,
-)
+from benchmarks.faked_gpu import CountError, Generated
+from benchmarks.measurements import Record, Session, command_line, new_session, public_config, save
 from fastlab import config as configs
 from fastlab import models
 from fastlab.config import Config
@@ -39,6 +30,7 @@ from fastlab.models import norm_pool, norm_relu
 from fastlab.models.dropout import DropoutKeys
 
 _SIDE, _CLASSES = 64, 200  # of Tiny ImageNet
+_OWN = "fastlab::"  # prefix of the names of the project's operators
 _SMALL = 1_000_000  # bytes: a kernel that moves fewer takes about as long as its launch
 
 
@@ -50,27 +42,23 @@ class Traffic(NamedTuple):
     """Bytes of all these kernels together."""
 
 
-def _pool(x: Any, bias: Any, size: int, **_: Any) -> tuple[Traffic, Traffic]:
-    """The forward and the backward of `norm_pool`."""
-    forward, backward, forward_kernels, backward_kernels = norm_pool.traffic(
-        x.shape, x.element_size(), size, size - 2, bias is not None
-    )
-    return Traffic(forward_kernels, forward), Traffic(backward_kernels, backward)
+def _pool(direction: int, x: Any, bias: Any, size: int, **_: Any) -> Traffic:
+    figures = norm_pool.traffic(x.shape, x.element_size(), size, size - 2, bias is not None)
+    return Traffic(kernels=figures[2 + direction], bytes=figures[direction])
 
 
-def _relu(x: Any, x2: Any, residual: Any, **_: Any) -> tuple[Traffic, Traffic]:
-    """The forward and the backward of `norm_relu`."""
-    forward, backward, forward_kernels, backward_kernels = norm_relu.traffic(
-        x.shape, x.element_size(), other=x2 is not None, residual=residual is not None
-    )
-    return Traffic(forward_kernels, forward), Traffic(backward_kernels, backward)
+def _relu(direction: int, x: Any, x2: Any, residual: Any, **_: Any) -> Traffic:
+    added = {"other": x2 is not None, "residual": residual is not None}
+    figures = norm_relu.traffic(x.shape, x.element_size(), **added)
+    return Traffic(kernels=figures[2 + direction], bytes=figures[direction])
 
 
+_FORWARD, _BACKWARD = 0, 1
 OPERATORS: dict[str, Callable[..., Traffic]] = {
-    "fastlab::norm_pool": lambda **arguments: _pool(**arguments)[0],
-    "fastlab::norm_pool_backward": lambda **arguments: _pool(**arguments)[1],
-    "fastlab::norm_relu": lambda **arguments: _relu(**arguments)[0],
-    "fastlab::norm_relu_backward": lambda **arguments: _relu(**arguments)[1],
+    "fastlab::norm_pool": partial(_pool, _FORWARD),
+    "fastlab::norm_pool_backward": partial(_pool, _BACKWARD),
+    "fastlab::norm_relu": partial(_relu, _FORWARD),
+    "fastlab::norm_relu_backward": partial(_relu, _BACKWARD),
 }
 """The traffic of each of the project's operators, such as "fastlab::norm_pool". The function takes
 what the operator takes, by name; the tensors have shapes and types, and no data."""
@@ -82,7 +70,6 @@ class Kernel(NamedTuple):
     name: str
     kernels: int
     bytes: int
-    generated: bool
 
 
 class Pass(NamedTuple):
@@ -94,24 +81,16 @@ class Pass(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = command_line(__doc__)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--config", type=Path, nargs="+", help="the models to count")
-    what.add_argument("--table", type=Path, nargs="+", help="print the table of these records")
-    add_overrides(parser)
+    parser = command_line(__doc__, overrides=True)
+    parser.add_argument("--config", type=Path, nargs="+", required=True, help="models to count")
     parser.add_argument("--batch", type=positive_int, default=128, help="images a step")
     parser.add_argument(
         "--savings", action="store_true", help="also with each saving of the step undone"
     )
-    parser.add_argument("--largest", type=positive_int, default=0, help="list so many kernels")
-    parser.add_argument("--write", type=Path, help="write the generated code to this directory")
     return run_command(run, parser.parse_args(argv))
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.table:
-        print(table(*(load(path, "--table") for path in args.table)))
-        return
     changes = [None, *savings.CHANGES] if args.savings else [None]
     cases = itertools.product(args.config, changes)
     records = [_count(path, change, args) for path, change in cases]
@@ -126,13 +105,13 @@ def _count(path: Path, change: str | None, args: argparse.Namespace) -> Record:
     cfg = configs.load(path, args.overrides)
     name = f"{path.stem}, {change}" if change else path.stem
     with faked_gpu.faked_gpu(), savings.changed(change):
-        graphs = generated_step(cfg, args.batch)
-        if args.write:
-            _write(graphs, args.write, name)
-        passes = [count_pass(graph) for graph in graphs]
-    for kernel in largest(passes, args.largest):
-        print(f"{name}: {kernel.bytes / 1e6:6.0f} MB  {kernel.name}")
-    return _record(name, cfg, args.batch, passes)
+        forward, backward = (
+            _details(count_pass(graph)) for graph in generated_step(cfg, args.batch)
+        )
+    details = {"batch": args.batch, "forward": forward, "backward": backward}
+    moved = (forward["bytes"] + backward["bytes"]) / args.batch
+    # The figure is exact, so there is one round.
+    return Record(name, "bytes/image", [moved], {**details, "config": public_config(cfg)})
 
 
 def generated_step(cfg: Config, batch: int) -> list[Generated]:
@@ -149,47 +128,23 @@ def generated_step(cfg: Config, batch: int) -> list[Generated]:
 def count_pass(graph: Generated) -> Pass:
     """Call it within `faked_gpu`. Raises `CountError` where a kernel's bytes are not known."""
     launches, calls = faked_gpu.run(graph)
-    kernels = [Kernel(launch.kernel, 1, launch.bytes, True) for launch in launches]
-    library: Counter[str] = Counter()
-    for call in calls:
-        if call.operator.startswith("fastlab::"):
-            kernels.append(_custom_kernels(call))
+    counted = Pass([Kernel(name, 1, moved) for name, moved in launches], Counter())
+    for operator, arguments in calls:
+        if not operator.startswith(_OWN):
+            counted.library[operator] += 1
+        elif operator in OPERATORS:
+            counted.kernels.append(Kernel(operator, *OPERATORS[operator](**arguments)))
         else:
-            library[call.operator] += 1
-    return Pass(kernels, library)
-
-
-def _custom_kernels(call: Call) -> Kernel:
-    if call.operator not in OPERATORS:
-        raise CountError(f"{call.operator}: its traffic is not in OPERATORS")
-    traffic = OPERATORS[call.operator](**call.arguments)
-    return Kernel(call.operator, traffic.kernels, traffic.bytes, False)
-
-
-def largest(passes: list[Pass], number: int) -> list[Kernel]:
-    kernels = [kernel for each in passes for kernel in each.kernels]
-    return sorted(kernels, key=lambda kernel: kernel.bytes, reverse=True)[:number]
-
-
-def _write(graphs: list[Generated], directory: Path, name: str) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    for direction, graph in zip(("forward", "backward"), graphs, strict=True):
-        (directory / f"{name}-{direction}.py").write_text(graph.code, encoding="utf-8")
-
-
-def _record(name: str, cfg: Config, batch: int, passes: list[Pass]) -> Record:
-    """The figure is exact, so there is one round."""
-    forward, backward = map(_details, passes)
-    details = {"batch": batch, "forward": forward, "backward": backward}
-    moved = (forward["bytes"] + backward["bytes"]) / batch
-    return Record(name, "bytes/image", [moved], {**details, "config": public_config(cfg)})
+            raise CountError(f"{operator}: its traffic is not in OPERATORS")
+    return counted
 
 
 def _details(counted: Pass) -> dict[str, Any]:
     kernels = counted.kernels
+    custom = sum(k.kernels for k in kernels if k.name.startswith(_OWN))
     return {
-        "generated": sum(k.kernels for k in kernels if k.generated),
-        "custom": sum(k.kernels for k in kernels if not k.generated),
+        "generated": sum(k.kernels for k in kernels) - custom,
+        "custom": custom,
         "library": dict(counted.library),
         "small": sum(k.kernels for k in kernels if k.bytes / k.kernels < _SMALL),
         "bytes": sum(k.bytes for k in kernels),

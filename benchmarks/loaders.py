@@ -4,9 +4,7 @@
 
 All give uint8 batches, flipped at random and translated by up to 4 pixels, except where a name says
 "no augmentation". `fastlab NAME` is the whole pipeline, whose batches are normalised only where the
-name says so. Each case runs in a process of its own, bound to the cores, one round after the other
-over all cases; the first batches of an epoch, which compile or fill caches, are not timed. What
-feeds a GPU on the GPU is measured by `benchmarks.device_loaders`.
+name says so. Each case runs in a process of its own, bound to the cores.
 """
 
 import argparse
@@ -62,12 +60,11 @@ def run(args: argparse.Namespace) -> None:
     check_dataset(args.dataset)
     results = Results("loaders", args.out)
     cases = {
-        _case(name, count): partial(_measure_in_child, args, name, count)
+        f"{name}, {count}": partial(_measure_in_child, args, name, count)
         for count, name in itertools.product(args.cores, CASES)
         if name in names
     }
-    problems = interleave(cases, args.rounds, results, warmup=1)
-    results.report(table, problems)
+    results.report(table, interleave(cases, args.rounds, results, warmup=1))
 
 
 def _measure_in_child(args: argparse.Namespace, name: str, cores: int) -> Round:
@@ -76,10 +73,6 @@ def _measure_in_child(args: argparse.Namespace, name: str, cores: int) -> Round:
     arguments += ["--originals", str(args.originals)] if args.originals else []
     details = child_result("benchmarks.loaders", arguments)
     return Round(details.pop("rate"), {}, {"cores": cores, **details})
-
-
-def _case(name: str, cores: int) -> str:
-    return f"{name}, {cores}"
 
 
 def table(session: Session) -> str:
@@ -91,9 +84,9 @@ def table(session: Session) -> str:
         f"{head} | of the limit | CPU cores used | peak memory |",
         "| --- |" + " --- |" * (len(counts) + 3),
     ]
-    limit = session.get(_case(_LIMIT, counts[-1]))
+    limit = session.get(f"{_LIMIT}, {counts[-1]}")
     for name in names:
-        records = [session.get(_case(name, n)) for n in counts]
+        records = [session.get(f"{name}, {n}") for n in counts]
         cells = [record.cell() if record else "not measured" for record in records]
         last = records[-1]
         share = f"{last.median / limit.median:.1%}" if last and limit else "not measured"
@@ -159,6 +152,7 @@ def _peak_memory() -> int:
 _Batches = Iterator[Any]
 _Loader = Callable[[argparse.Namespace, int], _Batches]
 """Takes the options and the number of cores."""
+Engine = Literal["resident", "ffcv", "dali", "torchvision"]
 
 
 def _forever(epoch: Callable[[], _Batches]) -> _Batches:
@@ -166,34 +160,28 @@ def _forever(epoch: Callable[[], _Batches]) -> _Batches:
         yield from epoch()
 
 
-def _fastlab(
-    engine: Literal["resident", "ffcv", "dali", "torchvision"], dtype: str = ""
-) -> _Loader:
+def _fastlab(args: argparse.Namespace, cores: int, engine: Engine, dtype: str = "") -> _Batches:
     """`dtype` names the type of normalised batches; "" gives uint8, as the alternatives do."""
+    import torch
 
-    def batches(args: argparse.Namespace, cores: int) -> _Batches:
-        import torch
+    from fastlab.config import AugmentConfig, DataConfig
+    from pipelines import PipelineSpec, augment_cpu, make_pipeline
 
-        from fastlab.config import AugmentConfig, DataConfig
-        from pipelines import PipelineSpec, augment_cpu, make_pipeline
-
-        if not dtype:
-            cpu: Any = augment_cpu
-            cpu.augment_on_cpu = partial(cpu.augment_on_cpu, raw=True)
-        spec = PipelineSpec(
-            DataConfig(path=str(args.dataset), pipeline=engine, workers=cores),
-            AugmentConfig(flip=True, translate=TRANSLATE),
-            read_manifest(args.dataset),
-            "train",
-            batch_size=BATCH,
-            device=torch.device("cpu"),
-            dtype=getattr(torch, dtype or "float32"),
-            train=True,
-        )
-        data = make_pipeline(spec)
-        return (batch.images for epoch in itertools.count() for batch in data.epoch(epoch))
-
-    return batches
+    if not dtype:
+        cpu: Any = augment_cpu
+        cpu.augment_on_cpu = partial(cpu.augment_on_cpu, raw=True)
+    spec = PipelineSpec(
+        DataConfig(path=str(args.dataset), pipeline=engine, workers=cores),
+        AugmentConfig(flip=True, translate=TRANSLATE),
+        read_manifest(args.dataset),
+        "train",
+        batch_size=BATCH,
+        device=torch.device("cpu"),
+        dtype=getattr(torch, dtype or "float32"),
+        train=True,
+    )
+    data = make_pipeline(spec)
+    return (batch.images for epoch in itertools.count() for batch in data.epoch(epoch))
 
 
 def _gather(args: argparse.Namespace, cores: int) -> _Batches:
@@ -258,28 +246,25 @@ def _pil(args: argparse.Namespace, cores: int) -> _Batches:
     return (images for images, _ in _forever(lambda: iter(loader)))
 
 
-def _stock_ffcv(augmented: bool) -> _Loader:
-    def batches(args: argparse.Namespace, cores: int) -> _Batches:
-        from ffcv.fields.decoders import SimpleRGBImageDecoder
-        from ffcv.loader import Loader, OrderOption
-        from ffcv.transforms import RandomHorizontalFlip, RandomTranslate, ToTensor
+def _stock_ffcv(args: argparse.Namespace, cores: int, augmented: bool) -> _Batches:
+    from ffcv.fields.decoders import SimpleRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.transforms import RandomHorizontalFlip, RandomTranslate, ToTensor
 
-        operations: list[Any] = [SimpleRGBImageDecoder()]
-        if augmented:
-            operations += [RandomHorizontalFlip(), RandomTranslate(padding=TRANSLATE)]
-        fields: dict[str, Any] = {"image": [*operations, ToTensor()], "label": None}
-        loader = Loader(
-            str(args.dataset / "ffcv" / "train.beton"),
-            batch_size=BATCH,
-            num_workers=cores,
-            order=OrderOption.RANDOM,
-            os_cache=True,
-            drop_last=True,
-            pipelines=fields,
-        )
-        return (images for (images,) in _forever(lambda: iter(loader)))
-
-    return batches
+    operations: list[Any] = [SimpleRGBImageDecoder()]
+    if augmented:
+        operations += [RandomHorizontalFlip(), RandomTranslate(padding=TRANSLATE)]
+    fields: dict[str, Any] = {"image": [*operations, ToTensor()], "label": None}
+    loader = Loader(
+        str(args.dataset / "ffcv" / "train.beton"),
+        batch_size=BATCH,
+        num_workers=cores,
+        order=OrderOption.RANDOM,
+        os_cache=True,
+        drop_last=True,
+        pipelines=fields,
+    )
+    return (images for (images,) in _forever(lambda: iter(loader)))
 
 
 def _stock_dali(args: argparse.Namespace, cores: int) -> _Batches:
@@ -310,16 +295,16 @@ def _stock_dali(args: argparse.Namespace, cores: int) -> _Batches:
 
 CASES: dict[str, _Loader] = {
     _LIMIT: _gather,
-    "fastlab resident": _fastlab("resident"),
-    "fastlab resident, normalised fp32": _fastlab("resident", "float32"),
-    "fastlab resident, normalised bf16": _fastlab("resident", "bfloat16"),
-    "fastlab ffcv, raw": _fastlab("ffcv"),
-    "stock FFCV, raw": _stock_ffcv(True),
-    "stock FFCV, raw, no augmentation": _stock_ffcv(False),
+    "fastlab resident": partial(_fastlab, engine="resident"),
+    "fastlab resident, normalised fp32": partial(_fastlab, engine="resident", dtype="float32"),
+    "fastlab resident, normalised bf16": partial(_fastlab, engine="resident", dtype="bfloat16"),
+    "fastlab ffcv, raw": partial(_fastlab, engine="ffcv"),
+    "stock FFCV, raw": partial(_stock_ffcv, augmented=True),
+    "stock FFCV, raw, no augmentation": partial(_stock_ffcv, augmented=False),
     "libjpeg-turbo decode, no augmentation": _decode,
-    "fastlab dali": _fastlab("dali"),
+    "fastlab dali": partial(_fastlab, engine="dali"),
     "stock DALI": _stock_dali,
-    "fastlab torchvision": _fastlab("torchvision"),
+    "fastlab torchvision": partial(_fastlab, engine="torchvision"),
     "DataLoader + PIL": _pil,
 }
 

@@ -26,6 +26,7 @@ from fastlab.console import (
 from fastlab.dataset.manifest import check_sizes, read_manifest
 from fastlab.files import write_json
 from fastlab.machine import environment
+from fastlab.options import add_set_option
 
 _PATIENCE = 900  # seconds for a case in a process of its own
 
@@ -109,25 +110,18 @@ def load(path: Path, option: str = "record") -> Session:
 
 
 class Results:
-    """What a command measures, written to its `--out` file after every round.
-
-    The same command continues there after an interruption, on the same device with the same
-    versions: a record names one device and one set of versions.
-    """
+    """What a command measures, written to its `--out` file after every round. The same command
+    continues there after an interruption, on the same device with the same versions."""
 
     def __init__(self, benchmark: str, out: Path | None, script: str = "") -> None:
-        """Where `out` is None, nothing is saved. `script` is the command's module where that is not
-        `benchmark`.
-
-        Raises `UserError` where `out` holds anything but an earlier part of these results.
-        """
+        """Where `out` is None, nothing is saved; `script` is that of `new_session`. Raises
+        `UserError` where `out` holds anything but an earlier part of these results."""
         self._out = out
         new = new_session(benchmark, [], script)
         before = load(out, "--out") if out and out.exists() else new
         if _origin(before) != _origin(new):
             raise UserError(
-                f"--out {out}: was measured by another command, device or version; choose another "
-                f"file"
+                f"--out {out}: was measured by another command, device or version; choose another"
             )
         self.session = replace(new, records=before.records, calls=[*before.calls, new.date])
 
@@ -181,9 +175,11 @@ def device_of(machine: dict[str, Any]) -> list[str]:
     return machine["gpus"] or [machine["cpu"], machine.get("instructions", "")]
 
 
-def command_line(doc: str | None, rounds: int | None = None) -> argparse.ArgumentParser:
-    """A parser with `--out` and, where `rounds` gives its default, `--rounds`. The first line of
-    `doc` describes the command."""
+def command_line(
+    doc: str | None, rounds: int | None = None, *, overrides: bool = False
+) -> argparse.ArgumentParser:
+    """A parser with `--out`, with `--rounds` where `rounds` gives its default, and with `--set`
+    where `overrides`. The first line of `doc` describes the command."""
     assert doc is not None
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--out", type=Path, help="write the records to this JSON file")
@@ -191,34 +187,20 @@ def command_line(doc: str | None, rounds: int | None = None) -> argparse.Argumen
         parser.add_argument(
             "--rounds", type=positive_int, default=rounds, help="how often each case is measured"
         )
+    if overrides:
+        add_set_option(parser, "override one value of the configuration; may be repeated")
     return parser
 
 
-def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """Add `--set`."""
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        dest="overrides",
-        metavar="SECTION.KEY=VALUE",
-        help="override one value of the configuration; may be repeated",
-    )
-
-
-def child_result(
-    module: str, arguments: list[str], environment: dict[str, str] | None = None
-) -> dict[str, Any]:
+def child_result(module: str, arguments: list[str], **variables: str) -> dict[str, Any]:
     """What ``python -m MODULE ARGUMENTS`` prints as JSON in its last line.
 
     A case in a process of its own leaves no memory, threads or compiled code to the next. Where it
     fails, raises `RuntimeError` with its `UserError`, or else with its last line of standard error,
-    all of which is printed.
+    all of which is printed. `variables` are set in its environment.
     """
-    command, variables = (
-        [sys.executable, "-m", module, *arguments],
-        {**os.environ, **(environment or {})},
-    )
+    command = [sys.executable, "-m", module, *arguments]
+    variables = {**os.environ, **variables}
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=_PATIENCE, env=variables
@@ -247,7 +229,8 @@ def interleave(
 ) -> dict[str, str]:
     """Measure every case in turn until `results` has its rounds, after `warmup` turns that are not
     kept. Interleaved, so that a change of the machine's speed touches all cases alike. Returns the
-    reasons of the cases that failed with `RuntimeError`, by name; they lose their rounds."""
+    reasons of the cases that failed with `UserError` or `RuntimeError`, by name; they lose their
+    rounds."""
     problems: dict[str, str] = {}
     for turn, case in itertools.product(range(-warmup, rounds), cases):
         needed = turn + 1 if turn >= 0 else rounds
@@ -255,13 +238,13 @@ def interleave(
             continue
         try:
             measured = cases[case]()
-        except RuntimeError as error:
+        except (UserError, RuntimeError) as error:
             problems[case] = first_line(error)
             results.drop(case)
             continue
-        print(f"round {turn + 1:2d}  {case:<32} {measured.value:14,.1f}", flush=True)
         if turn >= 0:
             results.add(case, "images/s", *measured)
+        print(f"round {turn + 1:2d}  {case:<32} {measured.value:14,.1f}", flush=True)
     return problems
 
 
@@ -273,15 +256,15 @@ def check_dataset(path: str | Path) -> None:
 def chosen(names: str, known: Collection[str], option: str) -> list[str]:
     """The names that `names` lists, separated by semicolons; "" stands for all. Raises `UserError`
     for a name that is not in `known`."""
-    for name in names.split(";") if names else ():
+    listed = names.split(";") if names else list(known)
+    for name in listed:
         if name not in known:
             expected = "; ".join(known)
             raise UserError(f"{option} {name!r}: no such name; expected some of {expected}")
-    return names.split(";") if names else list(known)
+    return listed
 
 
 def report_skipped(problems: dict[str, str]) -> None:
-    """Print why each case that `problems` names could not be measured."""
     for name, problem in problems.items():
         print(f"skipped {name}: {problem}", file=sys.stderr)
 

@@ -1,13 +1,11 @@
 """Rehearse the stages of `benchmarks.gpu_suite` on a CPU, as they will run on the rented machine.
 
-    python -m benchmarks.gpu_suite --rehearse                                 # this environment
-    python -m benchmarks.gpu_suite --rehearse --python env-2.11/bin/python --pieces .lease
+    python -m benchmarks.gpu_suite --rehearse
 
 The commands run in a new folder that holds the content of an upload and nothing else: the files
-that git tracks or does not ignore, ``wheels/`` and the pieces of a dataset. They run under a Python
-that sees, of the packages of `--python`, only those that the machine has. So whatever works here
-will not lack a file or a package there. The pieces are of generated images, unless `--pieces` has
-real ones.
+that git tracks or does not ignore, ``wheels/`` and the pieces of a dataset of generated images.
+They run under a Python that sees, of the packages here, only those that the machine has. So
+whatever works here will not lack a file or a package there.
 """
 
 import argparse
@@ -16,9 +14,11 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tempfile
 import time
+import venv
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
 
@@ -40,12 +40,8 @@ COMMANDS = [
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="gpu_suite --rehearse",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--python", type=Path, default=Path(sys.executable))
-    parser.add_argument("--pieces", type=Path, help="a folder with piece-1.tar.xz to piece-3")
     parser.add_argument("--keep", type=Path, help="work in this new folder and keep it")
     return run_command(run, parser.parse_args(argv))
 
@@ -57,9 +53,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--keep {folder}: is not empty; choose a new folder")
     upload = folder / "upload"
     copy_checkout(upload)
-    fetch_wheels(args.python, upload / "wheels")
-    bring_pieces(args.pieces, upload / ".lease", folder / "originals")
-    bare = bare_environment(args.python, folder / "python")
+    fetch_wheels(upload / "wheels")
+    cut(folder / "originals", upload / ".lease")
+    bare = bare_environment(folder / "python")
     status = max(rehearse(command, upload, bare, folder / "out") for command in COMMANDS)
     if not args.keep:
         shutil.rmtree(folder)
@@ -76,33 +72,21 @@ def copy_checkout(upload: Path) -> None:
             shutil.copy2(ROOT / name, upload / name)
 
 
-def fetch_wheels(python: Path, wheels: Path) -> None:
+def fetch_wheels(wheels: Path) -> None:
     """Download what `make wheels` does, for the Python of the rehearsal."""
     options = ["--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(wheels)]
-    command = [str(python), "-m", "pip", "download", *options, *CARRIED]
+    command = [sys.executable, "-m", "pip", "download", *options, *CARRIED]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"wheels cannot be downloaded: {done.stderr.strip().splitlines()[-1]}")
 
 
-def bring_pieces(pieces: Path | None, target: Path, scratch: Path) -> None:
-    target.mkdir(parents=True)
-    if pieces is None:
-        cut(scratch, target)
-        return
-    for name in map(Path, _PIECES):
-        if not (pieces / name.name).is_file():
-            raise UserError(f"--pieces {pieces}: has no {name.name}; choose another folder")
-        shutil.copy2(pieces / name.name, target / name.name)
-
-
 def cut(originals: Path, target: Path) -> None:
     """Cut a generated dataset into three pieces, laid out as those of Tiny ImageNet: the first
     holds all validation images and a third of every class."""
-    from fastlab.dataset.synth import (
-        synthesise,  # `gpu_suite` imports this module on a bare machine
-    )
+    from fastlab.dataset.synth import synthesise  # `gpu_suite` imports us on a bare machine
 
+    target.mkdir(parents=True)
     synthesise(originals, classes=4, per_class=24)
     images = sorted(originals.glob("train/*/images/*"))
     for number, name in enumerate(_PIECES):
@@ -112,30 +96,16 @@ def cut(originals: Path, target: Path) -> None:
                 archive.add(path, f"tiny-imagenet-200/{path.relative_to(originals)}")
 
 
-def bare_environment(python: Path, folder: Path) -> Path:
+def bare_environment(folder: Path) -> Path:
     """Make a ``python3`` that has the machine's packages and no others. Returns its folder."""
-    subprocess.run([str(python), "-m", "venv", "--without-pip", str(folder)], check=True)
+    venv.create(folder, symlinks=True)
     (site,) = folder.glob("lib/python*/site-packages")
-    machine = machine_packages()
-    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    source = subprocess.run([str(python), "-c", ask], capture_output=True, text=True, check=True)
-    for distribution in distributions(path=[source.stdout.strip()]):
+    machine = (Path(__file__).parent / "gpu_machine.txt").read_text(encoding="utf-8").splitlines()
+    for distribution in distributions(path=[sysconfig.get_path("purelib")]):
         name = distribution.name.lower().replace("_", "-")
         if name in machine or name.startswith("nvidia-"):
-            version = distribution.version.partition("+")[0]
-            if machine.get(name, "") not in ("", version):
-                print(
-                    f"rehearsed with {name} {version}; the machine has {machine[name]}", flush=True
-                )
             link(distribution, site)
     return folder / "bin"
-
-
-def machine_packages() -> dict[str, str]:
-    """The version of each package of the machine by name; "" where the version does not matter."""
-    lines = (Path(__file__).parent / "gpu_machine.txt").read_text(encoding="utf-8").splitlines()
-    parts = (line.partition("==") for line in lines if not line.startswith("#"))
-    return {name: version for name, _, version in parts}
 
 
 def link(distribution: Distribution, site: Path) -> None:

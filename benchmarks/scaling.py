@@ -22,7 +22,6 @@ from benchmarks.measurements import (
     Results,
     Round,
     Session,
-    add_overrides,
     check_dataset,
     child_result,
     command_line,
@@ -40,9 +39,8 @@ from pipelines.base import Batch
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = command_line(__doc__, rounds=3)
+    parser = command_line(__doc__, rounds=3, overrides=True)
     parser.add_argument("--config", type=Path, required=True)
-    add_overrides(parser)
     parser.add_argument(
         "--processes",
         type=positive_ints,
@@ -74,10 +72,9 @@ def launch(args: argparse.Namespace, processes: int) -> Round:
     arguments += ["--config", str(args.config), "--batch", str(args.batch), "--cores", str(each)]
     arguments += ["--seconds", str(args.seconds)]
     arguments += [part for override in args.overrides for part in ("--set", override)]
-    environment = {"OMP_NUM_THREADS": str(each)}
-    if not torch.cuda.is_available():
-        environment["ACCELERATE_USE_CPU"] = "true"
-    rate = child_result("torch.distributed.run", arguments, environment)["rate"]
+    cpu = str(not torch.cuda.is_available())
+    variables = {"OMP_NUM_THREADS": str(each), "ACCELERATE_USE_CPU": cpu}
+    rate = child_result("torch.distributed.run", arguments, **variables)["rate"]
     details = {"batch": args.batch, "cores": each, "device": default_device().type}
     return Round(rate, {}, {**details, "processes": processes})
 

@@ -30,17 +30,8 @@ _MARKED = re.compile(r"(<!-- table: (\S+)(?: (\S+))? -->\n).*?<!-- end -->", re.
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Tables of measurements, from their records.")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument(
-        "--check", action="store_true", help="only report the pages that are out of date"
-    )
-    what.add_argument(
-        "--agreement",
-        nargs=2,
-        type=Path,
-        metavar=("FIRST", "SECOND"),
-        help="compare two records of one benchmark",
-    )
+    parser.add_argument("--check", action="store_true", help="only report pages out of date")
+    parser.add_argument("--agreement", nargs=2, type=Path, help="compare two records")
     return run_command(run, parser.parse_args(argv))
 
 
@@ -108,7 +99,7 @@ class Pair(NamedTuple):
 def compare(first: Session, second: Session) -> list[Pair]:
     """The cases that both runs have. Raises `UserError` where they are not of one benchmark."""
     names = [
-        (run.benchmark, run.records[0].case if run.records else None) for run in (first, second)
+        (run.benchmark, [record.case for record in run.records[:1]]) for run in (first, second)
     ]
     if names[0] != names[1] or not first.records:
         raise UserError("only two runs of one benchmark with the same first case can be compared")

@@ -11,22 +11,16 @@ is the share of a step's time between the two. FLOP are counted by torch, not as
 multiply-add.
 
 One process for each configuration and batch size holds all variants, which take turns round by
-round: the images are uploaded once, and each variant is compiled once. A variant whose loss or
-weights are no longer finite is skipped and reported: such numbers change the power that a device
-draws, and with it the clock.
-
-With ``--out``, every round is saved at once, and the same command continues after an interruption.
+round. A variant whose loss or weights are no longer finite is skipped and reported.
 """
 
 import argparse
 import itertools
-import json
+import multiprocessing
 import statistics
-import subprocess
-import sys
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,7 +31,6 @@ from benchmarks.measurements import (
     Results,
     Round,
     Session,
-    add_overrides,
     check_dataset,
     chosen,
     command_line,
@@ -103,9 +96,8 @@ class Case:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = command_line(__doc__, rounds=3)
+    parser = command_line(__doc__, rounds=3, overrides=True)
     parser.add_argument("--config", type=Path, nargs="+", required=True)
-    add_overrides(parser)
     parser.add_argument("--batches", type=positive_ints, default=[128], help="such as 128,1024")
     parser.add_argument("--variants", default="", help="names, separated by semicolons")
     parser.add_argument(
@@ -212,13 +204,8 @@ class Process:
     """
 
     def __init__(self, args: argparse.Namespace, case: Case) -> None:
-        self._command = [sys.executable, "-m", "benchmarks.training_process"]
-        self._command += ["--config", str(case.config), "--batch", str(case.batch)]
-        self._command += ["--epochs", str(args.epochs)]
-        self._command += ["--steps", str(args.steps)] if args.steps else []
-        self._command += ["--traces", str(args.traces)] if args.traces else []
-        self._command += [part for value in args.overrides for part in ("--set", value)]
-        self._child: subprocess.Popen[str] | None = None
+        self._arguments = (args, case.config, case.batch)
+        self._child: BaseProcess | None = None
 
     def __enter__(self) -> "Process":
         return self
@@ -231,34 +218,34 @@ class Process:
     def ask(self, what: Request, case: Case) -> dict[str, Any]:
         """The answer to a request. Raises `RuntimeError` with the reason where there is none."""
         self._child = self._child or self._start()
-        request = {"what": what, "variant": case.variant, "folder": case.folder}
-        answer = self._exchange(self._child, json.dumps(request))
+        answer = self._exchange(self._child, (what, case.variant, case.folder))
         if "problem" in answer:
             self._end()
             raise RuntimeError(answer["problem"])
         return answer
 
-    def _start(self) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+    def _start(self) -> BaseProcess:
+        from benchmarks.training_process import serve  # which imports this module
 
-    def _exchange(self, child: subprocess.Popen[str], request: str) -> dict[str, Any]:
-        assert child.stdin and child.stdout
-        with suppress(BrokenPipeError):  # the process has ended: its output has too, below
-            print(request, file=child.stdin, flush=True)
-        line = child.stdout.readline()
-        if not line:
-            return {"problem": f"its process ended with status {child.wait()}"}
-        return json.loads(line)
+        spawn = multiprocessing.get_context("spawn")
+        self._pipe, childs = spawn.Pipe()
+        child = spawn.Process(target=serve, args=(childs, *self._arguments))
+        child.start()
+        childs.close()  # so that the end of the process ends `recv`
+        return child
+
+    def _exchange(self, child: BaseProcess, request: tuple[str, str, str]) -> dict[str, Any]:
+        try:
+            self._pipe.send(request)
+            return self._pipe.recv()
+        except (EOFError, OSError):
+            child.join()
+            return {"problem": f"its process ended with status {child.exitcode}"}
 
     def _end(self) -> None:
         if self._child:
-            assert self._child.stdin and self._child.stdout
-            with suppress(BrokenPipeError):
-                self._child.stdin.close()
-            self._child.stdout.close()
-            self._child.wait()
+            self._pipe.close()
+            self._child.join()
             self._child = None
 
 

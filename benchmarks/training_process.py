@@ -1,19 +1,17 @@
 """The process in which `benchmarks.training` trains all variants of a configuration and batch size.
 
-It answers each request, a line of JSON on standard input, by a line of JSON on standard output, and
-ends after the first request that fails or when its input does. Everything that is printed meanwhile
-goes to standard error.
+Everything that it prints goes to standard error.
 """
 
 import argparse
 import itertools
-import json
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,14 +20,14 @@ from accelerate.state import AcceleratorState
 from torch._dynamo import config as dynamo
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measurements import add_overrides, public_config
+from benchmarks.measurements import public_config
 from benchmarks.savings import changed
 from benchmarks.timing import step_seconds
-from benchmarks.training import VARIANTS, Request
+from benchmarks.training import VARIANTS, Request, Variant
 from fastlab import config as configs
 from fastlab import models
 from fastlab.config import Config, ProfileConfig
-from fastlab.console import UserError, first_line, run_command
+from fastlab.console import UserError, first_line
 from fastlab.files import write_atomically
 from fastlab.processes import die_with_parent
 from fastlab.runs import RunDir
@@ -45,49 +43,40 @@ _LEAST_HELD = 20  # steps of a round on the held batch, at least
 _TRACE = ProfileConfig(enabled=True, wait=0, warmup=2, active=5)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Answers the requests of benchmarks.training.")
-    parser.add_argument("--config", type=Path, required=True)
-    add_overrides(parser)
-    parser.add_argument("--batch", type=int, required=True)
-    parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--traces", type=Path)
-    return run_command(serve, parser.parse_args(argv))
-
-
-def serve(args: argparse.Namespace) -> int:
+def serve(requests: Connection, args: argparse.Namespace, config: Path, batch: int) -> None:
+    """Answer requests until the other end is closed. `args` are the options of
+    `benchmarks.training`."""
     die_with_parent()
-    answers = sys.stdout
     # torch counts the compilations of a function for all variants together.
     with (
         dynamo.patch(recompile_limit=64),
         redirect_stdout(sys.stderr),
         tempfile.TemporaryDirectory() as scratch,
+        suppress(EOFError, KeyboardInterrupt),
     ):
-        answer = Answers(args, RunDir(Path(scratch)))
-        for line in sys.stdin:
+        answers = Answers(args, config, batch, RunDir(Path(scratch)))
+        while True:
+            request = requests.recv()
             try:
-                message = answer(**json.loads(line))
+                answer = answers(*request)
             except Exception as error:
                 if not isinstance(error, UserError):
                     traceback.print_exc()
-                message = {"problem": first_line(error)}
-            print(json.dumps(message), file=answers, flush=True)
-            if "problem" in message:
-                return 1
-    return 0
+                answer = {"problem": first_line(error)}
+            requests.send(answer)
 
 
 class Answers:
     """Answers requests, and keeps the variants that they name."""
 
-    def __init__(self, args: argparse.Namespace, run: RunDir) -> None:
-        self._args, self._run = args, run
+    def __init__(self, args: argparse.Namespace, config: Path, batch: int, run: RunDir) -> None:
+        self._args, self._config, self._batch, self._run = args, config, batch, run
         self._variants: dict[str, Measured] = {}
 
     def __call__(self, what: Request, variant: str, folder: str) -> dict[str, Any]:
-        measured = self._variants.get(variant) or self._start(variant)
+        if variant not in self._variants:
+            self._variants[variant] = self._start(VARIANTS[variant])
+        measured = self._variants[variant]
         if what == "trace":
             measured.trace(RunDir(self._args.traces / folder))
             return {}
@@ -95,14 +84,11 @@ class Answers:
             return {"seconds": measured.compile_seconds}
         return measured.measure(self._args.epochs)
 
-    def _start(self, name: str) -> "Measured":
-        size = f"train.batch_size={self._args.batch}"
-        variant = VARIANTS[name]
+    def _start(self, variant: Variant) -> "Measured":
+        size = f"train.batch_size={self._batch}"
         overrides = [*self._args.overrides, *variant.overrides(), size]
-        cfg = configs.load(self._args.config, overrides)
         with changed(variant.change):
-            self._variants[name] = Measured(cfg, self._run, self._args.steps)
-        return self._variants[name]
+            return Measured(configs.load(self._config, overrides), self._run, self._args.steps)
 
 
 class Held(NamedTuple):
@@ -181,7 +167,8 @@ class Measured:
 
     def _warm_up(self) -> None:
         started = time.perf_counter()
-        self._batch = _copy(next(iter(self.trainer.train_data.epoch(self._epoch))))
+        batch = next(iter(self.trainer.train_data.epoch(self._epoch)))
+        self._batch = Batch(*(part.clone() for part in batch))
         self._epoch += 1
         self._held_step = self.trainer.make_step()
         self._seconds(self._held_step, self._held(), 1)
@@ -227,10 +214,6 @@ class Measured:
         self._allocated += torch.cuda.memory_allocated() - before
 
 
-def _copy(batch: Batch) -> Batch:
-    return Batch(*(part.clone(memory_format=torch.preserve_format) for part in batch))
-
-
 def flop_per_image(cfg: Config, classes: int, side: int) -> float:
     """FLOP of forward and backward, counted by torch over the operators of an eager step. `side` is
     that of the images, in pixels."""
@@ -239,7 +222,3 @@ def flop_per_image(cfg: Config, classes: int, side: int) -> float:
     with FlopCounterMode(display=False) as counter:
         model(images).sum().backward()
     return counter.get_total_flops() / 2
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -3,10 +3,9 @@
 The clock starts with the data on the device, the model compiled and fresh weights, and stops when a
 validation over every image shows the target; training and each validation in between count. Before
 it starts, steps and a validation on the same shapes compile everything; their weights are thrown
-away. Several runs in one process each start from a different seed, and no run is left out. With
-``--out``, every run is saved when it ends, and after an interruption the same command continues
-with the next seed. ``--limit`` ends the command in time: the run under way stops after an epoch,
-and counts as one that did not reach the target.
+away. Several runs in one process each start from a different seed, and no run is left out.
+``--limit`` ends the command in time: the run under way stops after an epoch, and counts as one that
+did not reach the target.
 """
 
 import argparse
@@ -24,14 +23,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.measurements import (
-    Results,
-    Session,
-    add_overrides,
-    check_dataset,
-    command_line,
-    public_config,
-)
+from benchmarks.measurements import Results, Session, check_dataset, command_line, public_config
 from fastlab import config as configs
 from fastlab import models
 from fastlab.config import Config
@@ -61,11 +53,9 @@ class Race(NamedTuple):
 
 def main(script: str, target: float, recipe: Mapping[str, object], config: str) -> int:
     """The command line of a record."""
-    parser = command_line(f"Time to {target:.2%} validation top-1.")
+    parser = command_line(f"Time to {target:.2%} validation top-1.", overrides=True)
     parser.add_argument("--data", required=True, help="dataset directory")
     parser.add_argument("--runs", type=positive_int, default=5)
-    parser.add_argument("--target", type=float, default=target, help="another top-1, 0 to 1")
-    add_overrides(parser)
     parser.add_argument("--limit", type=float, default=math.inf, help="seconds for all runs")
     started = time.monotonic()
 
@@ -75,7 +65,7 @@ def main(script: str, target: float, recipe: Mapping[str, object], config: str) 
         cfg = configs.load(Path(config), [*sets, data, *args.overrides])
         check_dataset(cfg.data.path)
         results = Results("records.clock", args.out, f"records.{script}")
-        race(cfg, args.target, args.runs, results, started + args.limit)
+        race(cfg, target, args.runs, results, started + args.limit)
         if not results.session.records:
             raise UserError(f"--limit {args.limit:g}: ended before the first run began")
         print(table(results.session))

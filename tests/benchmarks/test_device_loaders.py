@@ -120,7 +120,7 @@ def test_an_interrupted_command_measures_only_the_rest(dataset, compiled, tmp_pa
 
     def cut(*arguments):
         calls.append(arguments)
-        if len(calls) == 5:  # two warm-ups, then three measurements
+        if len(calls) == 5:  # a warm-up and a measurement of each case, then one more
             raise KeyboardInterrupt
         return clock(*arguments)
 
