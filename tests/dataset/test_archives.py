@@ -7,7 +7,6 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from fastlab.console import UserError
@@ -48,11 +47,10 @@ def test_a_tar_holds_what_tarfile_reads(tmp_path, layout, mtime):
 def test_the_quick_listing_equals_that_of_tarfile(tmp_path, monkeypatch, layout):
     path = write(tmp_path / "x.tar", FORMATS[layout], {"a/one.png": b"1", "b": b"2" * 5000})
     quick = TarTree(path)
-    assert tar_members.plain_members(quick._bytes) is not None
-    monkeypatch.setattr(tar_members, "plain_members", lambda data: None)
+    assert tar_members.plain_members(quick._bytes)
+    monkeypatch.setattr(tar_members, "plain_members", lambda data: {})
     slow = TarTree(path)
-    assert quick._rows == slow._rows and quick._folders == slow._folders
-    assert np.array_equal(quick._places, slow._places)
+    assert quick._members == slow._members and quick._folders == slow._folders
     assert quick.read_many(["b", "a/one.png"])[0] == [b"2" * 5000, b"1"]
     assert slow.names("a") == ["one.png"]
 
@@ -177,6 +175,5 @@ def test_a_full_disk_is_not_reported_as_a_damaged_archive(tmp_path):
         member.size = 3
         archive.addfile(member, io.BytesIO(b"one"))
     (tmp_path / "source.tar").symlink_to("/dev/full")
-    with pytest.raises(UserError, match="cannot be written") as error:
+    with pytest.raises(UserError, match="No space left on device"):
         open_tree(tmp_path / "x.tar.gz", tmp_path)
-    assert "x.tar.gz" not in str(error.value)
