@@ -109,7 +109,10 @@ def _convert(source: Path, out: Path, options: Options, partial: Path) -> tuple[
     if old and not missing:
         return old, False
     if originals.ignored:
-        _report_ignored(source, originals.ignored)
+        tell(
+            f"{printable(str(source))}: skipped {len(originals.ignored)} files that are not "
+            f"{', '.join(SUFFIXES)}, such as {printable(originals.ignored[0])}"
+        )
     if old and "array" in old.formats:  # the other formats are written from it
         check_hashes(out, replace(old, formats={"array": old.formats["array"]}))
         decoded, folder = old, out / "array"
@@ -133,17 +136,10 @@ def _convert(source: Path, out: Path, options: Options, partial: Path) -> tuple[
 
 
 def _check_place(out: Path, options: Options) -> None:
-    if not options.force:
+    if options.force:
+        check_replaceable(out, "dataset directory", NAME, (NAME, *FORMATS).__contains__)
+    else:
         check_free(out)
-        return
-    check_replaceable(out, "dataset directory", NAME, (NAME, *FORMATS).__contains__)
-
-
-def _report_ignored(source: Path, ignored: tuple[str, ...]) -> None:
-    tell(
-        f"{printable(str(source))}: skipped {len(ignored)} files that are not "
-        f"{', '.join(SUFFIXES)}, such as {printable(ignored[0])}"
-    )
 
 
 def _stamps(tree: Tree, originals: Originals) -> dict[str, np.ndarray]:
@@ -189,22 +185,26 @@ def _add_into_place(partial: Path, out: Path, formats: list[str]) -> None:
 
 
 def _check(options: Options) -> None:
-    names = options.formats
-    if not names or not set(names) <= set(FORMATS) or len(set(names)) < len(names):
-        raise UserError(f"--formats {','.join(names)}: expected one or more of {','.join(FORMATS)}")
+    names, settings = options.formats, options.settings
+    checks = {
+        f"--formats {','.join(names)}: expected one or more of {','.join(FORMATS)}": (
+            names and set(names) <= set(FORMATS) and len(set(names)) == len(names)
+        ),
+        f"--ffcv-encoding: expected {' or '.join(ffcv.ENCODINGS)}": (
+            settings.ffcv_encoding in ffcv.ENCODINGS
+        ),
+        "--shard-images: expected 1 or more": settings.shard_images > 0,
+        "--image-size: expected 8 to 1024 pixels": 8 <= options.image_size <= 1024,
+        "--on-corrupt: expected error or skip": options.on_corrupt in ("error", "skip"),
+        "--workers: expected 0 or more": options.workers >= 0,
+        "--limit-per-class: expected 0 or more": options.limit_per_class >= 0,
+        "--holdout: expected 0 or more": options.holdout >= 0,
+    }
+    for problem, passed in checks.items():
+        if not passed:
+            raise UserError(problem)
     if "ffcv" in names:
         ffcv.check_installed()
-    if options.settings.ffcv_encoding not in ffcv.ENCODINGS:
-        raise UserError(f"--ffcv-encoding: expected {' or '.join(ffcv.ENCODINGS)}")
-    if options.settings.shard_images < 1:
-        raise UserError("--shard-images: expected 1 or more")
-    if not 8 <= options.image_size <= 1024:
-        raise UserError(f"--image-size {options.image_size}: expected 8 to 1024 pixels")
-    if options.on_corrupt not in ("error", "skip"):
-        raise UserError(f"--on-corrupt {options.on_corrupt}: expected error or skip")
-    for name in ("workers", "limit_per_class", "holdout"):
-        if getattr(options, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')}: expected 0 or more")
 
 
 def _select(originals: Originals, options: Options) -> Originals:
@@ -242,23 +242,18 @@ def _existing(out: Path, request: dict[str, Any], options: Options) -> Manifest:
         raise UserError(
             f"{out}: exists and is not a whole dataset; choose another directory ({error})"
         ) from None
-    if manifest.request != request:
-        raise UserError(
-            f"{out}: holds a dataset of other originals or options; choose another directory, or "
-            f"replace it with --force"
-        )
+    differs = "" if manifest.request == request else "holds a dataset of other originals or options"
+    for name in set(options.formats) & set(manifest.formats):
+        before, now = manifest.settings.get(name, {}), options.settings.of(name)
+        if before != now:
+            differs = f"has format {name} with {before}, not {now}"
+    if differs:
+        raise UserError(f"{out}: {differs}; choose another directory, or replace it with --force")
     if manifest.skipped and options.on_corrupt == "error":
         raise UserError(
             f"{out}: was made without {len(manifest.skipped)} corrupt images; to keep it, add "
             f"--on-corrupt skip"
         )
-    for name in set(options.formats) & set(manifest.formats):
-        before, now = manifest.settings.get(name, {}), options.settings.of(name)
-        if before != now:
-            raise UserError(
-                f"{out}: has format {name} with {before}, not {now}; choose another directory, or "
-                f"replace it with --force"
-            )
     return manifest
 
 
@@ -268,16 +263,13 @@ def _decode(
     """Write the ``array`` format into `partial`; return the manifest of a dataset of just that."""
     whole, side = originals, options.image_size
     files, reports = _write_images(tree, originals, options, partial)
-    skipped = _corrupt(reports)
+    skipped = _corrupt(reports) if options.on_corrupt == "skip" else {}
     if skipped:
-        if options.on_corrupt == "error":
-            _refuse(skipped)
         # Corrupt images are rare: decoding again without them is simpler than closing gaps.
         originals = originals.without(skipped)
         check_counts(originals, f"{source}, without {len(skipped)} corrupt images")
         files, reports = _write_images(tree, originals, options, partial)
-        if _corrupt(reports):
-            raise UserError(f"{source}: changes while it is read; run again when it is complete")
+    _refuse(_corrupt(reports))
     stamps = {name: np.concatenate([r.stamps for r in each]) for name, each in reports.items()}
     sums = np.sum([report.sums for report in reports["train"]], axis=0)
     mean, std = mean_and_std(sums, len(originals.splits["train"].paths) * side * side)
@@ -332,10 +324,12 @@ def _corrupt(reports: dict[str, list[Report]]) -> dict[str, str]:
 
 
 def _refuse(corrupt: dict[str, str]) -> None:
-    shown = "; ".join(f"{printable(path)} ({why})" for path, why in list(corrupt.items())[:5])
-    more = f"; and {len(corrupt) - 5} more" if len(corrupt) > 5 else ""
-    images = "1 corrupt image" if len(corrupt) == 1 else f"{len(corrupt)} corrupt images"
-    raise UserError(f"{images}: {shown}{more}; fix them, or skip them with --on-corrupt skip")
+    if corrupt:
+        shown = "; ".join(f"{printable(path)} ({why})" for path, why in list(corrupt.items())[:5])
+        raise UserError(
+            f"corrupt images: {len(corrupt)}, such as {shown}; fix them, or skip them with "
+            f"--on-corrupt skip"
+        )
 
 
 def _split_info(
