@@ -185,26 +185,22 @@ def _add_into_place(partial: Path, out: Path, formats: list[str]) -> None:
 
 
 def _check(options: Options) -> None:
-    names, settings = options.formats, options.settings
-    checks = {
-        f"--formats {','.join(names)}: expected one or more of {','.join(FORMATS)}": (
-            names and set(names) <= set(FORMATS) and len(set(names)) == len(names)
-        ),
-        f"--ffcv-encoding: expected {' or '.join(ffcv.ENCODINGS)}": (
-            settings.ffcv_encoding in ffcv.ENCODINGS
-        ),
-        "--shard-images: expected 1 or more": settings.shard_images > 0,
-        "--image-size: expected 8 to 1024 pixels": 8 <= options.image_size <= 1024,
-        "--on-corrupt: expected error or skip": options.on_corrupt in ("error", "skip"),
-        "--workers: expected 0 or more": options.workers >= 0,
-        "--limit-per-class: expected 0 or more": options.limit_per_class >= 0,
-        "--holdout: expected 0 or more": options.holdout >= 0,
-    }
-    for problem, passed in checks.items():
-        if not passed:
-            raise UserError(problem)
+    names = options.formats
+    if not names or not set(names) <= set(FORMATS) or len(set(names)) < len(names):
+        raise UserError(f"--formats {','.join(names)}: expected one or more of {','.join(FORMATS)}")
     if "ffcv" in names:
         ffcv.check_installed()
+    if options.settings.ffcv_encoding not in ffcv.ENCODINGS:
+        raise UserError(f"--ffcv-encoding: expected {' or '.join(ffcv.ENCODINGS)}")
+    if options.settings.shard_images < 1:
+        raise UserError("--shard-images: expected 1 or more")
+    if not 8 <= options.image_size <= 1024:
+        raise UserError(f"--image-size {options.image_size}: expected 8 to 1024 pixels")
+    if options.on_corrupt not in ("error", "skip"):
+        raise UserError(f"--on-corrupt {options.on_corrupt}: expected error or skip")
+    for name in ("workers", "limit_per_class", "holdout"):
+        if getattr(options, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')}: expected 0 or more")
 
 
 def _select(originals: Originals, options: Options) -> Originals:

@@ -358,7 +358,7 @@ def test_an_image_that_turns_corrupt_in_the_second_pass_is_an_error(tmp_path, mo
         return written
 
     monkeypatch.setattr(conversion, "_write_images", turns_corrupt)
-    with pytest.raises(UserError, match="corrupt images: 1, .*train/b/good.jpg"):
+    with pytest.raises(UserError, match=r"corrupt images: 1, .*train/b/good\.jpg"):
         convert(source, tmp_path / "out", Options(on_corrupt="skip"))
     assert os.listdir(tmp_path) == ["src"]
 
