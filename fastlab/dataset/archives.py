@@ -249,8 +249,6 @@ def _decompress(source: Path, target: Path) -> Path:
 
 
 def _map(path: Path) -> mmap.mmap:
+    """Raises ValueError for an empty file."""
     with path.open("rb") as file:
-        try:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except ValueError:
-            raise EOFError("the file is empty") from None
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -183,39 +183,33 @@ def _read_tiny_imagenet(tree: Tree, root: str, where: str) -> Originals:
     ids = tree.text(f"{root}wnids.txt").split()
     if len(set(ids)) < len(ids):
         raise UserError(f"{where}: wnids.txt names a class twice")
-    known = {}
+    words = {}
     if "words.txt" in tree.names(root):
         wanted = frozenset(ids)  # the file names 82,115 classes
         lines = map(str.partition, tree.text(f"{root}words.txt").splitlines(), repeat("\t"))
-        known = {wnid: words for wnid, tab, words in lines if tab and wnid in wanted}
+        words = {wnid: names for wnid, tab, names in lines if tab and wnid in wanted}
     folders = [f"{root}train/{name}/images/" for name in ids]
     train = _labelled(
         [[folder + name for name in _images(tree.names(folder))] for folder in folders]
     )
     val = _read_annotations(tree, root, ids, where)
-    classes = [ImageClass(name, known.get(name, name)) for name in ids]
+    classes = [ImageClass(name, words.get(name, name)) for name in ids]
     return Originals("tiny-imagenet", classes, {"train": train, "val": val})
 
 
 def _read_annotations(tree: Tree, root: str, ids: list[str], where: str) -> Split:
-    number = {name: index for index, name in enumerate(ids)}
-    present = set(_images(tree.names(f"{root}val/images")))
-    label = {}
-    for line, text in enumerate(tree.text(f"{root}val/val_annotations.txt").splitlines(), 1):
-        name, _, rest = text.partition("\t")
-        wnid = rest.split("\t", 1)[0]
-        if name not in present or wnid not in number:
-            raise UserError(
-                f"{where}: val/val_annotations.txt line {line}: no image {name!r} or no class "
-                f"{wnid!r}; unpack the archive again"
-            )
-        label[name] = number[wnid]
-    unlabelled = present - label.keys()
-    if unlabelled:
+    number = {wnid: index for index, wnid in enumerate(ids)}
+    lines = tree.text(f"{root}val/val_annotations.txt").splitlines()
+    fields = ([*line.split("\t"), ""] for line in lines)
+    label = {name: number.get(wnid, -1) for name, wnid, *_ in fields}
+    names = _images(tree.names(f"{root}val/images"))
+    unknown = [name for name, index in label.items() if index < 0]
+    odd = unknown or sorted(label.keys() ^ set(names))
+    if odd:
         raise UserError(
-            f"{where}: val/images/{min(unlabelled)} has no label in val_annotations.txt"
+            f"{where}: val/val_annotations.txt: {odd[0]!r} has no known class, no image or no "
+            f"line; unpack the archive again"
         )
-    names = sorted(label)
     labels = np.array([label[name] for name in names], dtype=np.int64)
     return Split([f"{root}val/images/{name}" for name in names], labels)
 
