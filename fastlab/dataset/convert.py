@@ -119,7 +119,7 @@ def _convert(source: Path, out: Path, options: Options, partial: Path) -> tuple[
     else:
         decoded, folder = _decode(tree, originals, source, options, partial), partial / "array"
     inputs = array.Source(tree, originals.without(decoded.skipped), folder, options.image_size)
-    formats = _write_formats(missing, decoded.formats["array"], inputs, options, partial)
+    formats = {name: _write_format(name, decoded, inputs, options, partial) for name in missing}
     base = old or replace(decoded, formats={})
     manifest = replace(
         base,
@@ -150,22 +150,16 @@ def _stamps(tree: Tree, originals: Originals) -> dict[str, np.ndarray]:
     }
 
 
-def _write_formats(
-    missing: list[str],
-    array_files: dict[str, FileInfo],
-    inputs: array.Source,
-    options: Options,
-    partial: Path,
-) -> dict[str, dict[str, FileInfo]]:
-    """Write what is missing besides ``array``; return the files of every missing format by their
-    paths in the dataset directory."""
-    written = {"array": array_files}
-    for name in missing:
-        if name != "array":
-            write_format(name, inputs, options.settings, partial / name)
-            paths = sorted((partial / name).iterdir())
-            written[name] = {f"{name}/{path.name}": describe_file(path) for path in paths}
-    return {name: written[name] for name in missing}
+def _write_format(
+    name: str, decoded: Manifest, inputs: array.Source, options: Options, partial: Path
+) -> dict[str, FileInfo]:
+    """Write a format, unless it is ``array``; return its files by their paths in the dataset
+    directory."""
+    if name == "array":
+        return decoded.formats["array"]
+    write_format(name, inputs, options.settings, partial / name)
+    paths = sorted((partial / name).iterdir())
+    return {f"{name}/{path.name}": describe_file(path) for path in paths}
 
 
 def _finish(partial: Path, manifest: Manifest, formats: list[str]) -> None:
@@ -198,7 +192,7 @@ def _check(options: Options) -> None:
         raise UserError(f"--image-size {options.image_size}: expected 8 to 1024 pixels")
     if options.on_corrupt not in ("error", "skip"):
         raise UserError(f"--on-corrupt {options.on_corrupt}: expected error or skip")
-    for name in ("workers", "limit_per_class", "holdout"):
+    for name in ("workers", "limit_per_class", "holdout", "seed"):
         if getattr(options, name) < 0:
             raise UserError(f"--{name.replace('_', '-')}: expected 0 or more")
 

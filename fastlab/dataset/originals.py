@@ -73,8 +73,8 @@ class Originals:
         """Move `per_class` random training images of each class to "val"; the old "val" becomes
         "test".
 
-        Raises `UserError` where a class would have no training image left, for a negative seed, and
-        where there is a split "test" already.
+        Raises `UserError` where a class would have no training image left, and where there is a
+        split "test" already.
         """
         train = self.splits["train"]
         smallest = int(np.bincount(train.labels, minlength=len(self.classes)).min())
@@ -83,12 +83,8 @@ class Originals:
                 f"--holdout {per_class}: the smallest class has {smallest} training images; "
                 f"hold out fewer"
             )
-        if seed < 0:
-            raise UserError(f"--seed {seed}: expected 0 or more")
         if "test" in self.splits:
-            raise UserError(
-                "--holdout: the source already has a test split; convert without --holdout"
-            )
+            raise UserError("--holdout: the source has a test split already; convert without it")
         shuffled = np.random.Generator(np.random.PCG64(seed)).permutation(len(train.labels))
         held = np.zeros(len(train.labels), dtype=bool)
         held[shuffled] = _rank_in_class(train.labels[shuffled]) < per_class
