@@ -99,7 +99,7 @@ def decoded_blocks(tree: Tree, originals: Originals, side: int, workers: int) ->
 
 
 def _in_order(tasks: list[_Task], pool: ProcessPoolExecutor, slots: np.ndarray) -> Generator[Block]:
-    jobs = (pool.submit(_run, task, i % len(slots)) for i, task in enumerate(tasks))
+    jobs = (pool.submit(_decode, task, i % len(slots)) for i, task in enumerate(tasks))
     running = deque(itertools.islice(jobs, len(slots)))
     with tqdm(total=sum(task.stop - task.start for task in tasks), unit="img", disable=None) as bar:
         for i, task in enumerate(tasks):
@@ -116,13 +116,10 @@ def _start(inherited: _Inherited) -> None:
     _inherited = inherited
 
 
-def _run(task: _Task, slot: int) -> Report:
-    return _decode(_inherited.tree, _inherited.originals, task, _inherited.slots[slot])
-
-
-def _decode(tree: Tree, originals: Originals, task: _Task, slot: np.ndarray) -> Report:
+def _decode(task: _Task, slot: int) -> Report:
+    tree, originals, slots = _inherited
     paths = originals.splits[task.split].paths[task.start : task.stop]
-    pixels = slot[: len(paths)]
+    pixels = slots[slot, : len(paths)]
     contents, stamps = tree.read_many(paths)
     greyscale = 0
     corrupt = []
