@@ -20,8 +20,6 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from fastlab.console import UserError
 from fastlab.dataset.tar_members import list_members
 
@@ -49,9 +47,6 @@ class Stamp(NamedTuple):
     """Checksum, or time of the last change."""
 
 
-_UNREADABLE = Stamp(0, 0)
-
-
 class DamagedMember(OSError):
     """A file of a tree that cannot be read."""
 
@@ -66,29 +61,16 @@ class Tree(ABC):
     def read(self, path: str) -> tuple[bytes, Stamp]:
         """The bytes of a file and its stamp. Raises OSError."""
 
-    def read_many(self, paths: list[str]) -> tuple[list[bytes | OSError], np.ndarray]:
-        """For each path its bytes, or the error of reading it, and its stamp: int64 [paths, 2]."""
-        contents: list[bytes | OSError] = []
-        stamps = []
-        for path in paths:
-            try:
-                data, stamp = self.read(path)
-            except OSError as error:
-                data, stamp = error, _UNREADABLE
-            contents.append(data)
-            stamps.append(stamp)
-        return contents, np.array(stamps, dtype=np.int64).reshape(-1, 2)
-
     @abstractmethod
     def _stamp(self, path: str) -> Stamp:
         """Raises OSError."""
 
     def stamp(self, path: str) -> Stamp:
-        """The stamp that `read_many` gives: zeros for a file that cannot be read."""
+        """The stamp that `read` gives; zeros for a file that cannot be read."""
         try:
             return self._stamp(path)
         except OSError:
-            return _UNREADABLE
+            return Stamp(0, 0)
 
     def text(self, path: str) -> str:
         """Raises OSError."""

@@ -34,7 +34,7 @@ class Report(NamedTuple):
     greyscale: int
     """Images with a single channel."""
     stamps: np.ndarray
-    """int64 [images, 2]: a `Stamp` each."""
+    """int64 [images, 2]: a `Stamp` each, of those that can be read."""
     corrupt: list[tuple[str, str]]
     """Path of each corrupt image, and what is wrong with it."""
 
@@ -120,19 +120,17 @@ def _decode(task: _Task, slot: int) -> Report:
     tree, originals, slots = _inherited
     paths = originals.splits[task.split].paths[task.start : task.stop]
     pixels = slots[slot, : len(paths)]
-    contents, stamps = tree.read_many(paths)
-    greyscale = 0
-    corrupt = []
-    for path, data, out in zip(paths, contents, pixels, strict=True):
+    greyscale, stamps, corrupt = 0, [], []
+    for path, out in zip(paths, pixels, strict=True):
         try:
-            if isinstance(data, OSError):
-                raise data
+            data, stamp = tree.read(path)
+            stamps.append(stamp)
             greyscale += decode_into(data, out)
         except (OSError, ValueError) as error:
             corrupt.append((path, str(error)))
     train = task.split == "train"
     sums = channel_sums(pixels) if train else np.zeros((2, 3), dtype=np.int64)
-    return Report(sums, greyscale, stamps, corrupt)
+    return Report(sums, greyscale, np.array(stamps, dtype=np.int64), corrupt)
 
 
 def channel_sums(pixels: np.ndarray) -> np.ndarray:
