@@ -52,9 +52,9 @@ def _download_options(parser: ArgumentParser) -> None:
 
 
 def _download(args: Namespace) -> None:
-    from fastlab.dataset.download import TINY_IMAGENET, download
+    from fastlab.dataset.download import TINY_IMAGENET_URL, download
 
-    download(args.out, args.url or TINY_IMAGENET.url, args.sha256, force=args.force)
+    download(args.out, args.url or TINY_IMAGENET_URL, args.sha256, force=args.force)
 
 
 def _synth_options(parser: ArgumentParser) -> None:

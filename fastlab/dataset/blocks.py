@@ -34,7 +34,7 @@ class Report(NamedTuple):
     greyscale: int
     """Images with a single channel."""
     stamps: np.ndarray
-    """int64 [images, 2]: a `Stamp` each."""
+    """int64 [images, 2]: a `Stamp` each, of those that can be read."""
     corrupt: list[tuple[str, str]]
     """Path of each corrupt image, and what is wrong with it."""
 
@@ -99,7 +99,7 @@ def decoded_blocks(tree: Tree, originals: Originals, side: int, workers: int) ->
 
 
 def _in_order(tasks: list[_Task], pool: ProcessPoolExecutor, slots: np.ndarray) -> Generator[Block]:
-    jobs = (pool.submit(_run, task, i % len(slots)) for i, task in enumerate(tasks))
+    jobs = (pool.submit(_decode, task, i % len(slots)) for i, task in enumerate(tasks))
     running = deque(itertools.islice(jobs, len(slots)))
     with tqdm(total=sum(task.stop - task.start for task in tasks), unit="img", disable=None) as bar:
         for i, task in enumerate(tasks):
@@ -116,26 +116,21 @@ def _start(inherited: _Inherited) -> None:
     _inherited = inherited
 
 
-def _run(task: _Task, slot: int) -> Report:
-    return _decode(_inherited.tree, _inherited.originals, task, _inherited.slots[slot])
-
-
-def _decode(tree: Tree, originals: Originals, task: _Task, slot: np.ndarray) -> Report:
+def _decode(task: _Task, slot: int) -> Report:
+    tree, originals, slots = _inherited
     paths = originals.splits[task.split].paths[task.start : task.stop]
-    pixels = slot[: len(paths)]
-    contents, stamps = tree.read_many(paths)
-    greyscale = 0
-    corrupt = []
-    for path, data, out in zip(paths, contents, pixels, strict=True):
+    pixels = slots[slot, : len(paths)]
+    greyscale, stamps, corrupt = 0, [], []
+    for path, out in zip(paths, pixels, strict=True):
         try:
-            if isinstance(data, OSError):
-                raise data
+            data, stamp = tree.read(path)
+            stamps += stamp  # flat: numpy is slow to read tuples
             greyscale += decode_into(data, out)
         except (OSError, ValueError) as error:
             corrupt.append((path, str(error)))
     train = task.split == "train"
     sums = channel_sums(pixels) if train else np.zeros((2, 3), dtype=np.int64)
-    return Report(sums, greyscale, stamps, corrupt)
+    return Report(sums, greyscale, np.array(stamps, np.int64).reshape(-1, 2), corrupt)
 
 
 def channel_sums(pixels: np.ndarray) -> np.ndarray:

@@ -109,14 +109,17 @@ def _convert(source: Path, out: Path, options: Options, partial: Path) -> tuple[
     if old and not missing:
         return old, False
     if originals.ignored:
-        _report_ignored(source, originals.ignored)
+        tell(
+            f"{printable(str(source))}: skipped {len(originals.ignored)} files that are not "
+            f"{', '.join(SUFFIXES)}, such as {printable(originals.ignored[0])}"
+        )
     if old and "array" in old.formats:  # the other formats are written from it
         check_hashes(out, replace(old, formats={"array": old.formats["array"]}))
         decoded, folder = old, out / "array"
     else:
         decoded, folder = _decode(tree, originals, source, options, partial), partial / "array"
     inputs = array.Source(tree, originals.without(decoded.skipped), folder, options.image_size)
-    formats = _write_formats(missing, decoded.formats["array"], inputs, options, partial)
+    formats = {name: _write_format(name, decoded, inputs, options, partial) for name in missing}
     base = old or replace(decoded, formats={})
     manifest = replace(
         base,
@@ -133,17 +136,10 @@ def _convert(source: Path, out: Path, options: Options, partial: Path) -> tuple[
 
 
 def _check_place(out: Path, options: Options) -> None:
-    if not options.force:
+    if options.force:
+        check_replaceable(out, "dataset directory", NAME, (NAME, *FORMATS).__contains__)
+    else:
         check_free(out)
-        return
-    check_replaceable(out, "dataset directory", NAME, (NAME, *FORMATS).__contains__)
-
-
-def _report_ignored(source: Path, ignored: tuple[str, ...]) -> None:
-    tell(
-        f"{printable(str(source))}: skipped {len(ignored)} files that are not "
-        f"{', '.join(SUFFIXES)}, such as {printable(ignored[0])}"
-    )
 
 
 def _stamps(tree: Tree, originals: Originals) -> dict[str, np.ndarray]:
@@ -154,22 +150,16 @@ def _stamps(tree: Tree, originals: Originals) -> dict[str, np.ndarray]:
     }
 
 
-def _write_formats(
-    missing: list[str],
-    array_files: dict[str, FileInfo],
-    inputs: array.Source,
-    options: Options,
-    partial: Path,
-) -> dict[str, dict[str, FileInfo]]:
-    """Write what is missing besides ``array``; return the files of every missing format by their
-    paths in the dataset directory."""
-    written = {"array": array_files}
-    for name in missing:
-        if name != "array":
-            write_format(name, inputs, options.settings, partial / name)
-            paths = sorted((partial / name).iterdir())
-            written[name] = {f"{name}/{path.name}": describe_file(path) for path in paths}
-    return {name: written[name] for name in missing}
+def _write_format(
+    name: str, decoded: Manifest, inputs: array.Source, options: Options, partial: Path
+) -> dict[str, FileInfo]:
+    """Write a format, unless it is ``array``; return its files by their paths in the dataset
+    directory."""
+    if name == "array":
+        return decoded.formats["array"]
+    write_format(name, inputs, options.settings, partial / name)
+    paths = sorted((partial / name).iterdir())
+    return {f"{name}/{path.name}": describe_file(path) for path in paths}
 
 
 def _finish(partial: Path, manifest: Manifest, formats: list[str]) -> None:
@@ -202,7 +192,7 @@ def _check(options: Options) -> None:
         raise UserError(f"--image-size {options.image_size}: expected 8 to 1024 pixels")
     if options.on_corrupt not in ("error", "skip"):
         raise UserError(f"--on-corrupt {options.on_corrupt}: expected error or skip")
-    for name in ("workers", "limit_per_class", "holdout"):
+    for name in ("workers", "limit_per_class", "holdout", "seed"):
         if getattr(options, name) < 0:
             raise UserError(f"--{name.replace('_', '-')}: expected 0 or more")
 
@@ -242,23 +232,18 @@ def _existing(out: Path, request: dict[str, Any], options: Options) -> Manifest:
         raise UserError(
             f"{out}: exists and is not a whole dataset; choose another directory ({error})"
         ) from None
-    if manifest.request != request:
-        raise UserError(
-            f"{out}: holds a dataset of other originals or options; choose another directory, or "
-            f"replace it with --force"
-        )
+    differs = "" if manifest.request == request else "holds a dataset of other originals or options"
+    for name in set(options.formats) & set(manifest.formats):
+        before, now = manifest.settings.get(name, {}), options.settings.of(name)
+        if before != now:
+            differs = f"has format {name} with {before}, not {now}"
+    if differs:
+        raise UserError(f"{out}: {differs}; choose another directory, or replace it with --force")
     if manifest.skipped and options.on_corrupt == "error":
         raise UserError(
             f"{out}: was made without {len(manifest.skipped)} corrupt images; to keep it, add "
             f"--on-corrupt skip"
         )
-    for name in set(options.formats) & set(manifest.formats):
-        before, now = manifest.settings.get(name, {}), options.settings.of(name)
-        if before != now:
-            raise UserError(
-                f"{out}: has format {name} with {before}, not {now}; choose another directory, or "
-                f"replace it with --force"
-            )
     return manifest
 
 
@@ -268,16 +253,13 @@ def _decode(
     """Write the ``array`` format into `partial`; return the manifest of a dataset of just that."""
     whole, side = originals, options.image_size
     files, reports = _write_images(tree, originals, options, partial)
-    skipped = _corrupt(reports)
+    skipped = _corrupt(reports) if options.on_corrupt == "skip" else {}
     if skipped:
-        if options.on_corrupt == "error":
-            _refuse(skipped)
         # Corrupt images are rare: decoding again without them is simpler than closing gaps.
         originals = originals.without(skipped)
         check_counts(originals, f"{source}, without {len(skipped)} corrupt images")
         files, reports = _write_images(tree, originals, options, partial)
-        if _corrupt(reports):
-            raise UserError(f"{source}: changes while it is read; run again when it is complete")
+    _refuse(_corrupt(reports))
     stamps = {name: np.concatenate([r.stamps for r in each]) for name, each in reports.items()}
     sums = np.sum([report.sums for report in reports["train"]], axis=0)
     mean, std = mean_and_std(sums, len(originals.splits["train"].paths) * side * side)
@@ -332,10 +314,12 @@ def _corrupt(reports: dict[str, list[Report]]) -> dict[str, str]:
 
 
 def _refuse(corrupt: dict[str, str]) -> None:
-    shown = "; ".join(f"{printable(path)} ({why})" for path, why in list(corrupt.items())[:5])
-    more = f"; and {len(corrupt) - 5} more" if len(corrupt) > 5 else ""
-    images = "1 corrupt image" if len(corrupt) == 1 else f"{len(corrupt)} corrupt images"
-    raise UserError(f"{images}: {shown}{more}; fix them, or skip them with --on-corrupt skip")
+    if corrupt:
+        shown = "; ".join(f"{printable(path)} ({why})" for path, why in list(corrupt.items())[:5])
+        raise UserError(
+            f"corrupt images: {len(corrupt)}, such as {shown}; fix them, or skip them with "
+            f"--on-corrupt skip"
+        )
 
 
 def _split_info(

@@ -120,7 +120,8 @@ def _decode_with_pillow(data: bytes, out: np.ndarray) -> bool:
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 _check_pixels(image.height, image.width)
                 if image.format == "PNG":
-                    _check_sums(data)
+                    # The checksum of every chunk: while it decodes, Pillow checks only some.
+                    Image.open(io.BytesIO(data), formats=("PNG",)).verify()
                 grey = image.mode in ("1", "L", "LA", "I", "I;16", "F")
                 out[:] = _fit(image, out.shape[0])
                 return grey
@@ -130,12 +131,6 @@ def _decode_with_pillow(data: bytes, out: np.ndarray) -> bool:
         raise CorruptImage("no known image format") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on bad bytes
         raise CorruptImage(first_line(error)) from None
-
-
-def _check_sums(png: bytes) -> None:
-    """Check the checksum of every chunk: while it decodes, Pillow checks only some."""
-    with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
-        image.verify()
 
 
 def _fit(image: Image.Image, side: int) -> np.ndarray:

@@ -5,55 +5,39 @@ again from the first byte (pooch 1.9, `stream_download`); urllib can ask for the
 checksum tells whether two halves belong together: without one, each request starts from zero.
 """
 
-import contextlib
+import fcntl
 import hashlib
 import os
 import re
 import ssl
 import sys
 import time
-import zipfile
-from collections.abc import Generator
-from http.client import HTTPException, HTTPResponse
+from http.client import HTTPException
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import IO
 from urllib.error import HTTPError, URLError
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 from tqdm import tqdm
 
 from fastlab import __version__
-from fastlab.console import UserError
-from fastlab.files import inherited_lock
+from fastlab.console import UserError, first_line
 
-
-class Archive(NamedTuple):
-    """A published file: its address, checksum ("md5:HEX" or "sha256:HEX") and size in bytes."""
-
-    url: str
-    checksum: str | None = None
-    size: int | None = None
-
-
+TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 # MD5, because that is the checksum published for this file; we know no SHA-256 of it with
 # certainty. It guards against damage and mix-ups, not against an attacker who made both files.
-TINY_IMAGENET = Archive(
-    url="http://cs231n.stanford.edu/tiny-imagenet-200.zip",
-    checksum="md5:90528d7ca1a48142e341f4ef8d21d0de",
-    size=248_100_043,
-)
+TINY_IMAGENET_CHECKSUM = "md5:90528d7ca1a48142e341f4ef8d21d0de"
 
 _CHUNK = 1 << 18  # bytes
 _TIMEOUT = 30.0  # seconds without a byte, after which a connection counts as dead
-_ATTEMPTS = 5  # failures in a row that got no further, after which a transfer is given up
-_DELAYS = 1.0, 30.0  # seconds between two attempts: the first, doubled each time, and the longest
+_DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0)  # seconds before each further request
 # These may pass, unlike errors of the disk, so the request is repeated.
 _NETWORK_ERRORS = (URLError, TimeoutError, ConnectionError, ssl.SSLError, HTTPException)
 
 
 def download(
-    out: Path | str, url: str = TINY_IMAGENET.url, sha256: str | None = None, *, force: bool = False
+    out: Path | str, url: str = TINY_IMAGENET_URL, sha256: str | None = None, *, force: bool = False
 ) -> Path:
     """Fetch `url` to `out`, verify it, print one line about it, and return the file's path.
 
@@ -65,69 +49,47 @@ def download(
     checksum for the default URL, and none for any other. `force` replaces a target that differs.
     Raises `UserError` for every failure.
     """
-    archive = _archive(url, sha256)
+    checksum = _checksum(url, sha256)
     target = _target(out, url)
     part = target.with_name(target.name + ".part")
     try:
-        if not _is_present(archive, target, force):
+        if not _is_present(target, checksum, force):
             target.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(target):
-                _transfer(archive, part)
-                _install(archive, part, target)
+            _fetch(url, checksum, part, target)
     except OSError as error:
         raise UserError(f"{error.filename or part}: {error.strerror or error}") from error
     return target
 
 
-@contextlib.contextmanager
-def _locked(target: Path) -> Generator[None]:
-    """Keep a second download from writing the same `.part`. The lock file is removed afterwards."""
-    lock = target.with_name(target.name + ".part.lock")
-    with inherited_lock(lock, f"{target}: another download is writing it"):
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
-
-
-def _archive(url: str, checksum: str | None) -> Archive:
-    try:
-        parts = urlsplit(url)
-        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        valid = False
-    if not valid or parts.username is not None or not re.fullmatch("[!-~]+", url):
+def _checksum(url: str, given: str | None) -> str | None:
+    """ "md5:HEX" or "sha256:HEX", where one is known."""
+    if not re.fullmatch(r"https?://[\w-]+(\.[\w-]+)*(:\d{1,5})?(/[!-~]*)?", url, re.ASCII):
         raise UserError(  # without the URL, which may hold a password
             "URL: expected http://HOST/PATH or https://HOST/PATH, percent-encoded, no user name"
         )
-    if checksum is None:
-        return TINY_IMAGENET if url == TINY_IMAGENET.url else Archive(url)
-    tagged = checksum.strip().lower()
-    tagged = tagged if ":" in tagged else f"sha256:{tagged}"
+    if given is None:
+        return TINY_IMAGENET_CHECKSUM if url == TINY_IMAGENET_URL else None
+    tagged = given.lower() if ":" in given else f"sha256:{given.lower()}"
     if not re.fullmatch("sha256:[0-9a-f]{64}|md5:[0-9a-f]{32}", tagged):
-        raise UserError(f"checksum {checksum!r}: expected 64 hex digits, sha256:HEX or md5:HEX")
-    return Archive(url, tagged)
+        raise UserError(f"checksum {given!r}: expected 64 hex digits, sha256:HEX or md5:HEX")
+    return tagged
 
 
 def _target(out: Path | str, url: str) -> Path:
     text = os.fspath(out)
     if not text.endswith("/") and not Path(text).is_dir():
         return Path(text)
-    # Split after unquoting too: "%2F" and a backslash must not reach outside the directory.
-    last = PurePosixPath(unquote(urlsplit(url).path).replace("\\", "/")).name
-    name = re.sub(r"[^\w.+-]", "_", last).lstrip(".")
-    if not name:
+    name = PurePosixPath(urlsplit(url).path).name  # still percent-encoded, so it stays one name
+    if name in ("", ".."):
         raise UserError(f"URL {url!r}: ends in no file name; give OUT as a file")
     return Path(text) / name
 
 
-def _is_present(archive: Archive, target: Path, force: bool) -> bool:
+def _is_present(target: Path, checksum: str | None, force: bool) -> bool:
     """Whether the target is right already. Raises `UserError` for another, unless `force`."""
     if not target.exists():
         return False
-    if not target.is_file():
-        raise UserError(f"{target}: exists and is not a file; choose another OUT")
-    problem = _problem(archive, target) if archive.checksum else "no --sha256 tells if it is right"
+    problem = _problem(target, checksum) if checksum else "no --sha256 tells if it is right"
     if problem and not force:
         raise UserError(f"{target}: exists, and {problem}; replace it with --force")
     if not problem:
@@ -135,110 +97,77 @@ def _is_present(archive: Archive, target: Path, force: bool) -> bool:
     return not problem
 
 
-def _problem(archive: Archive, path: Path) -> str:
-    """What is wrong with the file at `path`; empty if it is right as far as that can be checked."""
-    if not archive.checksum:
-        is_broken = ".zip" in path.suffixes and not zipfile.is_zipfile(path)
-        return "it is not a whole zip file" if is_broken else ""
-    algorithm = archive.checksum.partition(":")[0]
+def _problem(path: Path, checksum: str) -> str:
+    """In which way the file at `path` does not have this checksum; empty if it has."""
+    algorithm = checksum.partition(":")[0]
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False))
     actual = f"{algorithm}:{digest.hexdigest()}"
-    is_right = actual == archive.checksum
-    return "" if is_right else f"its checksum is {actual}, expected {archive.checksum}"
+    return "" if actual == checksum else f"its checksum is {actual}, expected {checksum}"
 
 
-def _transfer(archive: Archive, part: Path) -> None:
-    """Bring the whole file into `part`, over as many requests as it takes."""
-    furthest = failures = 0
-    with tqdm(desc=part.stem, unit="B", unit_scale=True, disable=None) as bar:
-        while True:
-            try:
-                return _request(archive, part, bar)
-            except _NETWORK_ERRORS as error:
-                problem = f"{archive.url}: {_reason(error)}"
-                # Progress counts from the furthest point: otherwise a server that ignores Range and
-                # always cuts would make progress from zero for ever.
-                failures = 1 if _size(part) > furthest else failures + 1
-                furthest = max(furthest, _size(part))
-                if failures >= _ATTEMPTS:
-                    hint = f"gave up after {failures} attempts; the same command tries again"
-                    raise UserError(f"{problem}; {hint}") from error
-                wait = min(_DELAYS[0] * 2 ** (failures - 1), _DELAYS[1])
-                tqdm.write(f"{problem}; next attempt in {wait:g} s", file=sys.stderr)
-                time.sleep(wait)
-
-
-def _reason(error: Exception) -> str:
-    """Why a request failed, in one line."""
-    if isinstance(error, HTTPError):
-        return f"HTTP {error.code} {' '.join(error.reason.split())}"
-    reason = getattr(error, "reason", error)
-    return getattr(reason, "strerror", None) or str(reason)
-
-
-def _request(archive: Archive, part: Path, bar: tqdm) -> None:
-    """Append to `part` what it lacks. Raises one of `_NETWORK_ERRORS` if it stays incomplete."""
-    offset = _size(part) if archive.checksum else 0
-    headers = {"User-Agent": f"fastlab/{__version__}"}
-    if offset:
-        headers["Range"] = f"bytes={offset}-"
-    with _open(Request(archive.url, headers=headers)) as response:
-        content_range = response.headers.get("Content-Range", "")
-        if response.status == 416 and content_range == f"bytes */{offset}":
-            return  # there is nothing left to get
-        if response.status == 200:
-            offset = 0
-        elif response.status != 206 or not content_range.startswith(f"bytes {offset}-"):
-            part.unlink(missing_ok=True)
-            raise ConnectionError(f"HTTP {response.status} is no answer to the request")
-        length = response.headers.get("Content-Length", "")
-        size = offset + int(length) if length.isdecimal() else archive.size
-        if archive.size not in (None, size):
-            expected = f"{archive.size} bytes were expected"
-            raise UserError(f"{archive.url}: offers {size} bytes, {expected}; give another --url")
-        _receive(response, part, offset, size, bar)
-
-
-def _open(request: Request) -> HTTPResponse | HTTPError:
-    """Return the response, also a 416 (nothing lies in the range). Raises `UserError` for a status
-    that is final, and `HTTPError` for one that may pass."""
-    try:
-        return urlopen(request, timeout=_TIMEOUT)
-    except HTTPError as error:
-        if error.code == 416:
-            return error
-        error.close()
-        if error.code >= 500 or error.code in (408, 429):
+def _fetch(url: str, checksum: str | None, part: Path, target: Path) -> None:
+    """Fetch into `part` and give it its name; or remove it where no resumption could correct it."""
+    with part.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{target}: another download is writing it") from None
+        try:
+            _transfer(url, file, resume=checksum is not None)
+        except UserError:
+            if not file.tell():
+                part.unlink()
             raise
-        problem = f"{request.full_url}: {_reason(error)}"
-        raise UserError(f"{problem}; check the address") from error
+        file.flush()
+        problem = _problem(part, checksum) if checksum else ""
+        if problem:
+            part.unlink()
+            raise UserError(f"{url}: {problem}; removed; check the address, and try again")
+        os.replace(part, target)
+    verdict = "checksum verified" if checksum else "no checksum verified"
+    print(f"{target}: {target.stat().st_size} bytes, {verdict}")
 
 
-def _receive(
-    response: HTTPResponse | HTTPError, part: Path, offset: int, size: int | None, bar: tqdm
-) -> None:
-    with part.open("ab" if offset else "wb") as file:
-        bar.reset(size)
-        bar.initial = bar.n = offset
-        while chunk := response.read1(_CHUNK):  # not read: a stall must not take the bytes before
-            file.write(chunk)
-            bar.update(len(chunk))
-        if size is not None and file.tell() != size:
+def _transfer(url: str, file: IO[bytes], resume: bool) -> None:
+    """Bring the whole file into `file`, over as many requests as it takes."""
+    for delay in (*_DELAYS, None):
+        try:
+            return _request(url, file, resume)
+        except _NETWORK_ERRORS as error:
+            problem = f"{url}: {first_line(error)}"
+            if isinstance(error, HTTPError) and error.code < 500 and error.code not in (408, 429):
+                raise UserError(f"{problem}; check the address") from error
+            if delay is None:
+                hint = f"gave up after {len(_DELAYS) + 1} attempts; the same command tries again"
+                raise UserError(f"{problem}; {hint}") from error
+            tqdm.write(f"{problem}; next attempt in {delay:g} s", file=sys.stderr)
+            time.sleep(delay)
+
+
+def _request(url: str, file: IO[bytes], resume: bool) -> None:
+    """Append to `file` what it lacks. Raises one of `_NETWORK_ERRORS` if it stays incomplete."""
+    headers = {"User-Agent": f"fastlab/{__version__}"}
+    if resume and file.tell():
+        headers["Range"] = f"bytes={file.tell()}-"
+    try:
+        response = urlopen(Request(url, headers=headers), timeout=_TIMEOUT)
+    except HTTPError as error:
+        error.close()
+        if error.code == 416 and "Range" in headers:
+            return  # nothing is left to get
+        raise
+    with response:
+        if response.status != 206:
+            file.truncate(0)
+        start = file.seek(0, os.SEEK_END)
+        size = None if response.length is None else start + response.length
+        name = Path(file.name).stem
+        with tqdm(
+            desc=name, total=size, initial=start, unit="B", unit_scale=True, disable=None
+        ) as bar:
+            while chunk := response.read1(_CHUNK):  # not read: a stall must not take what came
+                file.write(chunk)
+                bar.update(len(chunk))
+        if size not in (None, file.tell()):
             raise ConnectionError(f"connection cut at {file.tell()} of {size} bytes")
-
-
-def _install(archive: Archive, part: Path, target: Path) -> None:
-    """Give `part` its name if it is right, and remove it if not: no resumption could correct it."""
-    problem = _problem(archive, part)
-    if problem:
-        part.unlink()
-        raise UserError(f"{archive.url}: {problem}; removed; check the address, and try again")
-    os.replace(part, target)
-    verdict = "checksum verified" if archive.checksum else "no checksum verified"
-    print(f"{target}: {_size(target)} bytes, {verdict}")
-
-
-def _size(path: Path) -> int:
-    """Size in bytes; 0 where there is no file."""
-    return path.stat().st_size if path.exists() else 0

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from xxhash import xxh3_128
 
 from fastlab.console import UserError, printable
@@ -155,6 +156,13 @@ def check_hashes(directory: Path, manifest: Manifest) -> int:
                 f"{info.xxh128[:12]}…); convert again with --force"
             )
     return len(files)
+
+
+def check_labels(labels: np.ndarray, manifest: Manifest, split: str) -> None:
+    """Raises ValueError unless `labels` (integers [N]) are those of a split's N images."""
+    whole = labels.shape == (manifest.splits[split].images,)
+    if not whole or labels.min() < 0 or labels.max() >= len(manifest.classes):
+        raise ValueError("the labels do not fit manifest.json")
 
 
 def _files(manifest: Manifest) -> list[tuple[str, FileInfo]]:

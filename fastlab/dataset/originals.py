@@ -4,13 +4,14 @@ Two layouts are known: Tiny ImageNet's own, and any image folder with ``train/<c
 ``val/<class>/`` (and optionally ``test/<class>/``), whose classes may have folders within.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, repeat
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from fastlab.console import UserError, printable
+from fastlab.console import UserError
 from fastlab.dataset.archives import Tree
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
@@ -47,35 +48,33 @@ class Originals:
         """Keep only these classes, renumbered in the order given."""
         number = np.full(len(self.classes), -1)
         number[classes] = np.arange(len(classes))
-        splits = {}
-        for name, split in self.splits.items():
-            kept = split.take(np.flatnonzero(number[split.labels] >= 0))
-            splits[name] = Split(kept.paths, number[kept.labels])
+        kept = self._where(lambda split: number[split.labels] >= 0)
+        splits = {
+            name: Split(split.paths, number[split.labels]) for name, split in kept.splits.items()
+        }
         return replace(self, classes=[self.classes[i] for i in classes], splits=splits)
 
     def limit(self, per_class: int) -> "Originals":
         """Keep the first `per_class` images of each class in each split."""
-        splits = {
-            name: split.take(np.flatnonzero(_rank_in_class(split.labels) < per_class))
-            for name, split in self.splits.items()
-        }
-        return replace(self, splits=splits)
+        return self._where(lambda split: _rank_in_class(split.labels) < per_class)
 
     def without(self, paths: Collection[str]) -> "Originals":
         """Remove these images."""
-        removed = frozenset(paths)
-        splits = {}
-        for name, split in self.splits.items():
-            kept = [row for row, path in enumerate(split.paths) if path not in removed]
-            splits[name] = split.take(np.array(kept, dtype=np.int64))
+        return self._where(lambda split: [path not in paths for path in split.paths])
+
+    def _where(self, keep: Callable[[Split], ArrayLike]) -> "Originals":
+        """Keep the images for which `keep` gives true: bool [images] of each split."""
+        splits = {
+            name: split.take(np.flatnonzero(keep(split))) for name, split in self.splits.items()
+        }
         return replace(self, splits=splits)
 
     def hold_out(self, per_class: int, seed: int) -> "Originals":
         """Move `per_class` random training images of each class to "val"; the old "val" becomes
         "test".
 
-        Raises `UserError` where a class would have no training image left, for a negative seed, and
-        where there is a split "test" already.
+        Raises `UserError` where a class would have no training image left, and where there is a
+        split "test" already.
         """
         train = self.splits["train"]
         smallest = int(np.bincount(train.labels, minlength=len(self.classes)).min())
@@ -84,12 +83,8 @@ class Originals:
                 f"--holdout {per_class}: the smallest class has {smallest} training images; "
                 f"hold out fewer"
             )
-        if seed < 0:
-            raise UserError(f"--seed {seed}: expected 0 or more")
         if "test" in self.splits:
-            raise UserError(
-                "--holdout: the source already has a test split; convert without --holdout"
-            )
+            raise UserError("--holdout: the source has a test split already; convert without it")
         shuffled = np.random.Generator(np.random.PCG64(seed)).permutation(len(train.labels))
         held = np.zeros(len(train.labels), dtype=bool)
         held[shuffled] = _rank_in_class(train.labels[shuffled]) < per_class
@@ -148,29 +143,19 @@ def select_classes(originals: Originals, choice: str) -> Originals:
 
     Raises `UserError` for any other choice, and where a split has no image of these classes.
     """
-    chosen = _only_chosen(originals, choice)
-    for name, split in chosen.splits.items():
-        if not split.paths:
-            raise UserError(
-                f"--classes {printable(choice)}: split {name} has no image of these classes"
-            )
-    return chosen
-
-
-def _only_chosen(originals: Originals, choice: str) -> Originals:
     ids = [c.id for c in originals.classes]
+    wanted = [name.strip() for name in choice.split(",")]
     if choice.isdecimal():
-        count = int(choice) if len(choice) < 20 else 0
+        count = int(choice[:9])
         if not 1 <= count <= len(ids):
             raise UserError(f"--classes {choice}: expected 1 to {len(ids)}")
-        return originals.only(range(count))
-    wanted = [name.strip() for name in choice.split(",")]
-    missing = [name for name in wanted if name not in ids]
-    if missing:
-        raise UserError(f"--classes: no class {missing[0]!r} in the source")
-    if len(set(wanted)) < len(wanted):
-        raise UserError("--classes: a class is named twice")
-    return originals.only([ids.index(name) for name in wanted])
+        wanted = ids[:count]
+    odd = [name for name in wanted if name not in ids or wanted.count(name) > 1]
+    if odd:
+        raise UserError(f"--classes: {odd[0]!r} is no class of the source, or is named twice")
+    chosen = originals.only([ids.index(name) for name in wanted])
+    check_counts(chosen, "--classes")
+    return chosen
 
 
 def _root(tree: Tree) -> str:
@@ -194,41 +179,33 @@ def _read_tiny_imagenet(tree: Tree, root: str, where: str) -> Originals:
     ids = tree.text(f"{root}wnids.txt").split()
     if len(set(ids)) < len(ids):
         raise UserError(f"{where}: wnids.txt names a class twice")
-    known = {}
+    words = {}
     if "words.txt" in tree.names(root):
         wanted = frozenset(ids)  # the file names 82,115 classes
         lines = map(str.partition, tree.text(f"{root}words.txt").splitlines(), repeat("\t"))
-        known = {wnid: words for wnid, tab, words in lines if tab and wnid in wanted}
+        words = {wnid: names for wnid, tab, names in lines if tab and wnid in wanted}
     folders = [f"{root}train/{name}/images/" for name in ids]
     train = _labelled(
         [[folder + name for name in _images(tree.names(folder))] for folder in folders]
     )
     val = _read_annotations(tree, root, ids, where)
-    classes = [ImageClass(name, known.get(name, name)) for name in ids]
+    classes = [ImageClass(name, words.get(name, name)) for name in ids]
     return Originals("tiny-imagenet", classes, {"train": train, "val": val})
 
 
 def _read_annotations(tree: Tree, root: str, ids: list[str], where: str) -> Split:
-    number = {name: index for index, name in enumerate(ids)}
-    present = set(_images(tree.names(f"{root}val/images")))
-    if "val_annotations.txt" not in tree.names(f"{root}val"):
-        raise UserError(f"{where}: val/val_annotations.txt is missing; unpack the archive again")
-    label = {}
-    for line, text in enumerate(tree.text(f"{root}val/val_annotations.txt").splitlines(), 1):
-        name, _, rest = text.partition("\t")
-        wnid = rest.split("\t", 1)[0]
-        if name not in present or wnid not in number:
-            raise UserError(
-                f"{where}: val/val_annotations.txt line {line}: no image {name!r} or no class "
-                f"{wnid!r}; unpack the archive again"
-            )
-        label[name] = number[wnid]
-    unlabelled = present - label.keys()
-    if unlabelled:
+    number = {wnid: index for index, wnid in enumerate(ids)}
+    lines = tree.text(f"{root}val/val_annotations.txt").splitlines()
+    fields = ([*line.split("\t"), ""] for line in lines)
+    label = {name: number.get(wnid, -1) for name, wnid, *_ in fields}
+    names = _images(tree.names(f"{root}val/images"))
+    unknown = [name for name, index in label.items() if index < 0]
+    odd = unknown or sorted(label.keys() ^ set(names))
+    if odd:
         raise UserError(
-            f"{where}: val/images/{min(unlabelled)} has no label in val_annotations.txt"
+            f"{where}: val/val_annotations.txt: {odd[0]!r} has no known class, no image or no "
+            f"line; unpack the archive again"
         )
-    names = sorted(label)
     labels = np.array([label[name] for name in names], dtype=np.int64)
     return Split([f"{root}val/images/{name}" for name in names], labels)
 

@@ -7,7 +7,6 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from fastlab.console import UserError
@@ -48,12 +47,11 @@ def test_a_tar_holds_what_tarfile_reads(tmp_path, layout, mtime):
 def test_the_quick_listing_equals_that_of_tarfile(tmp_path, monkeypatch, layout):
     path = write(tmp_path / "x.tar", FORMATS[layout], {"a/one.png": b"1", "b": b"2" * 5000})
     quick = TarTree(path)
-    assert tar_members.plain_members(quick._bytes) is not None
-    monkeypatch.setattr(tar_members, "plain_members", lambda data: None)
+    assert tar_members.plain_members(quick._bytes)
+    monkeypatch.setattr(tar_members, "plain_members", lambda data: {})
     slow = TarTree(path)
-    assert quick._rows == slow._rows and quick._folders == slow._folders
-    assert np.array_equal(quick._places, slow._places)
-    assert quick.read_many(["b", "a/one.png"])[0] == [b"2" * 5000, b"1"]
+    assert quick._members == slow._members and quick._folders == slow._folders
+    assert [quick.read(name)[0] for name in ("b", "a/one.png")] == [b"2" * 5000, b"1"]
     assert slow.names("a") == ["one.png"]
 
 
@@ -105,7 +103,7 @@ def test_a_tar_within_a_tar_is_listed_as_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["directory", "zip", "tar"])
-def test_read_many_gives_what_reading_one_by_one_gives(tmp_path, kind):
+def test_every_kind_of_tree_gives_the_bytes_and_the_stamp_of_a_file(tmp_path, kind):
     files = {f"a/{i}.png": bytes([i]) * i for i in range(5)}
     folder = tmp_path / "tree"
     for name, data in files.items():
@@ -121,13 +119,11 @@ def test_read_many_gives_what_reading_one_by_one_gives(tmp_path, kind):
         "tar": lambda: write(tmp_path / "x.tar", tarfile.GNU_FORMAT, files),
     }[kind]()
     tree = open_tree(source, tmp_path)
-    paths = ["a/3.png", "a/0.png", "a/4.png"]
-    read, stamps = tree.read_many(paths)
-    assert read == [files[path] for path in paths]
-    assert [tuple(stamp) for stamp in stamps.tolist()] == [tree.stamp(path) for path in paths]
-    read, stamps = tree.read_many(["a/3.png", "a/none.png", "a/4.png"])
-    assert read[0] == files["a/3.png"] and read[2] == files["a/4.png"]
-    assert isinstance(read[1], OSError) and stamps.shape == (3, 2)
+    for path in ("a/3.png", "a/0.png", "a/4.png"):
+        assert tree.read(path) == (files[path], tree.stamp(path))
+    with pytest.raises(OSError):
+        tree.read("a/none.png")
+    assert tree.stamp("a/none.png") == (0, 0)
 
 
 def test_a_link_that_leads_out_of_the_archive_is_reported(tmp_path):
@@ -139,14 +135,16 @@ def test_a_link_that_leads_out_of_the_archive_is_reported(tmp_path):
         member = tarfile.TarInfo("one.png")
         member.size = 3
         archive.addfile(member, io.BytesIO(b"one"))
-    (data, error), _ = TarTree(path).read_many(["one.png", "link.png"])
-    assert data == b"one" and "--dereference" in str(error)
+    tree = TarTree(path)
+    assert tree.read("one.png")[0] == b"one"
+    with pytest.raises(OSError, match="--dereference"):
+        tree.read("link.png")
 
 
 def test_a_name_may_have_several_lines(tmp_path):
     files = {"a.png": b"1", "b/\nc.png": b"22", "d\n.png": b"333", "e.png": b"4"}
     tree = TarTree(write(tmp_path / "x.tar", tarfile.GNU_FORMAT, files))
-    assert tree.read_many(list(files))[0] == list(files.values())
+    assert {name: tree.read(name)[0] for name in files} == files
     assert tree.names("b") == ["\nc.png"]
 
 
@@ -160,8 +158,8 @@ def test_a_sparse_file_is_reported(tmp_path, form):
     subprocess.run([*command, "x.png"], check=True)
     with tarfile.open(tmp_path / "x.tar") as archive:
         assert archive.getmember("x.png").issparse()
-    (error,), _ = TarTree(tmp_path / "x.tar").read_many(["x.png"])
-    assert "without --sparse" in str(error)
+    with pytest.raises(OSError, match="without --sparse"):
+        TarTree(tmp_path / "x.tar").read("x.png")
 
 
 def test_names_in_a_zip_may_begin_with_a_dot(tmp_path):
@@ -177,6 +175,5 @@ def test_a_full_disk_is_not_reported_as_a_damaged_archive(tmp_path):
         member.size = 3
         archive.addfile(member, io.BytesIO(b"one"))
     (tmp_path / "source.tar").symlink_to("/dev/full")
-    with pytest.raises(UserError, match="cannot be written") as error:
+    with pytest.raises(UserError, match="No space left on device"):
         open_tree(tmp_path / "x.tar.gz", tmp_path)
-    assert "x.tar.gz" not in str(error.value)

@@ -1,5 +1,6 @@
 """Blocks of decoded images: their order, their size, and the death of a worker."""
 
+import itertools
 import multiprocessing
 import os
 
@@ -56,10 +57,12 @@ DEATHS = [lambda: os._exit(1), lambda: os.kill(os.getpid(), 9), run_out_of_memor
 def test_a_worker_that_dies_is_reported_and_leaves_nothing(
     synth_source, tmp_path, monkeypatch, death
 ):
-    whole = blocks._decode
+    blocks_of_a_worker = itertools.count()
     monkeypatch.setattr(blocks, "_BLOCK", 4)
     monkeypatch.setattr(
-        blocks, "_decode", lambda *args: death() if args[2].start >= 8 else whole(*args)
+        blocks,
+        "channel_sums",
+        lambda pixels: death() if next(blocks_of_a_worker) else channel_sums(pixels),
     )
     with pytest.raises(UserError, match="worker died"):
         convert(synth_source, tmp_path / "out", Options(workers=2))
@@ -68,7 +71,7 @@ def test_a_worker_that_dies_is_reported_and_leaves_nothing(
 
 @pytest.mark.timeout(60)
 def test_a_defect_in_a_worker_is_raised_in_the_parent(synth_source, tmp_path, monkeypatch):
-    monkeypatch.setattr(blocks, "_decode", lambda *args: 1 // 0)
+    monkeypatch.setattr(blocks, "channel_sums", lambda pixels: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         convert(synth_source, tmp_path / "out", Options(workers=2))
     assert list(tmp_path.iterdir()) == []

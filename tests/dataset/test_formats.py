@@ -234,6 +234,7 @@ def test_other_settings_of_a_format_are_refused(synth_source, tarred, capsys):
         (["--formats", ""], "expected one or more of array,ffcv,tar"),
         (["--ffcv-encoding", "png"], "--ffcv-encoding: expected raw or jpeg"),
         (["--shard-images", "0"], "--shard-images: expected 1 or more"),
+        (["--seed", "-1"], "--seed: expected 0 or more"),
     ],
 )
 def test_unusable_options_are_named(synth_source, tmp_path, capsys, arguments, message):

@@ -84,10 +84,10 @@ def test_hold_out_leaves_a_training_image_of_each_class_or_refuses(source, more,
 
 
 @FUZZ
-@given(source=originals(least=2), seed=st.integers(-(2**64), 2**64))
-def test_hold_out_refuses_a_second_test_split_and_a_negative_seed(source, seed):
-    if "test" in source.splits or seed < 0:
-        with pytest.raises(UserError, match="--seed" if seed < 0 else "--holdout"):
+@given(source=originals(least=2), seed=SEEDS)
+def test_hold_out_refuses_a_second_test_split(source, seed):
+    if "test" in source.splits:
+        with pytest.raises(UserError, match="--holdout"):
             source.hold_out(1, seed)
     else:
         assert len(source.hold_out(1, seed).splits) == 3
@@ -163,7 +163,7 @@ def test_select_classes_takes_names_or_the_first(source, data):
         assert [c.id for c in selected.classes] == ids
         assert plain(selected) == expected
     else:
-        with pytest.raises(UserError, match="has no image of these classes") as caught:
+        with pytest.raises(UserError, match="has no image of class") as caught:
             select_classes(source, choice)
         assert len(str(caught.value).splitlines()) == 1
 
@@ -174,7 +174,7 @@ def test_a_refused_choice_with_a_line_break_is_reported_in_one_line():
     source = Originals(
         "", [ImageClass("a", "word a")], {"train": train, "val": Split([], train.labels[:0])}
     )
-    with pytest.raises(UserError, match="val has no image of these classes") as caught:
+    with pytest.raises(UserError, match="val has no image of class a") as caught:
         select_classes(source, "\na")
     assert len(str(caught.value).splitlines()) == 1
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from fastlab.console import UserError
 from fastlab.dataset.archives import Tree
-from fastlab.dataset.manifest import FileInfo, Manifest, describe_file, new_hash
+from fastlab.dataset.manifest import FileInfo, Manifest, check_labels, describe_file, new_hash
 from fastlab.dataset.originals import Originals, Split
 
 _HEADER = 4096  # bytes: the pixels start on a page
@@ -113,12 +113,10 @@ def open_array(directory: Path, manifest: Manifest, split: str) -> Arrays:
     try:
         images = np.load(folder / f"{split}-images.npy", mmap_mode="r", allow_pickle=False)
         labels = np.load(folder / f"{split}-labels.npy", allow_pickle=False)
+        shape = (manifest.splits[split].images, manifest.image_size, manifest.image_size, 3)
+        if images.shape != shape or images.dtype != np.uint8 or labels.dtype != np.int64:
+            raise ValueError("an array does not fit manifest.json")
+        check_labels(labels, manifest, split)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{folder}: damaged ({error}); convert again with --force") from None
-    count, side = manifest.splits[split].images, manifest.image_size
-    if images.shape != (count, side, side, 3) or images.dtype != np.uint8:
-        raise UserError(f"{folder}: {split}-images.npy does not fit manifest.json; convert again")
-    whole = labels.shape == (count,) and labels.dtype == np.int64
-    if not whole or labels.min() < 0 or labels.max() >= len(manifest.classes):
-        raise UserError(f"{folder}: {split}-labels.npy does not fit manifest.json; convert again")
     return Arrays(images, labels)

@@ -16,7 +16,7 @@ import simplejpeg
 from fastlab.console import UserError, first_line, printable
 from fastlab.dataset.decode import is_plain
 from fastlab.dataset.formats.array import Source
-from fastlab.dataset.manifest import Manifest
+from fastlab.dataset.manifest import Manifest, check_labels
 from fastlab.dataset.originals import Split
 from fastlab.machine import FFCV_MISSING
 
@@ -140,48 +140,32 @@ def open_samples(path: Path, manifest: Manifest, split: str) -> Samples:
 
 def _open(path: Path, manifest: Manifest, split: str) -> Samples:
     """Refuse every file that would make the decoder read or write outside of its arrays."""
-    reader, count = _reader(path), manifest.splits[split].images
-    image, labels = _metadata(reader)
-    if len(image) != count:
-        raise ValueError(f"{len(image)} images instead of {count}")
-    starts, sizes = _places(image["data_ptr"], reader.alloc_table)
+    image, labels, table = _metadata(path)
+    check_labels(labels, manifest, split)
+    starts, sizes = _places(image["data_ptr"], table)
     content = np.memmap(path, dtype=np.uint8, mode="r")
-    jpeg, raw = image["mode"] == _JPEG, image["mode"] == _RAW
-    side, classes = manifest.image_size, len(manifest.classes)
-    inside = (starts >= 0) & (sizes > 0) & (sizes <= len(content) - starts)
-    checks = {
-        f"an image is not {side}x{side}": np.all([image["height"] == side, image["width"] == side]),
-        "an image is neither raw nor JPEG": np.all(jpeg | raw),
-        "an image lies outside of the file": np.all(inside),
-        "a raw image has too many or too few bytes": np.all(sizes[raw] == side * side * 3),
-        f"a label is none of {classes} classes": np.all((labels >= 0) & (labels < classes)),
-    }
-    for problem, passed in checks.items():
-        if not passed:
-            raise ValueError(problem)
+    jpeg, raw, side = image["mode"] == _JPEG, image["mode"] == _RAW, manifest.image_size
+    fits = (starts >= 0) & (sizes > 0) & (sizes <= len(content) - starts)
+    fits &= (image["height"] == side) & (image["width"] == side)
+    fits &= jpeg | (raw & (sizes == side * side * 3))
+    if not fits.all():
+        raise ValueError("an image does not fit manifest.json, or lies outside of the file")
     return Samples(np.asarray(content), starts, sizes, jpeg, labels)
 
 
-def _reader(path: Path) -> Any:
+def _metadata(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The file's descriptions of its images, their labels, and the allocation table."""
+    from ffcv.fields import IntField, RGBImageField
     from ffcv.reader import Reader
 
     try:
-        return Reader(str(path))
-    except FileNotFoundError:
-        raise
+        reader = Reader(str(path))
+        fields = [(name, type(field)) for name, field in reader.handlers.items()]
     except _UNREADABLE as error:
         raise ValueError(f"cut short, or its header is wrong: {error!r}") from None
-
-
-def _metadata(reader: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The file's descriptions of its images, and their labels."""
-    from ffcv.fields import IntField, RGBImageField
-
-    fields = {name: type(field) for name, field in reader.handlers.items()}
-    if fields != {"image": RGBImageField, "label": IntField}:
+    if fields != [("image", RGBImageField), ("label", IntField)]:
         raise ValueError("its fields are not an RGBImageField image and an IntField label")
-    image, label = (f"f{list(fields).index(name)}" for name in ("image", "label"))
-    return reader.metadata[image], reader.metadata[label]
+    return reader.metadata["f0"], reader.metadata["f1"], reader.alloc_table
 
 
 def _places(pointers: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
