@@ -72,14 +72,16 @@ def inherited_lock(path: Path, busy: str, patience: float = 0) -> Generator[int]
     """
     with path.open("w") as file:
         deadline = time.monotonic() + patience
-        while not _try_flock(file):
+        while not try_flock(file):
             if time.monotonic() >= deadline:
                 raise UserError(busy)
             time.sleep(0.2)
         yield file.fileno()
 
 
-def _try_flock(file: IO[str] | int) -> bool:
+def try_flock(file: IO[Any] | int) -> bool:
+    """Lock an open file, as `inherited_lock` does, until it is closed; False: another process holds
+    it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -141,7 +143,7 @@ def partial_directory(out: Path) -> Generator[Path]:
         raise UserError(f"{out}: cannot be written ({error.strerror})") from None
     try:
         # Where it no longer lies at its path, its writer moved it into place since it was opened.
-        if not (_try_flock(descriptor) and _lies_at(descriptor, partial)):
+        if not (try_flock(descriptor) and _lies_at(descriptor, partial)):
             raise UserError(f"{out}: another command is writing it")
         _restore(out)
         for leftover in partial.iterdir():  # of a writer that was killed

@@ -5,7 +5,6 @@ again from the first byte (pooch 1.9, `stream_download`); urllib can ask for the
 checksum tells whether two halves belong together: without one, each request starts from zero.
 """
 
-import fcntl
 import hashlib
 import os
 import re
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 from fastlab import __version__
 from fastlab.console import UserError, first_line
+from fastlab.files import try_flock
 
 TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 # MD5, because that is the checksum published for this file; we know no SHA-256 of it with
@@ -109,10 +109,8 @@ def _problem(path: Path, checksum: str) -> str:
 def _fetch(url: str, checksum: str | None, part: Path, target: Path) -> None:
     """Fetch into `part` and give it its name; or remove it where no resumption could correct it."""
     with part.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{target}: another download is writing it") from None
+        if not try_flock(file):
+            raise UserError(f"{target}: another download is writing it")
         try:
             _transfer(url, file, resume=checksum is not None)
         except UserError:
