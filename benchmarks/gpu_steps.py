@@ -142,6 +142,7 @@ def reference(sizes: Sizes, _: Path | None) -> list[Step]:
     rental finished."""
     seed = next_seed("resnet11", Path("benchmarks/results"))
     run = RUNS / f"resnet11-seed{seed}"
+    # Not asked of `RunDir`: this process runs without the packages that fastlab.runs needs.
     if (run / "config.toml").exists():
         return [Step("reference", _python("fastlab", "train", "--resume", run), 270)]
     sets = sizes.sets(f"data.path={DATASET}", f"train.seed={seed}")
