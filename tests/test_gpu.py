@@ -32,6 +32,7 @@ from fastlab.models.dropout import DropoutKeys
 from fastlab.runs import RunDir
 from fastlab.traces.review import review_run
 from fastlab.training.evaluate import evaluate
+from fastlab.training.guards import Diverged
 from fastlab.training.setup import DTYPES, compile_forward, make_accelerator, torch_settings
 from pipelines import PipelineSpec, make_pipeline
 from pipelines.augment import device_augmenter, make_augmenter
@@ -375,6 +376,21 @@ def test_a_step_that_reads_the_device_is_not_captured_and_stays_eager(
         assert main(["train", *command(dataset, run, *sets)]) == 0
     assert capsys.readouterr().out.count("the step cannot be captured") == 1
     assert same_weights(runs["eager"], runs["captured"])
+
+
+@both_devices
+def test_the_first_step_whose_loss_is_not_finite_is_reported(make_trainer, device):
+    """On a GPU that step is captured: the fourth is the last that is not."""
+    trainer = make_trainer(precision_for(device))
+    batches = iter(trainer.batches(0))
+    take_steps(trainer, batches, 4)
+    trainer.watch.refuse_divergence(trainer.model)
+    with torch.no_grad():
+        next(trainer.model.parameters()).fill_(torch.nan)
+    take_steps(trainer, batches, 2)
+    assert int(trainer.step.diverged) == 5
+    with pytest.raises(Diverged, match="the loss is not a finite number at step 5"):
+        trainer.watch.refuse_divergence(trainer.model)
 
 
 @torch.no_grad()

@@ -25,6 +25,15 @@ def test_the_contracts_are_kept():
     assert result.returncode == 0, result.stdout
 
 
+def test_every_part_of_fastlab_has_a_layer():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    (layers,) = (c["layers"] for c in project["tool"]["importlinter"]["contracts"] if "layers" in c)
+    placed = {name.strip() for line in layers for name in line.split("|")}
+    parts = {path.stem for path in (ROOT / "fastlab").glob("*.py")} - {"__init__"}
+    parts |= {path.parent.name for path in (ROOT / "fastlab").glob("*/__init__.py")}
+    assert {f"fastlab.{part}" for part in parts} | {"pipelines", "benchmarks"} == placed
+
+
 @pytest.mark.parametrize(
     ("file", "statement", "contract"),
     [
