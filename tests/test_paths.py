@@ -66,13 +66,13 @@ def test_a_planted_path_is_found(folder, text):
 @pytest.mark.parametrize(
     "text",
     [
-        "data/tmp/x, ../home/x, ./work/x, ~/data/x, images/s",
+        "data/tmp/x, ../home/x, ./srv/x, ~/data/x, images/s",
         "https://example.org/data/tiny.zip",
         "f'{address}/data/plugin'",
         "#!/usr/bin/env bash",
         "/dev/full, /proc/cpuinfo, /etc/passwd",
         "data:image/png;base64,iVBO/tmp/b+/home/d==",
-        "</work/>",
+        "</srv/>",
     ],
 )
 def test_other_text_is_not_taken_for_a_path(text):
