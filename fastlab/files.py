@@ -143,7 +143,7 @@ def partial_directory(out: Path) -> Generator[Path]:
         raise UserError(f"{out}: cannot be written ({error.strerror})") from None
     try:
         # Where it no longer lies at its path, its writer moved it into place since it was opened.
-        if not (try_flock(descriptor) and _lies_at(descriptor, partial)):
+        if not (try_flock(descriptor) and lies_at(descriptor, partial)):
             raise UserError(f"{out}: another command is writing it")
         _restore(out)
         for leftover in partial.iterdir():  # of a writer that was killed
@@ -151,13 +151,14 @@ def partial_directory(out: Path) -> Generator[Path]:
         try:
             yield partial
         finally:
-            if _lies_at(descriptor, partial):
+            if lies_at(descriptor, partial):
                 shutil.rmtree(partial, ignore_errors=True)
     finally:
         os.close(descriptor)
 
 
-def _lies_at(descriptor: int, path: Path) -> bool:
+def lies_at(descriptor: int, path: Path) -> bool:
+    """Whether `path` still is the file or directory that was opened as `descriptor`."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:

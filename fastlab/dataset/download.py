@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from fastlab import __version__
 from fastlab.console import UserError, first_line
-from fastlab.files import try_flock
+from fastlab.files import lies_at, try_flock
 
 TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 # MD5, because that is the checksum published for this file; we know no SHA-256 of it with
@@ -109,7 +109,8 @@ def _problem(path: Path, checksum: str) -> str:
 def _fetch(url: str, checksum: str | None, part: Path, target: Path) -> None:
     """Fetch into `part` and give it its name; or remove it where no resumption could correct it."""
     with part.open("ab") as file:
-        if not try_flock(file):
+        # A file that was renamed between its opening and its locking is a finished download.
+        if not (try_flock(file) and lies_at(file.fileno(), part)):
             raise UserError(f"{target}: another download is writing it")
         try:
             _transfer(url, file, resume=checksum is not None)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -542,6 +543,23 @@ def test_a_file_that_cannot_grow_is_no_network_error(server: Server, tmp_path: P
     assert_one_line(error)
     assert len(server.seen) == 1
     assert_only(fetch(tmp_path / "x.zip", server))
+
+
+def test_a_download_that_is_completed_between_opening_and_locking_is_not_touched(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "x.zip"
+    part = tmp_path / "x.zip.part"
+
+    def lock_late(file: IO[bytes]) -> bool:
+        part.write_bytes(b"complete")  # the other download finishes, and lets its lock go
+        part.rename(target)
+        return True
+
+    monkeypatch.setattr(module, "try_flock", lock_late)
+    with pytest.raises(UserError, match="another download is writing it"):
+        fetch(target, server)
+    assert target.read_bytes() == b"complete" and not server.seen
 
 
 def test_a_second_download_to_the_same_file_is_refused(
