@@ -54,6 +54,7 @@ STAGES = {
     "reference": Stage(225, gpu_steps.reference),
     "race": Stage(95, gpu_steps.race),
     "loaders": Stage(65, gpu_steps.loaders),
+    "tests": Stage(160, gpu_steps.tests),
     "more": Stage(120, gpu_steps.more),
 }
 
