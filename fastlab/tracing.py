@@ -63,9 +63,10 @@ class Tracer:
             done += 1
             with span(f"{_STEP}{done}"):
                 with span("data_wait"):
-                    batch = next(batches, None)
-                if batch is None:
-                    return
+                    try:
+                        batch = next(batches)
+                    except StopIteration:
+                        return
                 self._begun += 1
                 yield batch
 

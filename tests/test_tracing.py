@@ -234,6 +234,13 @@ def test_a_run_that_is_too_short_reports_that_it_left_no_trace(warmup, tmp_path,
     assert len(traces(tmp_path)) == 1
 
 
+def test_steps_that_make_their_batches_themselves_are_recorded(tmp_path):
+    loop = Loop(tmp_path / "traces", wait=0, warmup=1, active=2)
+    with loop.tracer:
+        assert list(loop.tracer.steps([None] * 4, 0)) == [None] * 4
+    assert len(traces(tmp_path)) == 1
+
+
 def test_an_error_in_the_loop_propagates_and_leaves_a_trace(tmp_path):
     loop = Loop(tmp_path / "traces", wait=0, warmup=0, active=5)
     with pytest.raises(ZeroDivisionError), loop.tracer:
