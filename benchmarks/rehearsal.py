@@ -27,14 +27,12 @@ from fastlab.console import UserError, run_command
 ROOT = Path(__file__).parents[1]
 CARRIED = ("braceexpand", "simplejpeg", "tomli-w", "webdataset")
 _PIECES = [f".lease/piece-{number}.tar.xz" for number in (1, 2, 3)]
+_MEASURING = ("ready", "measure", "reference", "race", "savings", "loaders", "tests", "more")
 COMMANDS = [
     "python3 -m benchmarks.gpu_suite smoke --pack $OUT/smoke",
     f"python3 -m benchmarks.gpu_suite data --piece {_PIECES[0]} --cache $OUT/smoke",
     *(f"python3 -m benchmarks.gpu_suite data --piece {piece}" for piece in _PIECES[1:]),
-    *(
-        f"python3 -m benchmarks.gpu_suite {stage} --pack $OUT/{stage}"
-        for stage in "ready measure reference race savings loaders tests more".split()
-    ),
+    *(f"python3 -m benchmarks.gpu_suite {stage} --pack $OUT/{stage}" for stage in _MEASURING),
 ]
 
 
