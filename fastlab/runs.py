@@ -132,8 +132,8 @@ class RunDir:
             return
         relative = "data.path is relative to where training was started; run the command there, or "
         raise UserError(
-            f"{path}: no such directory; {'' if os.path.isabs(path) else relative}"
-            f"set data.path in {self.config} (evaluate and predict also take --data DIR)"
+            f"{path}: no such directory; {'' if os.path.isabs(path) else relative}give the run's "
+            f"dataset as --data DIR (train --resume: as --set data.path=DIR)"
         )
 
     def check_dataset(self, now: dict[str, Any], form: str, path: str) -> None:
