@@ -139,7 +139,7 @@ def predict_images(
 def find_images(paths: Iterable[Path]) -> Iterator[Path | UserError]:
     """The files among `paths`, and the images in the folders among them, at any depth and sorted by
     name; an error for each folder that cannot be read or holds no image."""
-    for path in paths:
+    for path in map(Path, paths):
         if not os.path.isdir(path):
             yield path
             continue
