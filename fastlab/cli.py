@@ -150,39 +150,45 @@ def _train(args: Namespace) -> int:
     return run(args)
 
 
-def _checkpoint_option(parser: ArgumentParser) -> None:
+def _model_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", choices=("best", "last"), default="best", help="which weights to use"
     )
+    data = "the run's dataset, where it does not lie at data.path of the run"
+    parser.add_argument("--data", type=Path, metavar="DIR", help=data)
 
 
 def _evaluate_options(parser: ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("--split", default="val")
-    _checkpoint_option(parser)
+    _model_options(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _evaluate(args: Namespace) -> None:
     from fastlab.predict import evaluate_run
 
-    print(evaluate_run(args.run, args.split, args.checkpoint, args.json))
+    print(evaluate_run(args.run, args.split, args.checkpoint, args.json, args.data))
 
 
 def _predict_options(parser: ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="run directory")
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
-    _checkpoint_option(parser)
+    images = "an image (JPEG, PNG, WebP, BMP, GIF, TIFF), or a folder of images"
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help=images)
+    top = "classes of each image (default: 5)"
+    parser.add_argument("--top", type=positive_int, default=5, metavar="K", help=top)
+    _model_options(parser)
+    form = parser.add_mutually_exclusive_group()
+    for name, what in (("json", "a line of JSON for each image"), ("csv", "a row for each class")):
+        form.add_argument(f"--{name}", action="store_const", const=name, dest="form", help=what)
+    parser.set_defaults(form="text")
 
 
-def _predict(args: Namespace) -> None:
-    from fastlab.predict import predict_images
+def _predict(args: Namespace) -> int:
+    from fastlab.predict import predict_images, print_predictions
 
-    predictions = predict_images(args.run, args.images, args.checkpoint)
-    for path, best in zip(args.images, predictions, strict=True):
-        print(path)
-        for name, probability in best:
-            print(f"  {probability:7.2%}  {name}")
+    results = predict_images(args.run, args.images, args.checkpoint, args.top, args.data)
+    return print_predictions(results, args.form)
 
 
 def _report_options(parser: ArgumentParser) -> None:
@@ -266,7 +272,7 @@ COMMANDS = {
     "inspect": Command("describe and check a dataset directory", _inspect_options, _inspect),
     "train": Command("train a model, or continue a run", add_training_options, _train),
     "evaluate": Command("loss, top-1 and top-5 of a run on a split", _evaluate_options, _evaluate),
-    "predict": Command("the five best classes of each image", _predict_options, _predict),
+    "predict": Command("the most probable classes of each image", _predict_options, _predict),
     "report": Command("curves and tables of runs as one page", _report_options, _report),
     "trace": Command("review a recorded trace: what to try next", _trace_options, _trace),
     "study": Command("train every row of ablation studies, and report", _study_options, _study),

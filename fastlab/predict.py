@@ -1,6 +1,14 @@
 """A trained run at work: its figures on a split, and the classes it sees in images."""
 
+import csv
+import io
 import json
+import os
+import stat
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -9,30 +17,32 @@ from torch import nn
 
 from fastlab import models
 from fastlab.config import Config
-from fastlab.console import UserError
-from fastlab.dataset.decode import CorruptImage, decode_into
-from fastlab.dataset.manifest import Manifest, check_sizes, fingerprint, read_manifest
+from fastlab.console import UserError, printable, tell
+from fastlab.dataset.decode import MAX_PIXELS, CorruptImage, decode_any_into
+from fastlab.dataset.manifest import ImageSpec, Manifest, fingerprint, image_spec
+from fastlab.dataset.originals import SUFFIXES, ImageClass
 from fastlab.runs import RunDir
 from fastlab.training import checkpoint, setup
-from fastlab.training.evaluate import best_five, evaluate
+from fastlab.training.evaluate import evaluate, most_probable
 from fastlab.training.optim import WeightAverage
 from pipelines import FORMATS
 from pipelines.augment import make_augmenter
 
+_SUFFIXES = (*SUFFIXES, ".bmp", ".gif", ".tif", ".tiff")
+_MAX_BYTES = 8 * MAX_PIXELS  # four channels of 16 bits, not compressed
+_BATCH = 64  # images that are decoded, and go through the model, together
 
-def load_run(directory: Path, which: str) -> tuple[nn.Module, Config, Manifest, torch.device]:
+Guesses = list[tuple[ImageClass, float]]
+"""Classes with their probabilities, 0 to 1, the most probable first."""
+
+
+def load_model(run: RunDir, cfg: Config, classes: int, which: str) -> nn.Module:
     """The model of a run with its "best" or "last" weights, in evaluation mode, on the device.
     Where the run has a moving average, both are that average: it is what training validates.
 
-    Raises `UserError` where the run, its checkpoint or its dataset cannot be read, or the dataset
-    is not the one that the run was trained on.
+    Raises `UserError` where the weights cannot be read.
     """
-    run = RunDir(directory)
-    cfg = run.load_config()
-    manifest = read_manifest(Path(cfg.data.path))
-    check_sizes(Path(cfg.data.path), manifest)
-    run.check_dataset(fingerprint(manifest), FORMATS[cfg.data.pipeline], cfg.data.path)
-    model = models.build(cfg.model, len(manifest.classes))
+    model = models.build(cfg.model, classes)
     if cfg.train.precision == "fp64":
         model.double()
     if which == "best":
@@ -40,7 +50,7 @@ def load_run(directory: Path, which: str) -> tuple[nn.Module, Config, Manifest, 
     else:
         _load_last(model, run, cfg)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device).eval(), cfg, manifest, device
+    return model.to(device).eval()
 
 
 def _load_last(model: nn.Module, run: RunDir, cfg: Config) -> None:
@@ -52,13 +62,30 @@ def _load_last(model: nn.Module, run: RunDir, cfg: Config) -> None:
         average.apply()
 
 
-def evaluate_run(directory: Path, split: str, which: str, as_json: bool) -> str:
-    """Figures of a run on every image of a split, as a line or as JSON.
+def open_run(run: RunDir, data: Path | None) -> tuple[Config, Manifest]:
+    """The configuration of a run and the manifest of its dataset, which lies at `data` or, without
+    it, at `data.path` of the run. Raises `UserError` where it is missing or another dataset."""
+    cfg = run.load_config()
+    if data is None:
+        run.check_data_path(cfg.data.path)
+    else:
+        cfg = replace(cfg, data=replace(cfg.data, path=str(data)))
+    manifest = setup.open_dataset(cfg)
+    run.check_dataset(fingerprint(manifest), FORMATS[cfg.data.pipeline], cfg.data.path)
+    return cfg, manifest
+
+
+def evaluate_run(
+    directory: Path, split: str, which: str, as_json: bool, dataset: Path | None = None
+) -> str:
+    """Figures of a run on every image of a split of its dataset, as a line or as JSON.
 
     On a CPU they equal the figures of its training to the image, if that ran in one process:
     precision and batches are the same, and what was compiled is compiled (from its cache).
     """
-    model, cfg, manifest, _ = load_run(directory, which)
+    run = RunDir(directory)
+    cfg, manifest = open_run(run, dataset)
+    model = load_model(run, cfg, len(manifest.classes), which)
     accelerator = setup.make_accelerator(cfg)
     models.set_memory_format(model, cfg.train.channels_last)
     if cfg.train.compile:
@@ -81,26 +108,135 @@ def evaluate_run(directory: Path, split: str, which: str, as_json: bool) -> str:
     )
 
 
-def predict_images(run: Path, images: list[Path], which: str) -> list[list[tuple[str, float]]]:
-    """For each image file, its five most probable classes as (words, probability).
+def predict_images(
+    directory: Path, paths: Iterable[Path], which: str, top: int = 5, data: Path | None = None
+) -> Iterator[tuple[Path, Guesses] | UserError]:
+    """For each image file in `paths`, and in the folders among them, its `top` most probable
+    classes; for each that cannot be read, the `UserError` that says why.
 
-    Raises `UserError` for a file that is missing or no image.
+    This needs nothing but the run directory. The dataset is read only where `data` names it, or
+    where an earlier version wrote the run, without the names of the classes. Raises `UserError`
+    where the run is damaged, or the dataset is missing or another one.
     """
-    from pipelines.augment_cpu import augment_on_cpu
+    run = RunDir(directory)
+    cfg = run.load_config()
+    recorded = run.fingerprint()
+    if data is not None or "words" not in recorded:
+        cfg, manifest = open_run(run, data)
+        recorded = fingerprint(manifest)
+    spec = image_spec(recorded, run.dataset)
+    model = load_model(run, cfg, len(spec.classes), which)
+    found = find_images(paths)
+    while batch := list(islice(found, _BATCH)):
+        results = [each if isinstance(each, UserError) else _decoded(each, spec) for each in batch]
+        images = [each[1] for each in results if not isinstance(each, UserError)]
+        with setup.torch_settings(cfg):
+            guesses = iter(_guesses(model, np.stack(images), spec, top) if images else ())
+        for each in results:
+            yield each if isinstance(each, UserError) else (each[0], next(guesses))
 
-    model, cfg, manifest, device = load_run(run, which)
-    side = manifest.image_size
-    pixels = np.empty((len(images), side, side, 3), dtype=np.uint8)
-    for path, out in zip(images, pixels, strict=True):
-        try:
-            decode_into(path.read_bytes(), out)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-        except CorruptImage as error:
-            raise UserError(f"{path}: not an image ({error})") from None
-    augmenter = make_augmenter(None, side, manifest.mean, manifest.std, torch.float32)
+
+def find_images(paths: Iterable[Path]) -> Iterator[Path | UserError]:
+    """The files among `paths`, and the images in the folders among them, at any depth and sorted by
+    name; an error for each folder that cannot be read or holds no image."""
+    for path in map(Path, paths):
+        if not os.path.isdir(path):
+            yield path
+            continue
+        errors: list[OSError] = []
+        images = 0
+        for folder, below, names in os.walk(path, onerror=errors.append):
+            below.sort()
+            for name in sorted(names):
+                if name.lower().endswith(_SUFFIXES) and name[0] != ".":
+                    images += 1
+                    yield Path(folder, name)
+        for error in errors:
+            yield UserError(f"{printable(str(error.filename))}: cannot be read ({error.strerror})")
+        if not images and not errors:
+            suffixes = ", ".join(_SUFFIXES)
+            yield UserError(f"{printable(str(path))}: holds no image (no file ends in {suffixes})")
+
+
+def _decoded(path: Path, spec: ImageSpec) -> tuple[Path, np.ndarray] | UserError:
+    """`path` with its pixels, uint8 [S, S, 3], or why it has none."""
+    pixels = np.empty((spec.image_size, spec.image_size, 3), dtype=np.uint8)
+    try:
+        decode_any_into(_read_regular(path), pixels)
+    except OSError as error:
+        return UserError(f"{printable(str(path))}: cannot be read ({error.strerror})")
+    except CorruptImage as error:
+        return UserError(f"{printable(str(path))}: not an image ({printable(str(error))})")
+    return path, pixels
+
+
+def _read_regular(path: Path) -> bytes:
+    """The bytes of a file. A pipe, which may never end, and a device are refused unopened, or
+    before they are read where one has just taken the place of a file.
+
+    Raises OSError, and `CorruptImage` where this is no file of an image's size.
+    """
+    _check_regular(path.stat())
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        _check_regular(os.fstat(file.fileno()))
+        return file.read(_MAX_BYTES)
+
+
+def _check_regular(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise CorruptImage("not a regular file")
+    if status.st_size > _MAX_BYTES:
+        limits = f"{_MAX_BYTES // 10**6} MB, which no image of up to {MAX_PIXELS:,} pixels needs"
+        raise CorruptImage(f"larger than {limits}")
+
+
+def _guesses(model: nn.Module, pixels: np.ndarray, spec: ImageSpec, top: int) -> list[Guesses]:
+    """The `top` most probable classes of each image in `pixels`, uint8 [b, S, S, 3]."""
+    from pipelines.augment_cpu import augment_on_cpu  # imports numba, which takes a second
+
+    augmenter = make_augmenter(None, spec.image_size, spec.mean, spec.std, torch.float32)
     rows = np.arange(len(pixels))
-    normalised = augment_on_cpu(augmenter, pixels, rows, rows, key=0).to(device)
-    with setup.torch_settings(cfg):
-        predictions = best_five(model, normalised, manifest)
-    return [[(p["name"], p["probability"]) for p in best] for best in predictions]
+    normalised = augment_on_cpu(augmenter, pixels, rows, rows, key=0)
+    device = next(model.parameters()).device
+    return most_probable(model, normalised.to(device), spec.classes, top)
+
+
+def print_predictions(results: Iterable[tuple[Path, Guesses] | UserError], form: str) -> int:
+    """Print `results` as "text", as "json" (a line for each image) or as "csv" (a row for each
+    class), and errors on standard error. Returns the exit status: 2 where there was an error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # None where it is closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names that it cannot encode
+    write = {"text": _as_text, "json": _as_json, "csv": _as_csv}[form]
+    if form == "csv":
+        print(_csv_rows([("image", "rank", "class", "name", "probability")]))
+    status = 0
+    for result in results:
+        if isinstance(result, UserError):
+            tell(result)
+            status = 2
+        else:
+            print(write(*result))
+    return status
+
+
+def _as_text(path: Path, guesses: Guesses) -> str:
+    lines = [f"  {probability:7.2%}  {printable(each.words)}" for each, probability in guesses]
+    return "\n".join([printable(str(path)), *lines])
+
+
+def _as_json(path: Path, guesses: Guesses) -> str:
+    best = [{"class": each.id, "name": each.words, "probability": p} for each, p in guesses]
+    return json.dumps({"image": str(path), "predicted": best})
+
+
+def _as_csv(path: Path, guesses: Guesses) -> str:
+    return _csv_rows(
+        (str(path), rank, each.id, each.words, probability)
+        for rank, (each, probability) in enumerate(guesses, 1)
+    )
+
+
+def _csv_rows(rows: Iterable[tuple[object, ...]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().rstrip("\n")

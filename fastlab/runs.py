@@ -121,6 +121,21 @@ class RunDir:
                     raise TypeError(f"{name!r} is not a section")
             return settings
 
+    def fingerprint(self) -> dict[str, Any]:
+        """The fingerprint of the run's dataset. Raises `UserError` where it is missing or no JSON
+        object."""
+        return _read_object(self.dataset)
+
+    def check_data_path(self, path: str) -> None:
+        """Raises `UserError` where `path`, which is `data.path` of the run, does not exist."""
+        if os.path.exists(path):
+            return
+        relative = "data.path is relative to where training was started; run the command there, or "
+        raise UserError(
+            f"{path}: no such directory; {'' if os.path.isabs(path) else relative}give the run's "
+            f"dataset as --data DIR (train --resume: as --set data.path=DIR)"
+        )
+
     def check_dataset(self, now: dict[str, Any], form: str, path: str) -> None:
         """Raises `UserError` where `now`, the fingerprint of the dataset at `path`, differs from
         that of the run's own dataset. Only the files of the format `form` are compared."""

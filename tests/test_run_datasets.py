@@ -101,20 +101,20 @@ def test_a_run_that_lost_its_fingerprint_is_refused(synth_dataset, run):
         check(run, synth_dataset)
 
 
-def test_resume_evaluate_and_predict_refuse_another_dataset(
+def test_resume_and_evaluate_refuse_another_dataset_which_predict_does_not_read(
     synth_source, dataset, tmp_path, capsys
 ):
     run = tmp_path / "trained"
     assert main(["train", *command(dataset, run, "train.epochs=1")]) == 0
+    capsys.readouterr()
+    predict = ["predict", str(run), str(next((synth_source / "val" / "images").iterdir()))]
+    assert main(predict) == 0
+    predicted = capsys.readouterr().out
     convert(synth_source, dataset, Options(classes="n90000001,n90000002,n90000003", force=True))
-    image = next((synth_source / "val" / "images").iterdir())
     before = (run / "metrics.jsonl").read_bytes()
     capsys.readouterr()
-    for arguments in (
-        ["train", "--resume", str(run)],
-        ["evaluate", str(run)],
-        ["predict", str(run), str(image)],
-    ):
+    assert main(predict) == 0 and capsys.readouterr().out == predicted
+    for arguments in (["train", "--resume", str(run)], ["evaluate", str(run)]):
         assert main(arguments) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert "is not the dataset that" in line and "classes" in line

@@ -236,13 +236,14 @@ def test_tf32_is_used_only_with_mixed_precision(precision, before, monkeypatch):
 def test_evaluate_and_predict_keep_the_precision_of_the_run(whole_run, synth_source, monkeypatch):
     """The run is in fp32; the process allowed TF32 before."""
     inside = []
-    for module, name in ((predict, "evaluate"), (predict, "best_five")):
+    for module, name in ((predict, "evaluate"), (predict, "most_probable")):
         work = getattr(module, name)
         seen = lambda *rest, work=work: inside.append(tf32()) or work(*rest)  # noqa: E731
         monkeypatch.setattr(module, name, seen)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     predict.evaluate_run(whole_run, "val", "best", as_json=True)
-    predict.predict_images(whole_run, [next((synth_source / "val" / "images").iterdir())], "best")
+    image = next((synth_source / "val" / "images").iterdir())
+    assert len(list(predict.predict_images(whole_run, [image], "best"))) == 1
     assert inside == [(False, False)] * 2
 
 

@@ -1,7 +1,11 @@
 """Encoded bytes to pixels, uint8 [S, S, 3]; greyscale, palettes and CMYK become RGB."""
 
 import io
+import os
 import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import IO
 
 import numpy as np
 import simplejpeg
@@ -15,6 +19,8 @@ _FOUR = {"CMYK": "CMYK", "YCCK": "CMYK"}  # decoded only to notice damage
 _METADATA = (b"Exif\0\0", b"http://ns.adobe.com/xap/")
 _PNG_METADATA = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type")
 _FORMATS = ("JPEG", "PNG", "WEBP")  # not all of Pillow's: for EPS it starts a program
+_MORE_FORMATS = (*_FORMATS, "BMP", "GIF", "TIFF")
+_TIFF = (b"II*\0", b"MM\0*")
 # libjpeg's warnings that it invented pixels, which Pillow ignores.
 _DAMAGE = ("Corrupt JPEG data", "Premature end of JPEG file")
 
@@ -42,6 +48,37 @@ def decode_into(data: bytes, out: np.ndarray) -> bool:
         if data.startswith(header) and _decode_plain(data, out):
             return grey
     return _decode_unknown(data, out)
+
+
+def decode_any_into(data: bytes, out: np.ndarray) -> None:
+    """As `decode_into`, but `data` may also be a BMP, a GIF, of which the first frame counts, or a
+    TIFF. Only for prediction: damage in these formats is not always noticed.
+
+    Raises `CorruptImage`.
+    """
+    if data[:2] == b"\xff\xd8":
+        decode_into(data, out)
+    elif data[:4] in _TIFF:
+        with _libtiff_messages() as messages:
+            _decode_with_pillow(data, out, _MORE_FORMATS)
+            if messages.seek(0, os.SEEK_END):
+                raise CorruptImage("libtiff reports damage")
+    else:
+        _decode_with_pillow(data, out, _MORE_FORMATS)
+
+
+@contextmanager
+def _libtiff_messages() -> Generator[IO[bytes]]:
+    """A file that gets what is written to descriptor 2 within the block: libtiff reports damage
+    there, from C, and may return pixels all the same."""
+    standard_error = os.dup(2)
+    try:
+        with open(os.memfd_create("libtiff"), "w+b") as messages:
+            os.dup2(messages.fileno(), 2)
+            yield messages
+    finally:
+        os.dup2(standard_error, 2)
+        os.close(standard_error)
 
 
 def _decode_plain(data: bytes, out: np.ndarray) -> bool:
@@ -112,16 +149,18 @@ def _check_pixels(height: int, width: int) -> None:
         raise CorruptImage(f"{width}x{height} is over {MAX_PIXELS} pixels")
 
 
-def _decode_with_pillow(data: bytes, out: np.ndarray) -> bool:
+def _decode_with_pillow(data: bytes, out: np.ndarray, formats: tuple[str, ...] = _FORMATS) -> bool:
     try:
         with warnings.catch_warnings():
             # A decompression bomb is refused below; warnings of EXIF or ICC concern no pixels.
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            with Image.open(io.BytesIO(data), formats=formats) as image:
                 _check_pixels(image.height, image.width)
                 if image.format == "PNG":
                     # The checksum of every chunk: while it decodes, Pillow checks only some.
                     Image.open(io.BytesIO(data), formats=("PNG",)).verify()
+                if image.format == "TIFF" and image.mode in ("I", "F"):
+                    raise CorruptImage("32 bits a channel; save it with 8 or 16")
                 grey = image.mode in ("1", "L", "LA", "I", "I;16", "F")
                 out[:] = _fit(image, out.shape[0])
                 return grey

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+import math
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,36 @@ class Manifest:
         return json.dumps(values, indent=1) + "\n"
 
 
+@dataclass(frozen=True)
+class ImageSpec:
+    """The classes of a model, and how images are prepared for it; as in `Manifest`."""
+
+    classes: list[ImageClass]
+    image_size: int
+    mean: list[float]
+    std: list[float]
+    fit: str
+    """How an image of another size is brought to `image_size`."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError or TypeError where a value is impossible."""
+        if type(self.image_size) is not int or not 1 <= self.image_size <= 2**14:
+            raise ValueError(f"{self.image_size!r} is no side of an image")
+        if not (len(self.mean) == len(self.std) == 3):
+            raise ValueError("other than three channels")
+        if not all(math.isfinite(value) for value in (*self.mean, *self.std)):
+            raise ValueError("a statistic is not finite")
+        if not all(isinstance(text, str) for each in self.classes for text in astuple(each)):
+            raise TypeError("a class has a name that is no text")
+
+
 def fingerprint(manifest: Manifest) -> dict[str, Any]:
-    """What distinguishes a dataset from every other, wherever it lies, in JSON's types."""
-    return {
+    """What distinguishes a dataset from every other, wherever it lies, and what `image_spec` needs,
+    in JSON's types."""
+    values = {
         "classes": [each.id for each in manifest.classes],
+        "words": [each.words for each in manifest.classes],
+        "fit": getattr(manifest, "fit", "crop"),
         "image_size": manifest.image_size,
         "images": {name: split.images for name, split in manifest.splits.items()},
         "mean": manifest.mean,
@@ -82,6 +109,21 @@ def fingerprint(manifest: Manifest) -> dict[str, Any]:
             for name, files in manifest.formats.items()
         },
     }
+    return {**values, "checksum": _checksum(values)}
+
+
+def image_spec(fingerprint: dict[str, Any], path: Path) -> ImageSpec:
+    """What a fingerprint, which was read from `path`, holds for prediction. Raises `UserError`
+    where it is damaged."""
+    try:
+        if fingerprint["checksum"] != _checksum(fingerprint):
+            raise ValueError("does not match its checksum")
+        names = zip(fingerprint["classes"], fingerprint["words"], strict=True)
+        classes = [ImageClass(*pair) for pair in names]
+        values = {key: fingerprint[key] for key in ("image_size", "mean", "std", "fit")}
+        return ImageSpec(classes, **values)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({error}); restore the file") from None
 
 
 def _checksum(values: dict[str, Any]) -> str:
@@ -104,10 +146,13 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         return _from_json(json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError):
-        command = f"SOURCE {directory}" if not directory.exists() else f"{directory} OUT"
+        why, command = f"no {NAME}", f"{directory} OUT"
+        if not directory.exists():
+            here = "" if directory.is_absolute() else " in the working directory"
+            why, command = f"not found{here}", f"SOURCE {directory}"
         raise UserError(
-            f"{directory}: not a dataset directory (no {NAME}); make one with: "
-            f"fastlab convert {command}"
+            f"{directory}: not a dataset directory ({why}); make one with: fastlab convert "
+            f"{command}"
         ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None

@@ -12,6 +12,7 @@ from torch import nn
 
 from fastlab.config import Config
 from fastlab.dataset.manifest import Manifest
+from fastlab.dataset.originals import ImageClass
 from fastlab.training.metrics import Figures, Sums
 from pipelines import PipelineSpec, make_pipeline
 from pipelines.base import Pipeline
@@ -31,22 +32,19 @@ def evaluate(net: nn.Module, data: Pipeline, accelerator: Accelerator) -> Figure
 
 
 @torch.no_grad()
-def best_five(
-    model: nn.Module, images: torch.Tensor, manifest: Manifest
-) -> list[list[dict[str, Any]]]:
-    """The five most probable classes of each image, best first: {"name", "probability"}. `images`
-    is normalised, [b, 3, S, S]."""
+def most_probable(
+    model: nn.Module, images: torch.Tensor, classes: list[ImageClass], count: int = 5
+) -> list[list[tuple[ImageClass, float]]]:
+    """The `count` most probable classes of each image with their probabilities, best first; all
+    where there are fewer. `images` is normalised, [b, 3, S, S]."""
     model.eval()
     dtype = next(model.parameters()).dtype
     # Eagerly: a model that trained compiled would be compiled anew for each number of images.
     logits = type(model).forward(model, images.to(dtype))
     probabilities = logits.float().softmax(dim=1).cpu()
-    values, indices = probabilities.topk(min(5, probabilities.shape[1]), dim=1)
+    values, indices = probabilities.topk(min(count, len(classes)), dim=1)
     return [
-        [
-            {"name": manifest.classes[index].words, "probability": value}
-            for index, value in zip(row, best, strict=True)
-        ]
+        [(classes[index], value) for index, value in zip(row, best, strict=True)]
         for row, best in zip(indices.tolist(), values.tolist(), strict=True)
     ]
 
@@ -78,13 +76,15 @@ def _samples(
 ) -> list[dict[str, Any]]:
     mean, std = (images.new_tensor(v)[:, None, None] for v in (manifest.mean, manifest.std))
     pixels = ((images * std + mean) * 255).round().clamp(0, 255).byte()
+    guesses = most_probable(model, images, manifest.classes)
     return [
-        {"png": _png(image), "label": manifest.classes[label].words, "predicted": best}
+        {
+            "png": _png(image),
+            "label": manifest.classes[label].words,
+            "predicted": [{"name": each.words, "probability": value} for each, value in best],
+        }
         for image, label, best in zip(
-            pixels.permute(0, 2, 3, 1).cpu().numpy(),
-            labels,
-            best_five(model, images, manifest),
-            strict=True,
+            pixels.permute(0, 2, 3, 1).cpu().numpy(), labels, guesses, strict=True
         )
     ]
 

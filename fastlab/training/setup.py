@@ -50,6 +50,7 @@ def resolve(args: argparse.Namespace) -> tuple[Config, RunDir]:
     if args.resume:
         directory = RunDir(args.resume)
         cfg = directory.load_config()
+        directory.check_data_path(cfg.data.path)
     else:
         directory = RunDir(args.out or Path("runs") / args.config.stem)
         cfg = config.load(args.config, args.overrides)

@@ -30,6 +30,7 @@ STAGES = {
     "configurations": "odd configurations",
     "checkpoints": "damaged checkpoints",
     "runs": "damaged run directories",
+    "predictions": "damaged images to predict, damaged records of a run's dataset",
     "kills": "SIGKILL of conversions",
     "trainings": "SIGKILL of trainings, on one and two processes",
     "disks": "full disk, unusable output, output removed during training",
@@ -45,6 +46,7 @@ _INPUTS = {
     "configurations": (300, 40),
     "checkpoints": (100, 6),
     "runs": (150, 12),
+    "predictions": (300, 24),
 }
 
 

@@ -310,6 +310,31 @@ def runs(base: Path, scratch: Path, random: np.random.Generator) -> tuple[str, s
     return f"run: {kind}", judge(*call(["evaluate", str(run)]), correct, any_result)
 
 
+def predictions(base: Path, scratch: Path, random: np.random.Generator) -> tuple[str, str]:
+    """An image, or a run's record of its dataset, which is not there: what was not changed is
+    predicted, a changed record is refused."""
+    run, image = scratch / "run", scratch / "image"
+    shutil.copytree(base / "whole", run)
+    config = tomllib.loads((run / "config.toml").read_text())
+    config["data"]["path"] = "none"
+    (run / "config.toml").write_text(tomli_w.dumps(config))
+    kind = list(mutations.BYTES)[random.integers(len(mutations.BYTES))]
+    name = (*mutations.FORMATS, "record")[random.integers(len(mutations.FORMATS) + 1)]
+    saved = mutations.FORMATS.get(name, mutations.FORMATS["PNG"])
+    data = saved(Image.fromarray(mutations.picture(random)), random)
+    image.write_bytes(data if name == "record" else mutations.BYTES[kind](data, random))
+    record = (run / "dataset.json").read_bytes()
+    if name == "record":
+        (run / "dataset.json").write_bytes(mutations.BYTES[kind](record, random))
+
+    def correct() -> str:
+        after = json.loads((run / "dataset.json").read_bytes())
+        return "" if after == json.loads(record) else "a changed record was accepted"
+
+    outcome = judge(*call(["predict", str(run), str(image)]), correct, any_result)
+    return f"prediction: {name}, {kind}", outcome
+
+
 CATEGORIES: dict[str, Callable[[Path, Path, np.random.Generator], tuple[str, str]]] = {
     "images": images,
     "zips": zips,
@@ -319,6 +344,7 @@ CATEGORIES: dict[str, Callable[[Path, Path, np.random.Generator], tuple[str, str
     "configurations": configurations,
     "checkpoints": stopped_runs,
     "runs": runs,
+    "predictions": predictions,
 }
 
 

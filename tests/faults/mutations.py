@@ -134,6 +134,18 @@ IMAGES: dict[str, Callable[[Image.Image, Random], bytes]] = {
 }
 
 
+FORMATS: dict[str, Callable[[Image.Image, Random], bytes]] = {
+    "JPEG": lambda image, random: _saved(image, "JPEG"),
+    "PNG": lambda image, random: _saved(image, "PNG"),
+    "WebP": lambda image, random: _saved(image, "WEBP"),
+    "BMP": lambda image, random: _saved(image, "BMP"),
+    "GIF": lambda image, random: _saved(image, "GIF"),
+    "TIFF": lambda image, random: _saved(image, "TIFF", compression=_any(_TIFF, random)),
+}
+"""What `fastlab predict` reads."""
+_TIFF = (None, "tiff_lzw", "tiff_deflate", "jpeg")
+
+
 def zip_file(files: dict[str, bytes], kind: str, random: Random) -> bytes:
     stream = io.BytesIO()
     method = zipfile.ZIP_DEFLATED if random.integers(2) else zipfile.ZIP_STORED
