@@ -10,6 +10,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -213,6 +215,19 @@ def child_result(module: str, arguments: list[str], **variables: str) -> dict[st
         reason = next((line for line in lines if line.startswith("fastlab: ")), lines[-1])
         raise RuntimeError(reason.removeprefix("fastlab: "))
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def receive(pipe: Connection, sender: BaseProcess) -> Any:
+    """What the process `sender` sends next. Raises `RuntimeError` where it has ended instead. A
+    process that it started may hold its end of the pipe open, so `sender` is looked at too."""
+    try:
+        while not pipe.poll(1.0):
+            if not sender.is_alive():
+                raise EOFError
+        return pipe.recv()
+    except (EOFError, OSError):
+        sender.join()
+        raise RuntimeError(f"its process ended with status {sender.exitcode}") from None
 
 
 class Round(NamedTuple):
