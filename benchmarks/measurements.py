@@ -21,6 +21,7 @@ from fastlab.console import (
     UserError,
     first_line,
     positive_int,
+    printable,
     public_command,
     public_path,
     public_value,
@@ -281,7 +282,7 @@ def chosen(names: str, known: Collection[str], option: str) -> list[str]:
 
 def report_skipped(problems: dict[str, str]) -> None:
     for name, problem in problems.items():
-        print(f"skipped {name}: {problem}", file=sys.stderr)
+        print(f"skipped {name}: {printable(problem)}", file=sys.stderr)
 
 
 def share_cell(rounds: list[float], limits: list[float], digits: int = 1) -> str:
