@@ -233,15 +233,20 @@ def dump(config: Config) -> str:
 def read_toml(path: Path, advice: str = "check --config") -> dict[str, Any]:
     """Raises `UserError`, with `advice` where the file cannot be read."""
     try:
-        with path.open("rb") as file:
-            content = file.read(_LARGEST + 1)
-        if len(content) > _LARGEST:
-            raise UserError(f"{path}: is larger than {_LARGEST} bytes; {advice}")
-        return tomllib.loads(content.decode())
+        return parse_toml(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {advice}") from None
     except (ValueError, RecursionError) as error:  # also bad UTF-8, and too long or too deep values
         raise UserError(f"{path}: not valid TOML: {error}") from None
+
+
+def parse_toml(path: Path) -> dict[str, Any]:
+    """Raises OSError; and ValueError or RecursionError where the content is not valid."""
+    with path.open("rb") as file:
+        content = file.read(_LARGEST + 1)
+    if len(content) > _LARGEST:
+        raise ValueError(f"larger than {_LARGEST} bytes")
+    return tomllib.loads(content.decode())
 
 
 def _check_tables(tables: dict[str, Any], where: str) -> dict[str, dict[str, Any]]:
