@@ -241,7 +241,8 @@ def read_toml(path: Path, advice: str = "check --config") -> dict[str, Any]:
 
 
 def parse_toml(path: Path) -> dict[str, Any]:
-    """Raises OSError; and ValueError or RecursionError where the content is not valid."""
+    """The tables of a TOML file. Raises OSError; and ValueError or RecursionError where the content
+    is not valid or is larger than any configuration."""
     with path.open("rb") as file:
         content = file.read(_LARGEST + 1)
     if len(content) > _LARGEST:

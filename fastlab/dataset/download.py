@@ -134,7 +134,8 @@ def _fetch(url: str, checksum: str | None, part: Path, target: Path) -> None:
 
 
 def _no_link(path: str, flags: int) -> int:
-    """For `open`: what a link leads to is not ours to write. Nor does a pipe make this wait."""
+    """An opener that does not follow a link, whose target is not ours to write, and does not wait
+    for the reader of a pipe. Raises `UserError` for a link."""
     try:
         return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as error:
