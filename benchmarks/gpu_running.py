@@ -2,17 +2,21 @@
 
 import json
 import os
-import shlex
 import signal
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 
 from benchmarks.gpu_steps import BESIDE, LOGS, RESULTS, Step
 
 _GRACE = 10.0  # seconds that a step has to save its work
 _WRITTEN_ANEW = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+# Its arguments are the file for the exit status, as $0, and the command.
+_SCRIPT = 'trap : INT; "$@"; echo $? >"$0"'
+_KILLED = "failed (killed)"
+"""The outcome of a step whose shell has ended without writing an exit status."""
 _SHOWN = 12  # last lines of each step's log that a stage prints
 
 
@@ -43,7 +47,6 @@ class Running:
     def start(cls, step: Step) -> "Running":
         status = LOGS / f"{step.name}.status"
         status.unlink(missing_ok=True)
-        script = f"trap : INT; {shlex.join(step.command)}; echo $? >{shlex.quote(str(status))}"
         files = [
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
             (os.POSIX_SPAWN_OPEN, 1, LOGS / f"{step.name}.log", _WRITTEN_ANEW, 0o644),
@@ -51,7 +54,7 @@ class Running:
         ]
         shell = os.posix_spawnp(
             "bash",
-            ["bash", "-c", script],
+            ["bash", "-c", _SCRIPT, str(status), *step.command],
             os.environ,
             setsid=True,
             setsigdef=[signal.SIGINT],  # a shell starts its background commands with it ignored
@@ -75,14 +78,13 @@ class Running:
     def finish(self, stage: str, deadline: float) -> str:
         """Wait for the step, stop it at its limit or at `deadline`, and report it on the console
         and in suite.jsonl. Returns its outcome."""
-        ended = False
+        outcome = ""
         try:
-            ended = self._ended_by(min(deadline, self.started + self.seconds))
+            outcome = self._ended_by(min(deadline, self.started + self.seconds))
         finally:
-            if not ended:  # Ctrl-C does not reach the step's own session
+            if outcome in ("", _KILLED):  # Ctrl-C does not reach the step's own session
                 self._stop()
-        status = self._status()
-        outcome = "cut off" if not ended else "done" if status == 0 else f"failed ({status})"
+        outcome = outcome or "cut off"
         seconds = time.monotonic() - self.started
         lines = (LOGS / f"{self.name}.log").read_text("utf-8", errors="replace").splitlines()
         print(f"== {stage}/{self.name}: {outcome}, {seconds:.1f} s")
@@ -104,18 +106,28 @@ class Running:
         text = path.read_text() if path.exists() else ""
         return int(text) if text.endswith("\n") else None
 
-    def _ended_by(self, deadline: float) -> bool:
-        while self._status() is None:
+    def _ended_by(self, deadline: float) -> str:
+        """The outcome of the step; empty where it has not ended at `deadline`."""
+        gone = False
+        while (status := self._status()) is None:
+            if gone:
+                return _KILLED
+            gone = self._shell_is_gone()  # it may have written the status just before
             if time.monotonic() > deadline:
-                return False
+                return ""
             time.sleep(0.1)
-        return True
+        return "done" if status == 0 else f"failed ({status})"
+
+    def _shell_is_gone(self) -> bool:
+        with suppress(ChildProcessError):  # an earlier command started it, or it was waited for
+            return os.waitpid(self.process, os.WNOHANG)[0] == self.process
+        return not Path(f"/proc/{self.process}").exists()
 
     def _stop(self) -> None:
         """Send SIGINT, as Ctrl-C does: trainings save a checkpoint, pytest reports its results.
         After a grace period, send SIGKILL."""
         with suppress(ProcessLookupError):
             os.killpg(self.process, signal.SIGINT)
-        if not self._ended_by(time.monotonic() + _GRACE):
+        if self._ended_by(time.monotonic() + _GRACE) in ("", _KILLED):
             with suppress(ProcessLookupError):
                 os.killpg(self.process, signal.SIGKILL)

@@ -142,8 +142,9 @@ def pack(out: Path, stage: str) -> None:
 
 def _compress(archive: Path, *folders: Path, options: tuple[str, ...] = ()) -> None:
     # On all cores, in two seconds, to a fifth of the size that gzip gives for a compiler's cache.
-    command = ["tar", "--use-compress-program=xz -3 -T0", "-cf", str(archive), "-C", str(LEASE)]
-    subprocess.run([*command, *options, *(folder.name for folder in folders)], check=True)
+    command = ["tar", "--use-compress-program=xz -3 -T0", "-cf", "-", "-C", str(LEASE), *options]
+    with archive.open("wb") as file:  # tar would take a name with a colon for that of a host
+        subprocess.run([*command, *(folder.name for folder in folders)], stdout=file, check=True)
 
 
 def unpack_cache(folder: Path) -> None:

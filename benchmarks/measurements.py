@@ -10,6 +10,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +21,7 @@ from fastlab.console import (
     UserError,
     first_line,
     positive_int,
+    printable,
     public_command,
     public_path,
     public_value,
@@ -215,6 +218,19 @@ def child_result(module: str, arguments: list[str], **variables: str) -> dict[st
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def receive(pipe: Connection, sender: BaseProcess) -> Any:
+    """What the process `sender` sends next. Raises `RuntimeError` where it has ended instead. A
+    process that it started may hold its end of the pipe open, so `sender` is looked at too."""
+    try:
+        while not pipe.poll(1.0):
+            if not sender.is_alive():
+                raise EOFError
+        return pipe.recv()
+    except (EOFError, OSError):
+        sender.join()
+        raise RuntimeError(f"its process ended with status {sender.exitcode}") from None
+
+
 class Round(NamedTuple):
     """What one round of a case measured, and the details that `Results.add` takes."""
 
@@ -266,7 +282,7 @@ def chosen(names: str, known: Collection[str], option: str) -> list[str]:
 
 def report_skipped(problems: dict[str, str]) -> None:
     for name, problem in problems.items():
-        print(f"skipped {name}: {problem}", file=sys.stderr)
+        print(f"skipped {name}: {printable(problem)}", file=sys.stderr)
 
 
 def share_cell(rounds: list[float], limits: list[float], digits: int = 1) -> str:

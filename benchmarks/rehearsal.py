@@ -127,6 +127,7 @@ def rehearse(command: str, upload: Path, bare: Path, out: Path) -> int:
         "OMP_NUM_THREADS": "1",  # threads of concurrent processes would wait for each other
     }
     started = time.monotonic()
-    code = subprocess.run(["bash", "-c", command], cwd=upload, env=environment).returncode
-    print(f"{shlex.split(command)[3]}: exit {code}, {time.monotonic() - started:.0f} s", flush=True)
+    words = [word.replace("$OUT", environment["OUT"]) for word in shlex.split(command)]
+    code = subprocess.run(words, cwd=upload, env=environment).returncode
+    print(f"{words[3]}: exit {code}, {time.monotonic() - started:.0f} s", flush=True)
     return code

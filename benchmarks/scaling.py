@@ -32,6 +32,7 @@ from benchmarks.timing import default_device, step_seconds
 from fastlab import config as configs
 from fastlab.console import positive_int, positive_ints, run_command
 from fastlab.machine import cores
+from fastlab.processes import die_with_launcher
 from fastlab.runs import RunDir
 from fastlab.train import Trainer
 from fastlab.training.setup import make_accelerator, torch_settings
@@ -92,6 +93,7 @@ def table(session: Session) -> str:
 
 def measure(args: argparse.Namespace) -> None:
     """What each process of a case does: it trains, and the main process prints images/s."""
+    die_with_launcher()
     rank, world = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
     if not torch.cuda.is_available():
         share = sorted(os.sched_getaffinity(0))[rank * args.cores : (rank + 1) * args.cores]

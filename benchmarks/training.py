@@ -18,6 +18,7 @@ import argparse
 import itertools
 import multiprocessing
 import statistics
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.process import BaseProcess
@@ -37,6 +38,7 @@ from benchmarks.measurements import (
     device_of,
     interleave,
     load,
+    receive,
     report_skipped,
 )
 from benchmarks.timing import default_device
@@ -235,12 +237,12 @@ class Process:
         return child
 
     def _exchange(self, child: BaseProcess, request: tuple[str, str, str]) -> dict[str, Any]:
-        try:
+        with suppress(OSError):  # of a process that has ended, which `receive` reports
             self._pipe.send(request)
-            return self._pipe.recv()
-        except (EOFError, OSError):
-            child.join()
-            return {"problem": f"its process ended with status {child.exitcode}"}
+        try:
+            return receive(self._pipe, child)
+        except RuntimeError as error:
+            return {"problem": str(error)}
 
     def _end(self) -> None:
         if self._child:

@@ -145,6 +145,9 @@ def _inspect(args: Namespace) -> None:
 
 
 def _train(args: Namespace) -> int:
+    from fastlab.training.resolve import resolve
+
+    resolve(args)  # reports a mistake before torch is imported, which takes seconds
     from fastlab.train import run
 
     return run(args)

@@ -208,6 +208,9 @@ _RETIRED = {("train", "compile_mode")}
 
 SECTIONS: dict[str, type] = get_type_hints(Config)
 
+# Bytes of a file. tomllib takes minutes for a dotted key of some hundred kilobytes.
+_LARGEST = 1 << 16
+
 
 def load(path: Path | None, overrides: Iterable[str] = ()) -> Config:
     """Read `path` (None: all defaults) and apply ``section.key=value`` overrides in order.
@@ -230,17 +233,32 @@ def dump(config: Config) -> str:
 def read_toml(path: Path, advice: str = "check --config") -> dict[str, Any]:
     """Raises `UserError`, with `advice` where the file cannot be read."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return parse_toml(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {advice}") from None
     except (ValueError, RecursionError) as error:  # also bad UTF-8, and too long or too deep values
         raise UserError(f"{path}: not valid TOML: {error}") from None
 
 
+def parse_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file. Raises OSError; and ValueError or RecursionError where the content
+    is not valid or is larger than any configuration."""
+    with path.open("rb") as file:
+        content = file.read(_LARGEST + 1)
+    if len(content) > _LARGEST:
+        raise ValueError(f"larger than {_LARGEST} bytes")
+    return tomllib.loads(content.decode())
+
+
 def _check_tables(tables: dict[str, Any], where: str) -> dict[str, dict[str, Any]]:
     values = {}
     for section, table in tables.items():
-        _known(section, SECTIONS, where, "section", "")
+        if section not in SECTIONS and not isinstance(table, dict):
+            raise _unknown_key(where, "", section)
+        if section not in SECTIONS:
+            near = difflib.get_close_matches(section, SECTIONS, n=1, cutoff=0.5)
+            hint = f"nearest valid section: {near[0]}" if near else f"valid: {', '.join(SECTIONS)}"
+            raise UserError(f"{where}: {printable(section)}: unknown section; {hint}")
         if not isinstance(table, dict):
             raise UserError(
                 f"{where}: {section}: expected a section, [{section}], got {_show(table)}"
@@ -255,8 +273,9 @@ def _check_tables(tables: dict[str, Any], where: str) -> dict[str, dict[str, Any
 
 def _checked_in(where: str, section: str, key: str, value: Any) -> Any:
     """Check here, and not only when the section is made, since here it is known where it stands."""
-    kinds = field_types(SECTIONS[section])
-    _known(key, kinds, where, "key", f"{section}.")
+    kinds = field_types(SECTIONS[section]) if section in SECTIONS else {}
+    if key not in kinds:
+        raise _unknown_key(where, section, key)
     return checked(f"{where}: {section}.{key}", kinds[key], value)
 
 
@@ -311,24 +330,30 @@ def _is_text(value: str) -> bool:
     return True
 
 
-def _known(name: str, valid: Iterable[str], where: str, kind: str, prefix: str) -> None:
-    valid = list(valid)
-    if name in valid:
-        return
-    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    hint = f"nearest valid {kind}: {prefix}{near[0]}" if near else f"valid: {', '.join(valid)}"
-    raise UserError(f"{where}: {prefix}{printable(name)}: unknown {kind}; {hint}")
+def _unknown_key(where: str, section: str, key: str) -> UserError:
+    """The error for a key that does not exist. It names the nearest valid keys: of this section, or
+    of any where the section is missing or unknown, or where another section has this very key."""
+    keys = {f"{name}.{each}": each for name in SECTIONS for each in field_types(SECTIONS[name])}
+    if section in SECTIONS and key not in keys.values():
+        keys = {f"{section}.{each}": each for each in field_types(SECTIONS[section])}
+    given = f"{section}.{key}" if section else key
+    nearest = difflib.get_close_matches(key, keys.values(), n=1, cutoff=0.5)
+    names = [name for name, each in keys.items() if each in nearest]
+    if section:  # several sections may have it: "name"
+        names = difflib.get_close_matches(given, names, n=1, cutoff=0)
+    valid = ", ".join(keys.values() if section in SECTIONS else SECTIONS)
+    hint = f"nearest valid key: {' or '.join(names)}" if names else f"valid: {valid}"
+    return UserError(f"{where}: {printable(given)}: unknown key; {hint}")
 
 
 def _parse_override(text: str) -> tuple[str, str, Any]:
     # On one line: a newline could smuggle a second key into the TOML below.
-    match = re.fullmatch(r"([^.=\s]+)\.([^.=\s]+)=(.*)", text)
+    match = re.fullmatch(r"(?:([^.=\s]+)\.)?([^.=\s]+)=(.*)", text)
     if not match:
         raise UserError(
             f"--set {printable(text)}: expected section.key=value, such as optim.lr=0.1"
         )
-    section, key, value = match.groups()
-    _known(section, SECTIONS, "--set", "section", "")
+    section, key, value = match.groups(default="")
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except (ValueError, RecursionError):

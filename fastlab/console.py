@@ -10,12 +10,18 @@ import re
 import shlex
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 # Two components or more: "12 /s" is no path. The character before it is none that a path may hold,
 # as in "data/tiny/train", "https://pytorch.org/docs" and base64, and not "<", as in "</p>".
 _ABSOLUTE = re.compile(r"(?<![\w.+~/<-])(?:/[\w.+@%~-]+){2,}")
+# What a terminal obeys instead of showing it, such as escape sequences and changes of the direction
+# of writing; and what UTF-8 cannot encode. Lines and tabs remain.
+_CONTROL = re.compile(
+    r"\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 class UserError(Exception):
@@ -25,11 +31,13 @@ class UserError(Exception):
 
 def run_command(call: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int:
     """Run `call` and return its exit status. A `UserError` becomes one line on standard error and
-    status 2; so does a full disk under standard output."""
+    status 2; so does a full disk under standard output, where control characters are escaped."""
+    out = cast(TextIO, _Escaped(sys.stdout)) if sys.stdout else None  # None: the caller closed it
     try:
-        status = call(args) or 0
-        if sys.stdout:  # None where the caller closed it
-            sys.stdout.flush()  # here, where a failure can still be reported
+        with redirect_stdout(out):
+            status = call(args) or 0
+        if out:
+            out.flush()  # here, where a failure can still be reported
         return status
     except UserError as error:
         tell(error)
@@ -48,10 +56,24 @@ def run_command(call: Callable[[argparse.Namespace], int | None], args: argparse
         return 2
 
 
+class _Escaped:
+    """A text stream with `_CONTROL` escaped: names of classes and files may come from others."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write(_CONTROL.sub(lambda found: repr(found[0])[1:-1], text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def tell(message: object) -> None:
-    """Print one line to standard error, at once: other processes may write to the same terminal."""
+    """Print one line to standard error, at once: other processes may write to the same terminal.
+    Of `message`, what would not be shown, or not in one line, is escaped."""
     try:
-        print(f"fastlab: {message}\n", end="", file=sys.stderr, flush=True)
+        print(f"fastlab: {printable(str(message))}\n", end="", file=sys.stderr, flush=True)
     except OSError:
         silence(sys.stderr)  # the exit status is all that is left to report
 
@@ -67,7 +89,9 @@ def silence(stream: TextIO | None) -> None:
 
 def printable(text: str) -> str:
     """`text` with the characters escaped that cannot be printed or would break a line in two."""
-    return text if text.isprintable() else repr(text)[1:-1]
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
 def first_line(error: BaseException) -> str:

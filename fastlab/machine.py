@@ -15,9 +15,16 @@ from typing import Any, NamedTuple
 import fastlab
 from fastlab.console import first_line, public_command
 
+
+def installing(extra: str) -> str:
+    """What installs an extra of pyproject.toml. It is not "fastlab[EXTRA]": the package index has
+    another project of that name."""
+    return f'run `make extras` in the checkout, or there `pip install -e ".[{extra}]"`'
+
+
 FFCV_MISSING = (
     "FFCV is not installed here; install libopencv-dev, libturbojpeg0-dev and pkg-config, then "
-    '`pip install "fastlab[ffcv]"` and `pip install --no-deps ffcv==1.0.2`'
+    f"{installing('ffcv')} and `pip install --no-deps ffcv==1.0.2`"
 )
 
 _RECORDED = (
@@ -165,7 +172,7 @@ def _devices() -> list[Finding]:
 
 
 def _engines() -> list[Finding]:
-    dali = 'DALI is not installed here; `pip install "fastlab[dali]"`'
+    dali = f"DALI is not installed here; {installing('dali')}"
     return [
         Finding("engines", "resident", True, "reads the array format"),
         Finding("engines", "torchvision", True, "reads the tar format"),
@@ -206,7 +213,7 @@ def _extras() -> list[Finding]:
         ("gloo", torch.distributed.is_gloo_available, "several processes on CPUs"),
         ("nccl", torch.distributed.is_nccl_available, "several processes on GPUs"),
     ]
-    missing = 'torch-tb-profiler is not installed here; `pip install "fastlab[profile]"`'
+    missing = f"torch-tb-profiler is not installed here; {installing('profile')}"
     return [
         *(Finding("processes", name, works(), detail) for name, works, detail in backends),
         _import("traces", "tensorboard", "torch_tb_profiler", "traces in TensorBoard", missing),

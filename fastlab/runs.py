@@ -8,7 +8,6 @@ import base64
 import json
 import os
 import statistics
-import tomllib
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -115,7 +114,7 @@ class RunDir:
         Raises `UserError` where it is missing or does not consist of sections."""
         self._check_exists()
         with _reading(self.config):
-            settings = tomllib.loads(self.config.read_text(encoding="utf-8"))
+            settings = configs.parse_toml(self.config)
             for name, section in settings.items():
                 if not isinstance(section, dict):
                     raise TypeError(f"{name!r} is not a section")

@@ -15,10 +15,10 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import partial
 
-from fastlab.processes import die_with_launcher
+from fastlab.training.start import start_script
 
 if __name__ == "__main__":
-    die_with_launcher()  # before the imports, which take seconds
+    start_script()  # before the imports, which take seconds
 
 import torch
 from accelerate import Accelerator
@@ -39,6 +39,7 @@ from fastlab.training.guards import Diverged, StopRequested, Watch, divergence_e
 from fastlab.training.journal import Journal
 from fastlab.training.metrics import Figures, Sums, Throughput, make_loss
 from fastlab.training.optim import Rate, WeightAverage
+from fastlab.training.resolve import resolve
 from fastlab.training.state import State
 from fastlab.training.step import Step
 from pipelines.base import Batch
@@ -104,8 +105,7 @@ class Trainer:
         return self.progress.epoch * self.train_data.steps() + self.progress.step
 
     def save(self) -> None:
-        """Collective: write a checkpoint. Raises `Diverged` where a number in it would not be
-        finite; the checkpoint before it then stays."""
+        """Collective: write a checkpoint, unless a number in it is not finite: raise `Diverged`."""
         with span("checkpoint"):  # a review subtracts it from the step around it
             self.watch.refuse_divergence(self.model)
             self.state.save(self.steps_done())
@@ -229,7 +229,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Train as the options of `add_training_options` say. Returns the exit status."""
-    cfg, directory = setup.resolve(args)
+    cfg, directory = resolve(args)
     accelerator = setup.make_accelerator(cfg)
     with setup.torch_settings(cfg):
         try:

@@ -25,7 +25,7 @@ from fastlab.console import UserError, first_line
 from fastlab.dataset.decode import MAX_PIXELS, CorruptImage, decode_into
 from fastlab.dataset.formats.tar import Shards, open_shards
 from fastlab.dataset.manifest import Manifest
-from fastlab.machine import cores
+from fastlab.machine import cores, installing
 from pipelines.engine import Decoded
 
 _AHEAD = 2  # batches that DALI prepares; more were no faster
@@ -47,7 +47,7 @@ def open_engine(
     except Exception as error:  # a missing library, or one of another version, can raise anything
         raise UserError(
             f'data.pipeline = "dali": DALI cannot be imported ({first_line(error)}); '
-            f'`pip install "fastlab[dali]"`'
+            f"{installing('dali')}"
         ) from None
     shards = open_shards(Path(config.path), manifest, split)
     images = _Images(shards, manifest.image_size, f"{config.path}, split {split}")

@@ -1,5 +1,9 @@
-"""Commands whose output cannot be written: a full disk, a reader that left, a closed stream."""
+"""What commands print: escaped control characters; and where it cannot be written: a full disk, a
+reader that left, a closed stream."""
 
+import argparse
+import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -8,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from fastlab.console import run_command
 
 ROOT = Path(__file__).parents[1]
 SHORT = "print('a line')"
@@ -80,3 +86,50 @@ def test_a_real_command_reports_a_full_disk_in_one_line(synth_dataset, full):
     command = [sys.executable, "-m", "fastlab", "inspect", str(synth_dataset)]
     done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+
+
+HOSTILE = "a\x1b]0;owned\x07\x9b2J\r\u202eb"
+"""An escape sequence that renames a terminal's window, and others."""
+ESCAPED = r"a\x1b]0;owned\x07\x9b2J\r\u202eb"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (HOSTILE, ESCAPED),
+        ("no UTF-8: \udcff", r"no UTF-8: \udcff"),
+        ("é\u00a0漢\t1\n\n2\r\n3", "é\u00a0漢\t1\n\n2\r\n3"),
+    ],
+)
+def test_control_characters_are_escaped_in_the_output(text, shown):
+    def call(args):
+        print(text, end="")
+
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="")
+    with contextlib.redirect_stdout(out):
+        assert run_command(call, argparse.Namespace()) == 0
+        assert sys.stdout is out
+    assert out.buffer.getvalue().decode() == shown
+
+
+def test_an_error_is_one_line_without_control_characters():
+    status, lines = run(f"raise UserError({HOSTILE + chr(10) + 'x'!a})", subprocess.DEVNULL)
+    assert status == 2
+    assert lines == [rf"fastlab: {ESCAPED}\nx"]
+
+
+def test_names_from_outside_command_no_terminal(tmp_path):
+    command = [sys.executable, "-m", "fastlab"]
+    images = ["--classes", "2", "--per-class", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    made = subprocess.run(
+        [*command, "synth", HOSTILE, *images], cwd=tmp_path, env=environment, capture_output=True
+    )
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.decode() == f"{ESCAPED}: 2 classes of 2 training images\n"
+    failed = subprocess.run(
+        [*command, "inspect", HOSTILE], cwd=tmp_path, env=environment, capture_output=True
+    )
+    assert failed.returncode == 2
+    assert failed.stderr.decode().startswith(f"fastlab: {ESCAPED}: not a dataset directory")
+    assert failed.stderr.count(b"\n") == 1

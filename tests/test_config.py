@@ -175,7 +175,11 @@ def test_without_a_file_every_value_is_the_default():
         ("[optim]\nlearning_rat = 1.0\n", "optim.learning_rat", None),
         ("[train]\nepoch = 3", "train.epoch", "train.epochs"),
         ("[model]\ndropout_con = 0.1", "model.dropout_con", "model.dropout_conv"),
-        ("lr = 0.1", "lr", None),
+        ("lr = 0.1", "lr", "optim.lr"),
+        ("epoch = 3", "epoch", "train.epochs"),
+        ("[model]\nepochs = 3", "model.epochs", "train.epochs"),
+        ('name = "cnn8"', "name", "model.name or optim.name or schedule.name"),
+        ("zzz = 1", "zzz", None),
         ('[data]\n"a\\nb" = 1', "data.a", None),
         ('["x\\ny"]\n', "x", None),
     ],
@@ -313,7 +317,6 @@ def test_an_override_sets_one_value_and_nothing_else(override, expected):
 @pytest.mark.parametrize(
     "override",
     [
-        "lr=0.1",
         "optim.lr",
         "optim.lr=",
         "optim.lr=0.1 0.2",
@@ -340,7 +343,13 @@ def test_an_override_outside_the_grammar_is_refused(complaint, override):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optm.lr=1", "optm: unknown section; nearest valid section: optim"),
+        ("optm.lr=1", "optm.lr: unknown key; nearest valid key: optim.lr"),
+        ("epochs=2", "epochs: unknown key; nearest valid key: train.epochs"),
+        ("epoch=2", "epoch: unknown key; nearest valid key: train.epochs"),
+        ("trian.epoch=2", "trian.epoch: unknown key; nearest valid key: train.epochs"),
+        ("data.epochs=2", "data.epochs: unknown key; nearest valid key: train.epochs"),
+        ("modl.name=cnn8", "modl.name: unknown key; nearest valid key: model.name"),
+        ("zzz.zzz=1", "zzz.zzz: unknown key; valid: data, augment"),
         ("optim.lrr=1", "optim.lrr: unknown key; nearest valid key: optim.lr"),
         ("model.name=resnet12", 'model.name: expected one of "cnn8"'),
         ("train.epochs=two", 'train.epochs: expected a whole number at least 1, got "two"'),
@@ -348,6 +357,19 @@ def test_an_override_outside_the_grammar_is_refused(complaint, override):
 )
 def test_a_mistaken_override_is_refused_by_its_key(complaint, override, message):
     assert f"--set: {message}" in complaint("", override)
+
+
+@pytest.mark.parametrize(
+    "text", ["a." * 200_000 + "a = 1", "x = " + "[" * 200_000], ids=["dotted", "nested"]
+)
+def test_a_file_larger_than_any_configuration_is_refused_at_once(complaint, tmp_path, text):
+    problem = "not valid TOML: larger than 65536 bytes"
+    assert complaint(text) == f"{tmp_path / 'some.toml'}: {problem}"
+
+
+def test_an_endless_file_is_refused():
+    with pytest.raises(UserError, match="/dev/zero: not valid TOML: larger than"):
+        load(Path("/dev/zero"))
 
 
 def test_later_overrides_win_over_earlier_ones_and_the_file(tmp_path):

@@ -1,15 +1,22 @@
 """`fastlab doctor`: what it finds on this machine, and what it says of what is missing."""
 
 import json
+import re
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
 
 from fastlab import machine
 from fastlab.cli import main
+from fastlab.console import UserError
 from fastlab.machine import Finding, examine
+from fastlab.study.cluster import Cluster
 from tests.packages import forget
+
+ROOT = Path(__file__).parents[1]
 
 
 def findings() -> dict[tuple[str, str], Finding]:
@@ -67,3 +74,27 @@ def test_a_missing_package_is_reported_with_the_way_to_install_it(monkeypatch):
 def test_doctor_prints_a_table_with_a_heading_for_each_group(capsys, line):
     assert main(["doctor"]) == 0
     assert line in capsys.readouterr().out.splitlines()
+
+
+def test_extras_are_installed_from_the_checkout_and_never_from_the_index():
+    """On the package index, the name fastlab belongs to another project."""
+    folders = [ROOT / name for name in ("fastlab", "pipelines", "benchmarks", "tests")]
+    files = [*ROOT.glob("*.md"), ROOT / "Makefile"]
+    files += [path for each in folders for path in each.rglob("*") if path.suffix in (".py", ".md")]
+    texts = {path: path.read_text(encoding="utf-8") for path in files if path != Path(__file__)}
+    assert len(texts) > 100
+    index = re.compile(r"pip install[^\n`]*['\" ]fastlab\b")
+    assert not [path for path, text in texts.items() if index.search(text)]
+    asked = {extra for text in texts.values() for extra in re.findall(r"installing\('(\w+)'", text)}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert {"dali", "ffcv"} <= asked <= set(project["optional-dependencies"])
+    for extra in asked:
+        assert "`make extras`" in machine.installing(extra)
+        assert f'`pip install -e ".[{extra}]"`' in machine.installing(extra)
+
+
+def test_a_missing_submitit_is_reported_with_the_way_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    cluster = Cluster.__new__(Cluster)
+    with pytest.raises(UserError, match=r'^--cluster needs submitit: .*-e "\.\[cluster\]"`$'):
+        cluster._executor()

@@ -353,7 +353,7 @@ def ask(port: int, path: str) -> object:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not find_spec("torch_tb_profiler"), reason="needs fastlab[profile]")
+@pytest.mark.skipif(not find_spec("torch_tb_profiler"), reason="needs the extra profile")
 def test_tensorboards_profiler_opens_the_trace(run, tmp_path):
     port = free_port()
     fastlab = [sys.executable, "-c", "from fastlab.cli import main; main()"]
@@ -401,4 +401,4 @@ def test_a_missing_plugin_is_reported_in_one_line(run, monkeypatch, capsys):
     monkeypatch.setattr(trace_page.importlib.util, "find_spec", lambda name: None)
     assert main(["trace", str(run), "--tensorboard"]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and "fastlab[profile]" in lines[0]
+    assert len(lines) == 1 and 'pip install -e ".[profile]"' in lines[0]

@@ -5,23 +5,25 @@ again from the first byte (pooch 1.9, `stream_download`); urllib can ask for the
 checksum tells whether two halves belong together: without one, each request starts from zero.
 """
 
+import errno
 import hashlib
 import os
 import re
 import ssl
+import stat
 import sys
 import time
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from tqdm import tqdm
 
 from fastlab import __version__
-from fastlab.console import UserError, first_line
+from fastlab.console import UserError, first_line, printable
 from fastlab.files import lies_at, try_flock
 
 TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -108,12 +110,15 @@ def _problem(path: Path, checksum: str) -> str:
 
 def _fetch(url: str, checksum: str | None, part: Path, target: Path) -> None:
     """Fetch into `part` and give it its name; or remove it where no resumption could correct it."""
-    with part.open("ab") as file:
+    with open(part, "ab", opener=_no_link) as file:
+        about = os.fstat(file.fileno())
+        if not stat.S_ISREG(about.st_mode) or about.st_nlink > 1:
+            raise UserError(f"{part}: is no file, or has another name too; remove it")
         # A file that was renamed between its opening and its locking is a finished download.
         if not (try_flock(file) and lies_at(file.fileno(), part)):
             raise UserError(f"{target}: another download is writing it")
         try:
-            _transfer(url, file, resume=checksum is not None)
+            _transfer(url, file, verified=checksum is not None)
         except UserError:
             if not file.tell():
                 part.unlink()
@@ -128,40 +133,79 @@ def _fetch(url: str, checksum: str | None, part: Path, target: Path) -> None:
     print(f"{target}: {target.stat().st_size} bytes, {verdict}")
 
 
-def _transfer(url: str, file: IO[bytes], resume: bool) -> None:
+def _no_link(path: str, flags: int) -> int:
+    """An opener that does not follow a link, whose target is not ours to write, and does not wait
+    for the reader of a pipe. Raises `UserError` for a link."""
+    try:
+        return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise UserError(f"{path}: is a link; remove it") from None
+
+
+def _transfer(url: str, file: IO[bytes], verified: bool) -> None:
     """Bring the whole file into `file`, over as many requests as it takes."""
     for delay in (*_DELAYS, None):
         try:
-            return _request(url, file, resume)
+            return _request(url, file, verified)
+        except ValueError as error:  # such as a redirection to "http://["
+            raise UserError(f"{url}: invalid answer ({_brief(error)}); check the address") from None
         except _NETWORK_ERRORS as error:
-            problem = f"{url}: {first_line(error)}"
+            problem = f"{url}: {_brief(error)}"
             if isinstance(error, HTTPError) and error.code < 500 and error.code not in (408, 429):
                 raise UserError(f"{problem}; check the address") from error
             if delay is None:
                 hint = f"gave up after {len(_DELAYS) + 1} attempts; the same command tries again"
                 raise UserError(f"{problem}; {hint}") from error
-            tqdm.write(f"{problem}; next attempt in {delay:g} s", file=sys.stderr)
+            tqdm.write(printable(f"{problem}; next attempt in {delay:g} s"), file=sys.stderr)
             time.sleep(delay)
 
 
-def _request(url: str, file: IO[bytes], resume: bool) -> None:
-    """Append to `file` what it lacks. Raises one of `_NETWORK_ERRORS` if it stays incomplete."""
+def _brief(error: Exception) -> str:
+    """The message, which may quote the server at length."""
+    return first_line(error)[:200]
+
+
+class _Encrypted(HTTPRedirectHandler):
+    """Follows no redirection from https to http, where others could replace the file on its way."""
+
+    def redirect_request(
+        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
+    ) -> Request | None:
+        if req.type == "https" and urlsplit(newurl).scheme != "https":
+            fp.close()
+            raise UserError(
+                f"{req.full_url}: redirects to {newurl}, which is not encrypted; give --sha256 to "
+                f"accept it"
+            )
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _request(url: str, file: IO[bytes], verified: bool) -> None:
+    """Append to `file` what it lacks; all where it will not be verified. Raises one of
+    `_NETWORK_ERRORS` if it stays incomplete, and ValueError for an invalid answer."""
+    opener = build_opener() if verified else build_opener(_Encrypted)
     headers = {"User-Agent": f"fastlab/{__version__}"}
-    if resume and file.tell():
+    if verified and file.tell():
         headers["Range"] = f"bytes={file.tell()}-"
     try:
-        response = urlopen(Request(url, headers=headers), timeout=_TIMEOUT)
+        response = opener.open(Request(url, headers=headers), timeout=_TIMEOUT)
     except HTTPError as error:
         error.close()
         if error.code == 416 and "Range" in headers:
             return  # nothing is left to get
         raise
     with response:
+        length = response.headers["Content-Length"]
+        if length is not None and not re.fullmatch(r"\d{1,18}", length, re.ASCII):
+            # http.client ignores it, and then takes a connection that is cut for the whole file.
+            raise ValueError("a Content-Length that is no number of bytes")
         if response.status != 206:
             file.truncate(0)
         start = file.seek(0, os.SEEK_END)
         size = None if response.length is None else start + response.length
-        name = Path(file.name).stem
+        name = printable(Path(file.name).stem)
         with tqdm(
             desc=name, total=size, initial=start, unit="B", unit_scale=True, disable=None
         ) as bar:

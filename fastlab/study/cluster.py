@@ -9,6 +9,7 @@ from typing import Any, Literal
 from fastlab import config as configs
 from fastlab.console import UserError
 from fastlab.files import inherited_lock
+from fastlab.machine import installing
 from fastlab.study.child import conclude, last_line, start
 from fastlab.study.folder import StudyDir, look
 from fastlab.study.screen import Screen
@@ -53,7 +54,7 @@ class Cluster:
         try:
             import submitit
         except ImportError:
-            raise UserError("--cluster needs submitit: pip install 'fastlab[cluster]'") from None
+            raise UserError(f"--cluster needs submitit: {installing('cluster')}") from None
         try:
             executor = submitit.AutoExecutor(self.study.path / "submitit", cluster=self.engine)
             executor.update_parameters(

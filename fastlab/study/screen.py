@@ -76,7 +76,8 @@ class Screen:
 
     def _erase(self) -> None:
         if self.lines:
-            print(f"\x1b[{self.lines}F\x1b[J", end="", flush=True)
+            # Past the guard of `run_command`, which escapes these.
+            print(f"\x1b[{self.lines}F\x1b[J", end="", flush=True, file=sys.__stdout__)
             self.lines = 0
 
 

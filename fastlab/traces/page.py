@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastlab.console import UserError
+from fastlab.machine import installing
 from fastlab.report.page import render, write_whole
 from fastlab.report.texts import MISSING
 from fastlab.traces.advice import RULES
@@ -38,7 +39,7 @@ def _tensorboard(path: Path, port: int) -> None:
     find_traces(path)
     if importlib.util.find_spec("torch_tb_profiler") is None:
         raise UserError(
-            "TensorBoard lacks its profiler plugin: pip install 'fastlab[profile]'; "
+            f"TensorBoard lacks its profiler plugin: {installing('profile')}; "
             f"or open the *{SUFFIX} files at {_PERFETTO}"
         )
     folder = path if path.is_dir() else path.parent

@@ -1,11 +1,9 @@
 """What is set up before the first step: devices, precision, compilation and the dataset."""
 
-import argparse
 import os
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,13 +12,12 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import set_seed
 from torch import nn
 
-from fastlab import config, models
+from fastlab import models
 from fastlab.config import Config
 from fastlab.console import UserError
 from fastlab.dataset.manifest import Manifest, check_sizes, read_manifest
 from fastlab.machine import has_bf16
 from fastlab.models.sync_norm import synchronise
-from fastlab.runs import RunDir
 from fastlab.training.distributed import agreed
 from fastlab.training.optim import make_optimizer
 from pipelines import PipelineSpec, make_pipeline
@@ -39,24 +36,6 @@ _SLOW_BF16 = (
     "with --set train.precision=fp32 it trains faster"
 )
 _COMPILING = "compiling the first step; this takes minutes on a CPU"
-
-
-def resolve(args: argparse.Namespace) -> tuple[Config, RunDir]:
-    """The configuration and the run directory that the options of `add_training_options` name."""
-    if args.resume and (args.config or args.overrides or args.out):
-        raise UserError("--resume takes the run's own configuration: drop --config, --set, --out")
-    if not args.resume and not args.config:
-        raise UserError("--config FILE is missing; such as --config configs/demo.toml")
-    if args.resume:
-        directory = RunDir(args.resume)
-        cfg = directory.load_config()
-        directory.check_data_path(cfg.data.path)
-    else:
-        directory = RunDir(args.out or Path("runs") / args.config.stem)
-        cfg = config.load(args.config, args.overrides)
-    if args.profile:
-        cfg = replace(cfg, profile=replace(cfg.profile, enabled=True))
-    return cfg, directory
 
 
 def make_accelerator(cfg: Config) -> Accelerator:

@@ -1,4 +1,5 @@
 import json
+import os
 import signal
 import sys
 import tarfile
@@ -53,6 +54,50 @@ def begun(step: Step, file: Path) -> Running:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     return running
+
+
+def test_no_argument_of_a_step_is_read_by_a_shell(lease, capsys):
+    words = ["$(touch made)", "; touch made", "a b", "'", '"$HOME"', "*"]
+    command = [sys.executable, "-c", "import sys; print(sys.argv[1:])", *words]
+    assert attempt([Step("step", command, 60)], in_a_minute(), "measure") == ["done"]
+    assert str(words) in capsys.readouterr().out
+    assert not Path("made").exists()
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_step_whose_shell_was_killed_has_failed_and_is_not_waited_for(beside, lease):
+    code = (
+        "import os, time\n"
+        "open('partial', 'w').write(str(os.getpid()))\n"
+        "os.rename('partial', 'begun')\n"
+        "time.sleep(600)"
+    )
+    running = begun(step(code, beside=beside), Path("begun"))
+    os.kill(running.process, signal.SIGKILL)
+    assert running.finish("measure", time.monotonic() + 600) == "failed (killed)"
+    status, deadline = Path("/proc") / Path("begun").read_text() / "stat", in_a_minute()
+    while status.exists() and status.read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_folders_of_any_name_hold_packed_results(lease):
+    out = Path("host:o $(touch made)")
+    gpu_suite.pack(out, "measure")
+    with tarfile.open(out / "measure.tar.xz") as archive:
+        assert "results" in archive.getnames()
+    assert not Path("made").exists()
+
+
+def test_a_rehearsal_takes_folders_of_any_name(tmp_path, capfd):
+    (tmp_path / "python3").symlink_to(sys.executable)
+    (tmp_path / "benchmarks").mkdir()
+    code = "import sys; print(sys.argv[1:])"
+    (tmp_path / "benchmarks/gpu_suite.py").write_text(code)
+    out = tmp_path / "a b; exit 3"
+    command = rehearsal.COMMANDS[0]
+    assert rehearsal.rehearse(command, tmp_path, tmp_path, out) == 0
+    assert str(["smoke", "--pack", f"{out}/smoke"]) in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("here", [signal.default_int_handler, signal.SIG_IGN])

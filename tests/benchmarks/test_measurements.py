@@ -1,3 +1,5 @@
+import multiprocessing
+import os
 import shlex
 import sys
 
@@ -15,6 +17,7 @@ from benchmarks.measurements import (
     interleave,
     load,
     new_session,
+    receive,
     save,
 )
 from fastlab.console import UserError
@@ -165,3 +168,26 @@ def test_a_recorded_command_names_no_path_of_this_machine(text, recorded, tmp_pa
     monkeypatch.setattr(sys, "argv", ["training", text.format(here=tmp_path)])
     command = measurements.new_session("training", []).command
     assert shlex.split(command) == ["python", "-m", "benchmarks.training", recorded]
+
+
+def _leave_a_child(pipe, wakes, sleeps):
+    if not os.fork():
+        os.close(sleeps)
+        os.read(wakes, 1)  # until the test has closed its end
+    os._exit(3)
+
+
+@pytest.mark.multiprocess
+def test_the_end_of_a_process_is_noticed_though_its_child_holds_the_pipe():
+    fork = multiprocessing.get_context("fork")
+    pipe, theirs = fork.Pipe()
+    wakes, sleeps = os.pipe()
+    process = fork.Process(target=_leave_a_child, args=(theirs, wakes, sleeps))
+    process.start()
+    theirs.close()
+    try:
+        with pytest.raises(RuntimeError, match="its process ended with status 3"):
+            receive(pipe, process)
+    finally:
+        os.close(sleeps)
+        os.close(wakes)

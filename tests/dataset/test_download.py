@@ -5,12 +5,15 @@ import os
 import random
 import re
 import resource
+import shutil
 import socket
+import ssl
 import struct
+import subprocess
 import sys
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -30,6 +33,7 @@ def make_zip(seed: int, size: int = 300_000) -> bytes:
     return buffer.getvalue()
 
 
+ROOT = Path(__file__).parents[2]
 DATA = make_zip(1)
 OTHER = make_zip(2)
 CUT = 100_000
@@ -47,6 +51,7 @@ class Fault:
     stall: int | None = None  # bytes of body, then silence
     reset: bool = False  # the cut is a reset, not an orderly end
     hide_length: bool = False
+    reason: str | None = None
     ignore_range: bool = False
 
 
@@ -88,7 +93,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def send(self, status: int, body: bytes, fault: Fault) -> None:
         self.seen.status = status
-        self.send_response(status)
+        self.send_response(status, fault.reason)
         if not fault.hide_length:
             self.send_header("Content-Length", str(len(body)))
         for name, value in fault.headers.items():
@@ -391,6 +396,91 @@ def test_a_redirect_to_another_scheme_is_refused(
     assert len(server.seen) == 1
 
 
+@pytest.mark.parametrize(
+    "location", ["http://[bad/x", f"http://{'a' * 100}.com/x", "http://\xff\xfe/x"]
+)
+def test_a_redirect_to_no_address_is_refused_in_one_line(
+    location: str, server: Server, tmp_path: Path
+) -> None:
+    """In another process: urllib leaves the connection open there, of which Python warns here."""
+    server.faults = [redirect(location)]
+    command = [sys.executable, "-m", "fastlab", "download", str(tmp_path / "x.zip")]
+    done = subprocess.run(
+        [*command, "--url", server.url], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and "invalid answer" in done.stderr
+    assert len(server.seen) == 1
+
+
+@pytest.fixture
+def https(server: Server, tmp_path_factory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A server with a certificate that the client trusts."""
+    if not shutil.which("openssl"):
+        pytest.skip("needs the command openssl for a certificate")
+    folder = tmp_path_factory.mktemp("certificate")
+    key, certificate = str(folder / "key.pem"), str(folder / "certificate.pem")
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=127.0.0.1 -addext"
+    files = ["subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate]
+    subprocess.run([*command.split(), *files], check=True, capture_output=True, timeout=60)
+    monkeypatch.setenv("SSL_CERT_FILE", certificate)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with Server() as secure:
+        secure.socket = context.wrap_socket(secure.socket, server_side=True)
+        thread = threading.Thread(target=secure.serve_forever, args=(0.005,))
+        thread.start()
+        yield secure
+        secure.shutdown()
+        thread.join()
+
+
+def test_without_a_checksum_https_is_not_left_for_http(
+    https: Server, server: Server, tmp_path: Path
+) -> None:
+    https.faults = [redirect(server.url)]
+    url = https.url.replace("http:", "https:")
+    with pytest.raises(UserError, match=r"redirects to http:.* is not encrypted") as error:
+        fetch(tmp_path / "x.zip", server, url=url, sha256=None)
+    assert_one_line(error)
+    assert len(https.seen) == 1 and not server.seen
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_with_a_checksum_https_may_be_left_for_http(
+    https: Server, server: Server, tmp_path: Path
+) -> None:
+    https.faults = [redirect(server.url)]
+    assert_only(fetch(tmp_path / "x.zip", server, url=https.url.replace("http:", "https:")))
+
+
+def test_https_may_be_redirected_to_https(https: Server, server: Server, tmp_path: Path) -> None:
+    https.faults = [redirect("/elsewhere")]
+    url = https.url.replace("http:", "https:")
+    assert_only(fetch(tmp_path / "x.zip", server, url=url, sha256=None))
+
+
+@pytest.mark.parametrize("length", ["9" * 5000, "9" * 4000, "-5", "1e3", ""])
+@pytest.mark.parametrize("sha256", [SHA256, None])
+def test_a_content_length_that_is_no_number_of_bytes_is_refused(
+    length: str, sha256: str | None, server: Server, tmp_path: Path
+) -> None:
+    server.faults = [Fault(headers={"Content-Length": length}, hide_length=True, cut=CUT)]
+    with pytest.raises(UserError, match="Content-Length that is no number") as error:
+        fetch(tmp_path / "x.zip", server, sha256=sha256)
+    assert_one_line(error)
+    assert len(str(error.value)) < 200
+    assert len(server.seen) == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_the_reason_of_a_server_commands_no_terminal(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.faults = [Fault(status=503, reason="\x1b]0;owned\x07")]
+    assert_only(fetch(tmp_path / "x.zip", server))
+    assert r"HTTP Error 503: \x1b]0;owned\x07; next attempt" in capsys.readouterr().err
+
+
 def test_a_redirect_loop_is_refused(server: Server, tmp_path: Path) -> None:
     server.faults = [redirect("/data/set.zip") for _ in range(50)]
     with pytest.raises(UserError, match="HTTP Error 302") as error:
@@ -427,6 +517,21 @@ def test_another_file_in_the_target_is_replaced_only_by_force(
     assert_only(target, b"mine")
     assert server.seen == []
     assert_only(fetch(target, server, sha256=sha256, force=True))
+
+
+@pytest.mark.parametrize("sha256", [SHA256, None])
+@pytest.mark.parametrize("make", [os.symlink, os.link, lambda _, part: os.mkfifo(part)])
+def test_a_part_that_is_no_file_of_its_own_is_refused(
+    make: Callable[[Path, Path], None], sha256: str | None, server: Server, tmp_path: Path
+) -> None:
+    other, target = tmp_path / "other", tmp_path / "new" / "x.zip"
+    other.write_bytes(b"mine")
+    target.parent.mkdir()
+    make(other, part_of(target))
+    with pytest.raises(UserError, match=r"x\.zip\.part: ") as error:
+        fetch(target, server, sha256=sha256)
+    assert_one_line(error)
+    assert other.read_bytes() == b"mine" and not target.exists() and not server.seen
 
 
 @pytest.mark.parametrize("resumed", [False, True])

@@ -230,11 +230,13 @@ def _read_through(data: Path, name: str) -> str:
 def configurations(base: Path, scratch: Path, random: np.random.Generator) -> tuple[str, str]:
     """A configuration, or an override of one: it is refused in one line, and no run is begun."""
     text = (ROOT / "configs" / "demo.toml").read_text()
-    kinds = (*mutations.BYTES, "a value", "an unknown key", "an override")
+    kinds = (*mutations.BYTES, "a value", "an unknown key", "an override", "a long dotted key")
     kind = kinds[random.integers(len(kinds))]
     path, extra = scratch / "config.toml", []
     if kind in mutations.BYTES:
         path.write_bytes(mutations.BYTES[kind](text.encode(), random))
+    elif kind == "a long dotted key":
+        path.write_text(text + "a." * int(random.integers(33_000, 200_000)) + "a = 1\n")
     else:
         extra = _odd_setting(path, tomllib.loads(text), kind, random)
     # Where the configuration is still valid, the missing dataset is what is refused.

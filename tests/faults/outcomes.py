@@ -58,6 +58,8 @@ def judge(code: int, errors: str, correct: Check, unharmed: Check) -> str:
     lines = [line for line in errors.splitlines() if line.strip()]
     if len(lines) != 1 or not lines[0].startswith("fastlab: "):
         return f"not one line: {errors.strip()[-400:]}"
+    if not lines[0].isprintable():
+        return f"control characters: {lines[0]!r}"
     problem = unharmed()
     return f"an error that did harm: {problem}" if problem else CLEAR
 

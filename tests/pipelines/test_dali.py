@@ -269,7 +269,7 @@ def test_an_image_that_only_other_decoders_read_is_refused(copy, monkeypatch):
 
 def test_a_missing_dali_is_named(dataset, monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    with pytest.raises(UserError, match=r'pip install "fastlab\[dali\]"') as error:
+    with pytest.raises(UserError, match=r'pip install -e "\.\[dali\]"') as error:
         engine(dataset)
     assert len(str(error.value).splitlines()) == 1
 

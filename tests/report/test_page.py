@@ -489,6 +489,7 @@ BROKEN_FILES = [
     ("summary.json", '{"dataset": []}'),
     ("summary.json", "[" * 100_000),
     ("config.toml", f"a = {'[' * 100_000}"),
+    ("config.toml", f"{'a.' * 200_000}a = 1"),
     ("predictions.json", '[{"png": "AAAA", "label": "cat", "predicted": []}]'),
     ("predictions.json", json.dumps([{"png": png(1, 1) + "'>", "label": "", "predicted": []}])),
     ("predictions.json", '[{"label": "cat", "predicted": []}]'),

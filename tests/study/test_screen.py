@@ -1,7 +1,14 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 from fastlab import config as configs
 from fastlab.study.folder import State, StudyDir
 from fastlab.study.screen import Screen
 from fastlab.study.spec import make_task
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_live_table_shows_progress_and_the_time_left(tmp_path, capsys):
@@ -16,3 +23,22 @@ def test_the_live_table_shows_progress_and_the_time_left(tmp_path, capsys):
     )
     assert "epoch  50/100" in row and "50.00%" in row and "1,234 images/s" in row
     assert capsys.readouterr().out.splitlines()[1].endswith("(2 of 4): no memory")
+
+
+def test_on_a_terminal_the_live_table_is_erased_before_a_line():
+    code = (
+        "from fastlab.console import run_command\n"
+        "from fastlab.study.screen import Screen\n"
+        "def call(args):\n"
+        "    screen = Screen(None, [], {}, 1)\n"
+        "    screen.lines = 2\n"
+        "    screen.say('a line')\n"
+        "run_command(call, None)"
+    )
+    ours, terminal = os.openpty()
+    try:
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=terminal, check=True)
+        assert os.read(ours, 100) == b"\x1b[2F\x1b[Ja line\r\n"
+    finally:
+        os.close(terminal)
+        os.close(ours)

@@ -10,7 +10,7 @@ from fastlab.cli import main
 from fastlab.config import dump, load
 from fastlab.console import UserError
 from fastlab.options import add_training_options
-from fastlab.training.setup import resolve
+from fastlab.training.resolve import resolve
 from tests.trainings import ROOT, command
 
 DEMO = str(ROOT / "configs" / "demo.toml")

@@ -1,0 +1,28 @@
+"""What `fastlab/train.py` does as a script before it imports torch, which takes seconds."""
+
+import argparse
+import os
+
+from fastlab.console import run_command
+from fastlab.options import add_training_options
+from fastlab.processes import die_with_launcher
+from fastlab.training.resolve import resolve
+
+
+def start_script() -> None:
+    """Die with the launcher, and exit where the options or the configuration hold a mistake. Of
+    several processes, only the first reports it."""
+    die_with_launcher()
+    parser = argparse.ArgumentParser(add_help=False)
+    add_training_options(parser)
+    args, others = parser.parse_known_args()
+    if others or os.environ.get("RANK", "0") != "0":  # `main` prints the help, or refuses them
+        return
+    status = run_command(check, args)
+    if status:
+        raise SystemExit(status)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises `UserError` where `resolve` does."""
+    resolve(args)
