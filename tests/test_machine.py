@@ -1,6 +1,8 @@
 """`fastlab doctor`: what it finds on this machine, and what it says of what is missing."""
 
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -67,3 +69,24 @@ def test_a_missing_package_is_reported_with_the_way_to_install_it(monkeypatch):
 def test_doctor_prints_a_table_with_a_heading_for_each_group(capsys, line):
     assert main(["doctor"]) == 0
     assert line in capsys.readouterr().out.splitlines()
+
+
+def test_the_revision_is_read_without_writing_the_checkout(tmp_path, monkeypatch):
+    """A lock on the index, left by a killed git, would block the user's next commit."""
+
+    def git(*arguments):
+        user = ("-c", "user.name=x", "-c", "user.email=x@y")
+        subprocess.run(["git", "-C", str(tmp_path), *user, *arguments], check=True)
+
+    (tmp_path / "machine.py").write_text("first")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "machine.py"))
+    os.utime(tmp_path / "machine.py", (1, 1))  # git compares the content, and would note the time
+    before = (tmp_path / ".git" / "index").read_bytes()
+    revision = machine.environment(1)["git"]
+    assert revision and not revision.endswith("-dirty")
+    assert (tmp_path / ".git" / "index").read_bytes() == before
+    (tmp_path / "machine.py").write_text("second")
+    assert machine.environment(1)["git"] == f"{revision}-dirty"
