@@ -30,7 +30,7 @@ _MARKERS = (  # SVG paths around the origin
     "M0 4.8L4.6-3.4H-4.6Z",
 )
 _MARKS_PER_CURVE = 10
-_DIVERGED = 3  # times the loss of guessing, the logarithm of the number of classes
+_DIVERGED = 3  # where the axis of the loss ends, in losses of guessing: ln(classes)
 
 # The plotting area within an SVG of 480 x 300, with room for the labels of the axes.
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 462, 12, 254
@@ -91,7 +91,7 @@ def make_plots(runs: list[Run]) -> list[dict[str, Any]]:
     """
     names = [run.name for run in runs]
     counts = [run.summary.get("classes") or 0 for run in runs]
-    classes = max(max(counts), 2) if any(counts) else 1000  # as in ImageNet, where none is known
+    classes = max(max(counts), 2) if any(counts) else 1000  # unknown: as in ImageNet
     limits = {"loss": _DIVERGED * math.log(classes)}
     return [
         _plot(names, metric, _series(runs, metric), limits.get(metric.key, math.inf))

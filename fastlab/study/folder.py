@@ -61,7 +61,7 @@ class StudyDir:
             raise  # of standard output: the reader left
         except OSError as error:
             raise UserError(
-                f"{self.path}: the study had to stop ({error.strerror}); see to that, then the "
+                f"{self.path}: the study had to stop ({error.strerror}); fix that, then the "
                 f"same command resumes the study"
             ) from error
 

@@ -22,10 +22,10 @@ from fastlab.runs import RunDir
 from fastlab.traces.intervals import Event, Intervals, covered_by
 
 SUFFIX = ".pt.trace.json"
-_EMPTY = 0.01  # of the longest step: less is none
+_EMPTY = 0.01  # share of the longest step; a shorter step holds no work
 _GZIP = b"\x1f\x8b"
 _STEP = re.compile(r"ProfilerStep#(\d{1,18})$")
-_KINDS = {  # category in the file, in small letters -> list in `Trace`
+_KINDS = {  # category in the file, in lower case -> list in `Trace`
     "user_annotation": "ranges",
     "cpu_op": "ops",
     "python_function": "frames",
@@ -34,12 +34,12 @@ _KINDS = {  # category in the file, in small letters -> list in `Trace`
     "kernel": "device",
     "gpu_memcpy": "device",
     "gpu_memset": "device",
-    # As torch named them before version 1.13.
+    # As older versions of torch named them.
     "operator": "ops",
     "runtime": "calls",
     "memcpy": "device",
     "memset": "device",
-    # Meta's accelerator: its calls show that the host is not all that worked.
+    # Meta's accelerator, whose own work is not read: its calls show that there was one.
     "mtia_runtime": "calls",
 }
 
@@ -129,8 +129,8 @@ def read_trace(path: Path) -> Trace:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if not trace.steps:
         raise UserError(
-            f"{path}: holds no training step (no ProfilerStep that took time), or without steps no "
-            "operator; record a longer run"
+            f"{path}: holds nothing to review, neither a step (a ProfilerStep that took time) nor, "
+            "in a trace without steps, an operator; record a longer run"
         )
     return trace
 
@@ -182,8 +182,8 @@ def _parse_event(raw: dict[str, Any], origin: float) -> Event:
 
 
 def _whole_recording(trace: Trace) -> list[Event]:
-    """The recording as one step, on the thread that runs most operators; none without operators
-    and calls."""
+    """The recording as one step, on the thread that runs most operators; empty where neither an
+    operator nor a call was recorded."""
     host = trace.ops or trace.calls
     if not host:
         return []

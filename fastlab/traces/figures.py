@@ -224,7 +224,7 @@ def _gpu_shares(
         "synchronisation": float(rest[after_sync].sum()),
         "launching": float(rest[~after_sync].sum()),
     }
-    return {name: max(0.0, time / (high - low)) for name, time in times.items()}  # of rounding
+    return {name: max(0.0, time / (high - low)) for name, time in times.items()}  # rounding
 
 
 def _set_communication(review: Review, comm: Intervals, compute: Intervals, periods: int) -> None:
