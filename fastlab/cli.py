@@ -208,7 +208,7 @@ def _report(args: Namespace) -> None:
 
 def _trace_options(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="run directory, or .pt.trace.json")
+    add("run", type=Path, metavar="RUN", help="run directory, trace or folder of traces")
     add("--compare", type=Path, metavar="RUN", help="show another run's trace beside it")
     page = "page to write (default: RUN/traces/review.html)"
     add("--out", type=Path, metavar="FILE", help=page)

@@ -63,6 +63,19 @@ def process_lock(path: Path, busy: str) -> Generator[None]:
         yield
 
 
+def is_locked(path: Path) -> bool:
+    """Whether another process holds `path` through `process_lock`. True also where that cannot be
+    known: the file system has no locks, or `path` cannot be read."""
+    try:
+        with path.open("rb") as file:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
 @contextlib.contextmanager
 def inherited_lock(path: Path, busy: str, patience: float = 0) -> Generator[int]:
     """Hold `path` for as long as any process has the descriptor that this gives (`flock`).

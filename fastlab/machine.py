@@ -102,12 +102,19 @@ def _cpu_name() -> str:
 
 def _git_revision() -> str | None:
     """The revision of the checkout that holds this package; None where it is installed."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    # `git describe --dirty` writes the index, and leaves its lock behind where it is killed.
+    git = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent)]
+    commands = ("describe --always", "status --porcelain --untracked-files=no")
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        revision, changes = (
+            subprocess.check_output(
+                [*git, *command.split()], stderr=subprocess.DEVNULL, text=True, timeout=10
+            ).strip()
+            for command in commands
+        )
     except (OSError, subprocess.SubprocessError):
         return None
-    return result.stdout.strip() or None
+    return f"{revision}-dirty" if changes else revision or None
 
 
 class Finding(NamedTuple):

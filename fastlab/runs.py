@@ -17,7 +17,7 @@ from typing import Any
 from fastlab import config as configs
 from fastlab.config import Config
 from fastlab.console import UserError
-from fastlab.files import process_lock, without_nan, write_atomically, write_json
+from fastlab.files import is_locked, process_lock, without_nan, write_atomically, write_json
 from fastlab.machine import environment
 
 EPOCH_KEYS = (
@@ -30,6 +30,10 @@ _LARGEST = 1e300  # larger metrics might overflow when they are scaled to percen
 
 Epoch = dict[str, float | None]
 """The values of `EPOCH_KEYS`, None where they are not finite, and "epoch", which is never None."""
+
+
+class NotYetARun(UserError):
+    """A path that exists, but is no run directory, or one in which no epoch has ended yet."""
 
 
 class RunDir:
@@ -104,16 +108,18 @@ class RunDir:
 
     def _check_exists(self) -> None:
         if not self.exists():
-            why = "no config.toml" if self.path.is_dir() else "no such directory"
-            raise UserError(
+            why, kind = "no such directory", UserError
+            if self.path.exists():
+                why, kind = "no config.toml" if self.path.is_dir() else "a file", NotYetARun
+            raise kind(
                 f"{self.path}: not a run directory ({why}); give a directory that training wrote"
             )
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """The configuration, which another version may have written: section -> key -> value.
         Raises `UserError` where it is missing or does not consist of sections."""
-        self._check_exists()
         with _reading(self.config):
+            self._check_exists()
             settings = configs.parse_toml(self.config)
             for name, section in settings.items():
                 if not isinstance(section, dict):
@@ -231,13 +237,18 @@ class Run:
 
 
 def read_run(directory: Path, name: str) -> Run:
-    """Read a run directory. Raises UserError where a file of it is missing or malformed."""
+    """Read a run directory. Raises `NotYetARun` where no epoch has ended, and UserError where a
+    file of it is missing or malformed."""
     run = RunDir(directory)
+    config, summary = run.settings(), _read_summary(run.summary)
+    if summary.get("status") == "running" and not is_locked(run.lock):
+        # A killed training left the summary that it wrote at its start.
+        summary.update(status="interrupted", train_seconds=None)
     return Run(
         name=name,
-        config=run.settings(),
+        config=config,
         environment=_read_object(run.environment),
-        summary=_read_summary(run.summary),
+        summary=summary,
         epochs=_read_metrics(run.metrics),
         predictions=_read_predictions(run.predictions),
     )
@@ -301,7 +312,7 @@ def _finite(value: Any) -> float | None:
 
 def _read_metrics(path: Path) -> list[Epoch]:
     with _reading(path):
-        *lines, last = path.read_bytes().split(b"\n")
+        *lines, last = (path.read_bytes() if path.exists() else b"").split(b"\n")
     if last.endswith(b"}"):  # any other line was cut short by a kill
         lines.append(last)
     epochs: list[Epoch] = []
@@ -311,7 +322,7 @@ def _read_metrics(path: Path) -> list[Epoch]:
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise _damaged(f"{path}: line {number} is", error) from error
     if not epochs:
-        raise UserError(f"{path}: no epoch is recorded yet: wait for one or leave this run out")
+        raise NotYetARun(f"{path}: no epoch is recorded yet; wait for one or leave this run out")
     return epochs
 
 
@@ -365,7 +376,7 @@ def images_per_second(run: Run) -> float | None:
 def train_seconds(run: Run) -> float | None:
     """The training time in the summary; before the run has ended, the sum over its epochs."""
     total = run.summary.get("train_seconds")
-    # While a run is under way, and after a kill, the summary dates from the run's start.
+    # While a run is under way, the summary dates from its start.
     if total is not None and run.summary["status"] != "running":
         return total
     measured = [seconds for epoch in run.epochs if (seconds := epoch["seconds"]) is not None]

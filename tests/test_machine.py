@@ -1,7 +1,9 @@
 """`fastlab doctor`: what it finds on this machine, and what it says of what is missing."""
 
 import json
+import os
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -98,3 +100,24 @@ def test_a_missing_submitit_is_reported_with_the_way_to_install_it(monkeypatch):
     cluster = Cluster.__new__(Cluster)
     with pytest.raises(UserError, match=r'^--cluster needs submitit: .*-e "\.\[cluster\]"`$'):
         cluster._executor()
+
+
+def test_the_revision_is_read_without_writing_the_checkout(tmp_path, monkeypatch):
+    """A lock on the index, left by a killed git, would block the user's next commit."""
+
+    def git(*arguments):
+        user = ("-c", "user.name=x", "-c", "user.email=x@y")
+        subprocess.run(["git", "-C", str(tmp_path), *user, *arguments], check=True)
+
+    (tmp_path / "machine.py").write_text("first")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "machine.py"))
+    os.utime(tmp_path / "machine.py", (1, 1))  # git compares the content, and would note the time
+    before = (tmp_path / ".git" / "index").read_bytes()
+    revision = machine.environment(1)["git"]
+    assert revision and not revision.endswith("-dirty")
+    assert (tmp_path / ".git" / "index").read_bytes() == before
+    (tmp_path / "machine.py").write_text("second")
+    assert machine.environment(1)["git"] == f"{revision}-dirty"

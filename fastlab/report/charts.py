@@ -30,6 +30,7 @@ _MARKERS = (  # SVG paths around the origin
     "M0 4.8L4.6-3.4H-4.6Z",
 )
 _MARKS_PER_CURVE = 10
+_DIVERGED = 3  # where the axis of the loss ends, in losses of guessing: ln(classes)
 
 # The plotting area within an SVG of 480 x 300, with room for the labels of the axes.
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 462, 12, 254
@@ -83,8 +84,19 @@ class _Axis(NamedTuple):
 
 
 def make_plots(runs: list[Run]) -> list[dict[str, Any]]:
-    """What the template draws: loss, top-1 and top-5 of runs that have at least one epoch."""
-    return [_plot([run.name for run in runs], metric, _series(runs, metric)) for metric in _METRICS]
+    """What the template draws: loss, top-1 and top-5 of runs that have at least one epoch.
+
+    A run that diverged would flatten the other curves, so the axis of the loss ends at a few times
+    the loss of guessing. Arrows on the upper edge stand for the values above it.
+    """
+    names = [run.name for run in runs]
+    counts = [run.summary.get("classes") or 0 for run in runs]
+    classes = max(max(counts), 2) if any(counts) else 1000  # unknown: as in ImageNet
+    limits = {"loss": _DIVERGED * math.log(classes)}
+    return [
+        _plot(names, metric, _series(runs, metric), limits.get(metric.key, math.inf))
+        for metric in _METRICS
+    ]
 
 
 def _series(runs: list[Run], metric: _Metric) -> _Series:
@@ -99,11 +111,12 @@ def _series(runs: list[Run], metric: _Metric) -> _Series:
     }
 
 
-def _plot(names: list[str], metric: _Metric, series: _Series) -> dict[str, Any]:
+def _plot(names: list[str], metric: _Metric, series: _Series, limit: float) -> dict[str, Any]:
     numbers = sorted({number for values in series.values() for number in values})
     measured = [v for values in series.values() for v in values.values() if v is not None]
+    within = [value for value in measured if value <= limit]
     x = _epoch_axis(numbers[-1])
-    y = _value_axis(measured or [0.0], 100 if metric.unit == "%" else math.inf)
+    y = _value_axis(within or measured or [0.0], 100 if metric.unit == "%" else math.inf)
     texts = {
         key: {number: number_text(value, metric.decimals) for number, value in values.items()}
         for key, values in series.items()
@@ -113,6 +126,7 @@ def _plot(names: list[str], metric: _Metric, series: _Series) -> dict[str, Any]:
         "description": _description(names, metric, numbers[-1], texts),
         "x_ticks": x.ticks(),
         "y_ticks": y.ticks(),
+        "clipped": _clipped_text(names, metric, series, y.values[1]),
         "curves": [_curve(index, split, values, x, y) for (index, split), values in series.items()],
         "columns": [_column(x, names, number, texts) for number in numbers],
         "rows": [
@@ -166,19 +180,34 @@ def _tick_label(tick: float, step: float) -> str:
 def _curve(
     run: int, split: str, values: dict[int, float | None], x: _Axis, y: _Axis
 ) -> dict[str, Any]:
-    """The polylines and marks of one metric; a value that is not a number ends a polyline."""
+    """The polylines and marks of one metric; a value that is not a number ends a polyline. A value
+    above the axis lies on its upper edge and has an arrow."""
     segments: list[list[tuple[float, float]]] = [[]]
+    highest = y.values[1]
     for number, value in values.items():
         if value is None:
             segments.append([])
         else:
-            segments[-1].append((x.place(number), y.place(value)))
+            segments[-1].append((x.place(number), y.place(min(value, highest))))
     segments = [segment for segment in segments if segment]
     stride = math.ceil(len(values) / _MARKS_PER_CURVE)
     # Each run's marks begin at a different epoch, so that those of close curves stay apart.
     marks = [p for s in segments for p in (*s[run % stride : -1 : stride], s[-1])]
     lines = [" ".join(f"{left:g},{top:g}" for left, top in segment) for segment in segments]
-    return {"run": run, "split": split, "segments": lines, "marks": marks}
+    arrows = [x.place(n) for n, value in values.items() if value is not None and value > highest]
+    return {"run": run, "split": split, "segments": lines, "marks": marks, "arrows": arrows}
+
+
+def _clipped_text(names: list[str], metric: _Metric, series: _Series, highest: float) -> str:
+    """Which curves rise above the axis, which ends at `highest`; empty where none does."""
+    pairs = []
+    for index, name in enumerate(names):
+        values = [v for split in _SPLITS for v in series[index, split].values() if v is not None]
+        if max(values, default=highest) > highest:
+            pairs.append(f"{name} (up to {number_text(max(values), metric.decimals)})")
+    if not pairs:
+        return ""
+    return f"Above the axis, at the arrows: {', '.join(pairs)}. The table holds these values."
 
 
 _Texts = dict[tuple[int, str], dict[int, str]]

@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 
 from fastlab import __version__
-from fastlab.console import UserError, public_text
+from fastlab.console import UserError, public_text, tell
 from fastlab.files import write_atomically
 from fastlab.report.charts import DRAWING, make_plots
 from fastlab.report.texts import (
@@ -18,7 +18,15 @@ from fastlab.report.texts import (
     percent_text,
     setting_text,
 )
-from fastlab.runs import EPOCH_KEYS, Run, best_epoch, images_per_second, read_run, train_seconds
+from fastlab.runs import (
+    EPOCH_KEYS,
+    NotYetARun,
+    Run,
+    best_epoch,
+    images_per_second,
+    read_run,
+    train_seconds,
+)
 
 _TEMPLATES = Path(__file__).with_name("templates")
 
@@ -26,14 +34,15 @@ _TEMPLATES = Path(__file__).with_name("templates")
 def write_report(run_dirs: list[Path], out: Path) -> None:
     """Write one self-contained HTML page about the runs, in the order given, to `out`.
 
-    A directory given twice counts once. `out` is replaced as a whole or left unchanged. Raises
-    UserError where a run directory or one of its files is missing or malformed, or where `out`
-    does not end in .html or cannot be written.
+    A directory given twice counts once. What is not a run yet is left out, with a line on standard
+    error. `out` is replaced as a whole or left unchanged. Raises UserError where no run is left, a
+    path does not exist, a file of a run is missing or malformed, or where `out` does not end in
+    .html or cannot be written.
     """
     if out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"{out}: expected a file name that ends in .html")
     distinct = {Path(os.path.realpath(directory)): directory for directory in run_dirs}
-    runs = [read_run(given, _name(path, list(distinct))) for path, given in distinct.items()]
+    runs = _read_runs(distinct)
     values = [
         {
             "name": run.name,
@@ -49,6 +58,23 @@ def write_report(run_dirs: list[Path], out: Path) -> None:
         for run in runs
     ]
     write_whole(out, render("report.html.j2", runs=values, plots=make_plots(runs)))
+
+
+def _read_runs(given: dict[Path, Path]) -> list[Run]:
+    """The runs at the paths `given`, each by its real path."""
+    runs, left_out = [], []
+    for path, directory in given.items():
+        try:
+            runs.append(read_run(directory, _name(path, list(given))))
+        except NotYetARun as error:
+            left_out.append(error)
+    if not runs and len(left_out) == 1:
+        raise left_out[0]
+    for error in left_out:
+        tell(f"left out: {error}")
+    if not runs:
+        raise UserError(f"none of {len(left_out)} paths is a run with an epoch; nothing to report")
+    return runs
 
 
 def _name(path: Path, paths: list[Path]) -> str:

@@ -6,8 +6,15 @@ from typing import Any
 MISSING = "—"
 
 
+def formatted(value: float | None, form: str) -> str:
+    """`value` in a format such as ",.2f", "+.1f" or ".0%"; no minus sign before a rounded zero."""
+    sign = "+" if form.startswith("+") else ""
+    return MISSING if value is None else format(value, f"{sign}z{form.removeprefix('+')}")
+
+
 def number_text(value: float | None, decimals: int = 0) -> str:
-    return MISSING if value is None else f"{value:,.{decimals}f}"
+    huge = value is not None and abs(value) >= 1e12  # the loss of a run that diverged
+    return formatted(value, ".4g" if huge else f",.{decimals}f")
 
 
 def percent_text(fraction: float | None, decimals: int = 2) -> str:

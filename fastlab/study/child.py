@@ -1,5 +1,6 @@
 """Trainings in processes of their own: how each is started, stopped, and how it ended."""
 
+import errno
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ from fastlab.study.folder import State, StudyDir, look
 from fastlab.study.spec import Task
 
 _TRAIN = Path(__file__).parents[1] / "train.py"
+_DISK_FULL = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
 @dataclass
@@ -76,7 +78,8 @@ def _arguments(study: StudyDir, task: Task) -> list[str]:
 
 
 def conclude(study: StudyDir, child: Child) -> State:
-    """Record how a child ended, and return where its run stands."""
+    """Record how a child ended, and return where its run stands. A run that met a full disk has not
+    failed: it resumes when there is room."""
     code = child.process.returncode
     if code == 0:
         status, reason = "finished", ""
@@ -85,10 +88,16 @@ def conclude(study: StudyDir, child: Child) -> State:
         status, reason = "interrupted", f"ended by {signal.Signals(number).name}"
     else:
         output = study.log(child.task).read_bytes()[child.log_start :]
-        status, reason = "failed", last_line(output)
+        reason = last_line(output)
+        status = "interrupted" if is_disk_full(reason) else "failed"
     details = {"side_by_side": child.side_by_side, "exit_status": code}
     study.write_record(child.task, status, reason, **details)
     return look(study, child.task)
+
+
+def is_disk_full(reason: str) -> bool:
+    """Whether a run ended for this `reason` because nothing more could be written."""
+    return any(text in reason for text in _DISK_FULL)
 
 
 def last_line(output: bytes) -> str:

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return 0
     folder.create(tasks)
-    with folder.locked() as lock, stop_signals() as stop:
+    with folder.resumable(), folder.locked() as lock, stop_signals() as stop:
         # Another command, or trainings that outlived one, may have finished some runs meanwhile.
         todo = [task for task in todo if is_wanted(look(folder, task), args.retry)]
         screen = Screen(folder, todo, seconds, args.jobs)
@@ -66,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
         report(folder, studies, tasks)
         print("stopped; the same command resumes the study")
         return 128 + stop[-1]
-    evaluate_best(folder, studies)
+    with folder.resumable():
+        evaluate_best(folder, studies)
     return report(folder, studies, tasks)
 
 

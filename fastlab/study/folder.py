@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -50,6 +51,19 @@ class StudyDir:
             raise UserError(
                 f"{self.path}: cannot be written ({error.strerror}); choose another --out"
             ) from None
+
+    @contextlib.contextmanager
+    def resumable(self) -> Generator[None]:
+        """Turn an error of the system, such as a full disk, into a `UserError` of one line."""
+        try:
+            yield
+        except BrokenPipeError:
+            raise  # of standard output: the reader left
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: the study had to stop ({error.strerror}); fix that, then the "
+                f"same command resumes the study"
+            ) from error
 
     def locked(self) -> contextlib.AbstractContextManager[int]:
         """Lock the study; the value is the lock's descriptor, for trainings to inherit. Raises

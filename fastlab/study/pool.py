@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass, field
 
 from fastlab.console import UserError
-from fastlab.study.child import Child, conclude, places, start
+from fastlab.study.child import Child, conclude, is_disk_full, places, start
 from fastlab.study.folder import StudyDir, look
 from fastlab.study.screen import Screen, counted
 from fastlab.study.spec import Task
@@ -20,15 +20,18 @@ class Pool:
     jobs: int
     running: dict[int, Child] = field(default_factory=dict)
     """By place."""
+    stuck: Task | None = None
+    """A run that met a full disk."""
 
     def __post_init__(self) -> None:
         self.places = places(self.jobs)
 
     def run(self, tasks: list[Task], stop: list[int], screen: Screen) -> None:
-        """Train all of `tasks`; after a signal, wait for those that have begun to save and end."""
+        """Train all of `tasks`; after a signal, wait for those that have begun to save and end.
+        Raises `UserError` where the disk is full, when those that have begun have ended."""
         waiting, passed_on = list(tasks), 0
-        while self.running or (waiting and not stop):
-            while waiting and not stop and len(self.running) < self.jobs:
+        while self.running or (waiting and not (stop or self.stuck)):
+            while waiting and not (stop or self.stuck) and len(self.running) < self.jobs:
                 self._start(waiting.pop(0), screen)
             if len(stop) > passed_on:
                 passed_on = len(stop)
@@ -36,6 +39,11 @@ class Pool:
             self._collect(screen)
             screen.show([child.task for child in self.running.values()])
             time.sleep(0.1)
+        if self.stuck and not stop:
+            raise UserError(
+                f"{self.study.path}: the disk was full for {self.stuck.name}; make room, then the "
+                f"same command resumes the study"
+            )
 
     def _start(self, task: Task, screen: Screen) -> None:
         place = next(i for i in range(self.jobs) if i not in self.running)
@@ -60,4 +68,7 @@ class Pool:
         for place, child in list(self.running.items()):
             if child.process.poll() is not None:
                 del self.running[place]
-                screen.ended(child.task, conclude(self.study, child))
+                state = conclude(self.study, child)
+                screen.ended(child.task, state)
+                if is_disk_full(state.reason):
+                    self.stuck = child.task

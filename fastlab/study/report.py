@@ -15,7 +15,7 @@ from fastlab.report.page import (
     render,
     write_whole,
 )
-from fastlab.report.texts import MISSING
+from fastlab.report.texts import MISSING, formatted
 from fastlab.runs import EPOCH_KEYS, Epoch, Run, images_per_second, train_seconds
 from fastlab.study.folder import StudyDir, read_json
 from fastlab.study.reference import (
@@ -134,7 +134,7 @@ def _mean_run(row: RowResult) -> Run:
         over_seeds = {key: interval([epoch[key] for epoch in epochs]) for key in EPOCH_KEYS}
         mean = {key: figure.mean if figure else None for key, figure in over_seeds.items()}
         means.append({"epoch": epochs[0]["epoch"], **mean})
-    return Run(row.label, {}, {}, {}, means, [])
+    return Run(row.label, {}, {}, row.finished[0].summary, means, [])
 
 
 def _row(row: RowResult) -> dict[str, Any]:
@@ -168,10 +168,8 @@ def _reference_lines(row: RowResult, reference: dict[str, float]) -> list[dict[s
     differences = {}
     for metric in _METRICS:
         here = row.figures[metric.figure]
-        distance = here and metric.scale * (here.mean - reference[metric.figure])
-        differences[metric.key] = (
-            MISSING if distance is None else f"{distance:+.{metric.decimals}f}"
-        )
+        distance = metric.scale * (here.mean - reference[metric.figure]) if here else None
+        differences[metric.key] = formatted(distance, f"+.{metric.decimals}f")
     untimed = {"rate": MISSING, "time": MISSING, "seeds": "1"}
     return [
         {"who": "reference", **_cells(reference), **untimed},

@@ -43,7 +43,7 @@ class Interval:
 
     def text(self, scale: float = 1, decimals: int = 2) -> str:
         mean = number_text(scale * self.mean, decimals)
-        return mean if self.half is None else f"{mean} ± {scale * self.half:,.{decimals}f}"
+        return mean if self.half is None else f"{mean} ± {number_text(scale * self.half, decimals)}"
 
 
 def interval(values: list[float | None]) -> Interval | None:

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from fastlab.config import Config
+from fastlab.report.texts import formatted
 from fastlab.traces.figures import Review
 
 _WORTH_SAYING = 0.1  # share of the step from which a loss is reported
@@ -43,8 +44,8 @@ def advise(review: Review, config: Config | None, late: int | None) -> list[Find
             0,
             Finding(
                 "GPU not recorded",
-                "the host called CUDA, but the trace holds no kernel: the other findings are about "
-                "the host alone",
+                "the host called an accelerator, but the trace holds no kernel of a GPU: the other "
+                "findings are about the host alone",
                 "let users read performance counters (CUPTI), and run no second profiler meanwhile",
             ),
         )
@@ -87,30 +88,30 @@ def _on_cpu(review: Review, config: Config | None) -> list[Finding]:
     if shares["communication"] >= _WORTH_SAYING:
         findings.append(_communication(review, config))
     if shares["overhead"] >= _CPU_OVERHEAD:
-        findings.append(_overhead(review, config))
-    findings.append(_operators(review, config))
+        findings.append(_overhead(review))
+    findings.append(_operators(review))
     if review.syncs:
         findings.append(_synchronisation(review, config))
     return findings
 
 
-def _overhead(review: Review, config: Config | None) -> Finding:
+def _overhead(review: Review) -> Finding:
     return Finding(
         "overhead-bound",
-        f"{review.shares['overhead']:.0%} of the step is neither an operator nor a wait for data: "
-        "it is spent in Python and the dispatcher",
-        _compile(config) or "larger batches: fewer steps for the same images",
+        f"{_percent(review.shares['overhead'])} of the step is neither an operator nor a wait for "
+        "data: it is spent in Python and the dispatcher",
+        "larger batches: fewer steps for the same images",
     )
 
 
-def _operators(review: Review, config: Config | None) -> Finding:
+def _operators(review: Review) -> Finding:
     top = review.ops[0] if review.ops else None
-    largest = f", {top.name} alone {top.cpu_ms / review.step_ms:.0%}" if top else ""
+    largest = f", {top.name} alone {_percent(top.cpu_ms / review.step_ms)}" if top else ""
     return Finding(
         "compute on the CPU",
-        f"operators take {review.shares['compute']:.0%} of the step{largest}; a trace of a CPU "
-        "cannot tell whether memory or arithmetic limits them",
-        _compile(config) or "a narrower model, smaller images or more cores (OMP_NUM_THREADS)",
+        f"operators take {_percent(review.shares['compute'])} of the step{largest}; a trace of a "
+        "CPU cannot tell whether memory or arithmetic limits them",
+        "a narrower model, smaller images or more cores (OMP_NUM_THREADS)",
     )
 
 
@@ -123,7 +124,7 @@ def _data_stall(review: Review, config: Config | None) -> Finding:
     else:
         advice = "more cores for this process; lighter augmentation; the dataset on a faster disk"
     share = review.shares["data"]
-    return Finding("data stall", f"{waiting} for data during {share:.0%} of the step", advice)
+    return Finding("data stall", f"{waiting} for data during {_percent(share)} of the step", advice)
 
 
 def _synchronisation(review: Review, config: Config | None) -> Finding:
@@ -132,7 +133,7 @@ def _synchronisation(review: Review, config: Config | None) -> Finding:
     place = f"{first.call} at {first.place}" if first else "an unknown place"
     if review.gpu:
         share = review.shares["synchronisation"]
-        cost = f"the GPU idles after such waits during {share:.0%} of the step"
+        cost = f"the GPU idles after such waits during {_percent(share)} of the step"
     else:
         cost = "this costs nothing on a CPU, but on a GPU the host waits for the device"
     stacks = "" if review.stacks else "; profile.stacks = true records the source lines"
@@ -148,7 +149,7 @@ def _launching(review: Review, config: Config | None) -> Finding:
     duration = f", a median kernel takes {review.kernel_us:.3g} µs" if review.kernel_us else ""
     return Finding(
         "launch-bound",
-        f"the GPU idles during {review.shares['launching']:.0%} of the step because the host "
+        f"the GPU idles during {_percent(review.shares['launching'])} of the step because the host "
         f"launches kernels more slowly than they run: {review.launches:.0f} launches per step"
         f"{duration}",
         _compile(config) or _graphs(config),
@@ -159,8 +160,8 @@ def _communication(review: Review, config: Config | None) -> Finding:
     return Finding(
         "communication-bound",
         f"the process communicates and computes nothing during "
-        f"{review.shares['communication']:.0%} of the step; {review.hidden or 0:.0%} of the "
-        "communication overlaps with computing",
+        f"{_percent(review.shares['communication'])} of the step; "
+        f"{_percent(review.hidden or 0)} of the communication overlaps with computing",
         "a larger train.batch_size: fewer reductions for the same images; fewer processes"
         + ("; faster links (nvidia-smi topo -m)" if review.gpu else ""),
     )
@@ -169,26 +170,37 @@ def _communication(review: Review, config: Config | None) -> Finding:
 def _device(review: Review, config: Config | None) -> Finding:
     share = review.memory_kernels or 0
     if share >= 0.5:
-        name, kind = "memory-bound", f"kernels that move more than they compute take {share:.0%}"
+        name, kind = (
+            "memory-bound",
+            f"kernels that move more than they compute take {_percent(share)}",
+        )
         advice = (
             _compile(config)
             or _half_precision(config)
             or "a larger batch does not help; fewer or fused element-wise layers and copies do"
         )
     else:
-        name, kind = "compute-bound", f"matrix products and convolutions take {1 - share:.0%}"
+        name, kind = "compute-bound", f"matrix products and convolutions take {_percent(1 - share)}"
         advice = _half_precision(config) or (
             "the GPU is well used: a smaller model, channels in multiples of 64, or more GPUs"
         )
     facts = (
-        f"the GPU computes during {review.shares['compute']:.0%} of the step, and {kind} of its "
-        "kernels' time, judged by the kernels' names"
+        f"the GPU computes during {_percent(review.shares['compute'])} of the step, and {kind} of "
+        "its kernels' time, judged by the kernels' names"
     )
     return Finding(name, facts, advice)
 
 
+def _percent(share: float) -> str:
+    return formatted(share, ".0%")
+
+
 def _compile(config: Config | None) -> str:
-    return "" if config and config.train.compile else "train.compile = true"
+    """Advice for a GPU alone: on a CPU, a compiled step was measured to be up to 37 % slower than
+    an eager one (benchmarks/README.md)."""
+    if config is None:  # the trace of another program, perhaps
+        return "torch.compile, unless it is in use (train.compile = true)"
+    return "" if config.train.compile else "train.compile = true"
 
 
 def _graphs(config: Config | None) -> str:

@@ -30,7 +30,9 @@ _READS = ("aten::item", "aten::nonzero")
 _LAUNCH = re.compile(r"(cuda|hip|cu)\w*Launch\w*")
 _FUSED = re.compile(r"triton_(poi|red|per|for|spl)")  # their names list the operators they fuse
 _ARITHMETIC = re.compile(
-    r"gemm|conv(?!ert)|xmma|cutlass|wgmma|winograd|fprop|dgrad|wgrad|nvjet|triton_(mm|tem)", re.I
+    r"gemm|conv(?!ert)|xmma|cutlass|wgmma|winograd|fprop|dgrad|wgrad|nvjet|triton_(mm|tem)"
+    r"|^Cijk_|xdl",  # rocBLAS's matrix products and MIOpen's convolutions
+    re.I,
 )
 _LIBRARIES = ("torch/", "accelerate/", "contextlib.py", "<", "numpy/")
 
@@ -85,7 +87,7 @@ class Review:
     """Augmentation in other threads, ahead of use."""
     peak_bytes: int | None
     blind: bool
-    """Whether CUDA was called although the trace holds no work of a GPU."""
+    """Whether an accelerator was called although the trace holds no work of a GPU."""
     shares: dict[str, float] = field(default_factory=dict)
     """Shares of the step, which add up to 1: "compute" and the causes of losses."""
     comm_ms: float = 0
@@ -139,7 +141,7 @@ def _measure_cpu(trace: Trace) -> Review:
     review = _review(trace, (high - low) / len(trace.steps), [], _reads(trace))
     _set_communication(review, comm, ops, len(trace.steps))
     review.shares = {name: part.total() / (high - low) for name, part in parts.items()}
-    review.shares["overhead"] = 1 - sum(review.shares.values())
+    review.shares["overhead"] = max(0.0, 1 - sum(review.shares.values()))
     return review
 
 
@@ -222,7 +224,7 @@ def _gpu_shares(
         "synchronisation": float(rest[after_sync].sum()),
         "launching": float(rest[~after_sync].sum()),
     }
-    return {name: time / (high - low) for name, time in times.items()}
+    return {name: max(0.0, time / (high - low)) for name, time in times.items()}  # rounding
 
 
 def _set_communication(review: Review, comm: Intervals, compute: Intervals, periods: int) -> None:

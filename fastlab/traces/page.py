@@ -11,7 +11,7 @@ from typing import NamedTuple
 from fastlab.console import UserError
 from fastlab.machine import installing
 from fastlab.report.page import render, write_whole
-from fastlab.report.texts import MISSING
+from fastlab.report.texts import MISSING, formatted, number_text
 from fastlab.traces.advice import RULES
 from fastlab.traces.events import SUFFIX, find_traces
 from fastlab.traces.figures import Part, Review, Row
@@ -59,7 +59,12 @@ class Table(NamedTuple):
 def _title(run: RunReview) -> str:
     main = run.main
     ranks = f"{len(run.ranks)} of {main.world} ranks" if main.world > 1 else "one process"
-    steps = f"steps {main.numbers[0]} to {main.numbers[-1]}"
+    if not main.numbers:
+        steps = "the whole recording as one step, since it marks none"
+    elif len(main.numbers) == 1:
+        steps = f"step {main.numbers[0]}"
+    else:
+        steps = f"steps {main.numbers[0]} to {main.numbers[-1]}"
     return f"{run.name}: {steps}, {main.gpu or 'CPU'}, {ranks}"
 
 
@@ -95,7 +100,7 @@ def _figure_rows(runs: list[RunReview]) -> list[list[str]]:
         values = [value for value, _ in pairs]
         if all(value is None for value in values):
             continue
-        texts = [MISSING if value is None else format(value, form) for value, form in pairs]
+        texts = [formatted(value, form) for value, form in pairs]
         rows.append([label, *texts, *([_change(*values, texts[0])] if len(runs) == 2 else [])])
     return rows
 
@@ -104,8 +109,8 @@ def _change(before: float | None, after: float | None, shown: str) -> str:
     if before is None or after is None:
         return MISSING
     if shown.endswith("%"):
-        return f"{100 * (after - before):+.1f} points"
-    return f"{after / before - 1:+.1%}" if before else MISSING
+        return f"{formatted(100 * (after - before), '+.1f')} points"
+    return formatted(after / before - 1 if before else None, "+.1%")
 
 
 def _shares(review: Review) -> list[tuple[str, float]]:
@@ -121,7 +126,7 @@ def _words(name: str) -> str:
 def _part_table(review: Review) -> Table:
     columns = 3 if review.gpu else 2
     rows = [
-        [_words(part.name), f"{part.host_ms:,.2f}", f"{part.gpu_ms:,.2f}"][:columns]
+        [_words(part.name), number_text(part.host_ms, 2), number_text(part.gpu_ms, 2)][:columns]
         for part in review.parts
     ]
     return Table("Parts, ms per step", ["part", "host", "GPU"][:columns], rows)
@@ -139,13 +144,16 @@ def tables(run: RunReview) -> list[Table]:
         Table(
             "Kernels, by GPU time",
             ["kernel", "GPU ms per step", "calls per step"],
-            [[_shortened(r.name), f"{r.gpu_ms:,.3f}", f"{r.calls:,.1f}"] for r in main.kernels],
+            [
+                [_shortened(r.name), number_text(r.gpu_ms, 3), number_text(r.calls, 1)]
+                for r in main.kernels
+            ],
         ),
         _operator_table(main),
         Table(
             syncs,
             ["call", waited, "calls per step", "where"],
-            [[s.call, f"{s.ms:,.3f}", f"{s.calls:,.1f}", s.place] for s in main.syncs],
+            [[s.call, number_text(s.ms, 3), number_text(s.calls, 1), s.place] for s in main.syncs],
         ),
         Table(
             "Ranks",
@@ -160,17 +168,18 @@ def _operator_table(review: Review) -> Table:
     first, processor = (0, "GPU") if review.gpu else (1, "self CPU")
 
     def cells(row: Row) -> list[str]:
-        times = [f"{row.gpu_ms:,.3f}", f"{row.cpu_ms:,.3f}"][first:]
-        return [_shortened(row.name), *times, f"{row.calls:,.1f}"]
+        times = [number_text(row.gpu_ms, 3), number_text(row.cpu_ms, 3)][first:]
+        return [_shortened(row.name), *times, number_text(row.calls, 1)]
 
     head = ["operator", *["GPU ms per step", "self CPU ms per step"][first:], "calls per step"]
     return Table(f"Operators, by {processor} time", head, [cells(row) for row in review.ops])
 
 
 def _rank_row(rank: Review) -> list[str]:
-    hidden, busy = (MISSING if v is None else f"{v:.1%}" for v in (rank.hidden, rank.busy))
-    data = f"{rank.shares['data']:.1%}"
-    return [str(rank.rank), f"{rank.step_ms:,.2f}", data, f"{rank.comm_ms:,.2f}", hidden, busy]
+    shares = (rank.shares["data"], rank.hidden, rank.busy)
+    data, hidden, busy = (formatted(share, ".1%") for share in shares)
+    step, communication = number_text(rank.step_ms, 2), number_text(rank.comm_ms, 2)
+    return [str(rank.rank), step, data, communication, hidden, busy]
 
 
 def _shortened(name: str) -> str:
@@ -191,8 +200,10 @@ def _run_text(run: RunReview) -> str:
     lines = [_title(run)]
     for name, facts, advice in run.findings:
         lines += ["", *_wrapped(f"{name}: {facts}"), *_wrapped(f"  try: {advice}")]
-    spread = f"{main.fastest_ms:,.2f} to {main.slowest_ms:,.2f} ms on the host"
-    lines.append(f"\nStep: {main.step_ms:,.2f} ms ({spread})")
+    step, fastest, slowest = (
+        number_text(time, 2) for time in (main.step_ms, main.fastest_ms, main.slowest_ms)
+    )
+    lines.append(f"\nStep: {step} ms ({fastest} to {slowest} ms on the host)")
     figures = Table("Other figures", [], _figure_rows([run]))
     for title, head, rows in (_part_table(main), figures, *tables(run)):
         lines += [f"\n{title}", *_columns([head, *rows] if head else rows)]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fastlab.runs import RunDir
 from fastlab.traces.advice import Finding, advise
-from fastlab.traces.events import read_traces
+from fastlab.traces.events import find_traces, read_trace
 from fastlab.traces.figures import Review, measure
 
 _STRAGGLER = 0.1  # share of a step by which ranks must differ in communication to name one
@@ -30,11 +30,13 @@ class RunReview:
 
 
 def review_run(path: Path) -> RunReview:
-    """Review the newest recording of a run directory, or a single trace. Raises `UserError`."""
-    traces = read_traces(path)
-    run = RunDir(traces[0].path.absolute().parent.parent)
-    config = run.load_config() if run.exists() else None
-    ranks = [measure(trace) for trace in traces]
+    """Review the newest recording of a run directory or of a folder of traces, with all its ranks,
+    or a single trace. Raises `UserError`."""
+    files = find_traces(path)
+    folder = files[0].absolute().parent
+    run = RunDir(folder.parent)
+    config = run.load_config() if folder.name == run.traces.name and run.exists() else None
+    ranks = _measure_ranks(files)
     late = _late_rank(ranks)
     return RunReview(
         name=str(path),
@@ -43,6 +45,20 @@ def review_run(path: Path) -> RunReview:
         findings=advise(ranks[0], config, late),
         late=late,
     )
+
+
+def _measure_ranks(files: list[Path]) -> list[Review]:
+    """The figures of each rank of the newest recording, in order. A trace may take gigabytes of
+    memory, so only one is held at a time."""
+    newest = measure(read_trace(files[0]))
+    ranks = {newest.rank: newest}
+    for file in files[1:]:
+        if len(ranks) >= newest.world:
+            break
+        review = measure(read_trace(file))
+        if (review.world, review.numbers) == (newest.world, newest.numbers):
+            ranks.setdefault(review.rank, review)
+    return [ranks[rank] for rank in sorted(ranks)]
 
 
 def _late_rank(ranks: list[Review]) -> int | None:

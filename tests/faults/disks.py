@@ -11,7 +11,7 @@ import numpy as np
 
 from tests.faults.kills import ended
 from tests.faults.outcomes import Tally, call, judge, same_images, same_run
-from tests.trainings import ROOT, checkpoints, command, launch, wait_until
+from tests.trainings import ROOT, TINY, checkpoints, command, launch, wait_until
 
 _SECONDS = 120  # that a command may take
 
@@ -27,6 +27,10 @@ def full(tally: Tally, base: Path, scratch: Path, seed: int, times: int) -> None
             _conversion(tally, base, scratch / "full", limit)
         else:
             _training(tally, base, scratch / "full", whole, limit)
+        shutil.rmtree(scratch / "full")
+    for _ in range(max(1, times // 10)):
+        limit = int(np.exp(random.uniform(np.log(500), np.log(1_500_000))))
+        _study(tally, base, scratch / "full", whole, limit)
         shutil.rmtree(scratch / "full")
 
 
@@ -75,6 +79,34 @@ def _training(tally: Tally, base: Path, folder: Path, whole: Path, limit: int) -
 
     outcome = judge(process.returncode, errors, correct, unharmed)
     tally.add("full disk: train", outcome, f"at {limit} bytes")
+
+
+def _study(tally: Tally, base: Path, folder: Path, whole: Path, limit: int) -> None:
+    """A study stops, and the same command finishes its run once there is room."""
+    folder.mkdir()
+    study = folder / "study.toml"
+    text = 'title = "Full"\nseeds = [0]\n[[rows]]\ntrain.epochs = 2\n'
+    study.write_text(f'base = "{ROOT}/configs/demo.toml"\n{text}')
+    sets = [f"data.path={base / 'dataset'}", *TINY]
+    arguments = [*("study", str(study), "--out", str(folder / "out"), "--no-calibration")]
+    arguments += [part for value in sets for part in ("--set", value)]
+    script = ROOT / "fastlab" / "__main__.py"
+    process = launch(
+        arguments,
+        script=script,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    code, errors = ended(process, check=False)
+
+    def correct() -> str:
+        [run] = (folder / "out" / "runs").iterdir()
+        return same_run(run, whole)
+
+    def unharmed() -> str:
+        code, again = ended(launch(arguments, script=script), check=False)
+        return f"repeated: {code} {again[-300:]}" if code else correct()
+
+    tally.add("full disk: study", judge(code, errors, correct, unharmed), f"at {limit} bytes")
 
 
 def unusable(tally: Tally, base: Path, scratch: Path) -> None:

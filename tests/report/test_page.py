@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -15,8 +16,10 @@ from typing import Any
 
 import pytest
 
+from fastlab.cli import main
 from fastlab.console import UserError
 from fastlab.report.page import write_report
+from tests.trainings import command, launch, wait_until
 
 VOID = {"meta", "img", "br", "link"}
 
@@ -199,7 +202,86 @@ def test_the_time_of_an_unfinished_run_is_the_sum_over_its_epochs(tmp_path: Path
     summary = {**SUMMARY, "status": "running", "train_seconds": 0.0}
     run = make_run(tmp_path / "a", [epoch(1), epoch(2, seconds=40.5)], summary=summary)
     *_, time, status = results(page_of(run))[0]
-    assert (time, status) == ("42.5 s", "▶ running")
+    assert (time, status) == ("42.5 s", "■ interrupted")
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_killed_run_is_interrupted_and_no_longer_running(
+    synth_dataset: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    process = launch(command(synth_dataset, run, "train.compile=false", "train.epochs=100000"))
+    try:
+        metrics = run / "metrics.jsonl"
+        assert wait_until(lambda: metrics.exists() and b"\n" in metrics.read_bytes(), process)
+        assert results(page_of(run))[0][-1] == "▶ running"
+        copy = Path(shutil.copytree(run, tmp_path / "copy", ignore=shutil.ignore_patterns(".*")))
+        assert results(page_of(copy))[0][-1] == "■ interrupted"
+    finally:
+        process.kill()
+        process.communicate(timeout=60)
+    assert results(page_of(run))[0][-1] == "■ interrupted"
+
+
+def test_what_is_no_run_yet_is_left_out_with_a_line_each(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path / "runs/a", [epoch(1)])
+    make_run(tmp_path / "runs/begun", [])
+    make_run(tmp_path / "runs/claimed", [])
+    (tmp_path / "runs/claimed/metrics.jsonl").unlink()
+    (tmp_path / "runs/empty").mkdir()
+    (tmp_path / "runs/report.html").write_text("a page")
+    paths, out = sorted((tmp_path / "runs").iterdir()), tmp_path / "out.html"
+    assert main(["report", *map(str, paths), "--out", str(out)]) == 0
+    assert [row[0] for row in results(Tree(out.read_text()).root)] == ["a"]
+    begun, claimed, empty, page = capsys.readouterr().err.splitlines()
+    assert "runs/begun/" in begun and "runs/claimed/" in claimed
+    assert "no epoch" in begun and "no epoch" in claimed
+    assert "runs/empty: not a run" in empty and "runs/report.html: not a run" in page
+    # Without any run there is no report, and a path that does not exist is a mistake.
+    out.unlink()
+    assert main(["report", *map(str, paths[1:]), "--out", str(out)]) == 2
+    assert "nothing to report" in capsys.readouterr().err.splitlines()[-1]
+    assert main(["report", str(tmp_path / "runs/b"), *map(str, paths), "--out", str(out)]) == 2
+    assert "no such directory" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def ticks_of(page: Element, name: str) -> list[float]:
+    """The labels of the vertical axis on which a curve is drawn."""
+    texts = page.one("g", data_curve=name).parent.parent.all("text")
+    return [float(t.text) for t in texts if t.attributes["text-anchor"] == "end"]
+
+
+def test_a_diverged_run_does_not_flatten_the_other_curves(tmp_path: Path) -> None:
+    usual = [epoch(n, train_loss=2.4 - 0.2 * n, val_loss=2.5 - 0.2 * n) for n in range(1, 7)]
+    diverged = [epoch(1, train_loss=2.3, val_loss=2.4), epoch(2, train_loss=9e3, val_loss=4e15)]
+    summary = {**SUMMARY, "dataset": {"path": "tiny", "classes": 10}}
+    alone = make_run(tmp_path / "usual", usual, summary=summary)
+    expected = curve(page_of(alone), "usual val loss"), ticks_of(page_of(alone), "usual val loss")
+    page = page_of(alone, make_run(tmp_path / "lost", diverged, summary=summary))
+    assert (curve(page, "usual val loss"), ticks_of(page, "usual val loss")) == expected
+    # The value above the axis lies on its upper edge, at an arrow, and is said in words.
+    group = page.one("g", data_curve="lost val loss")
+    ((_, (left, top)),) = curve(page, "lost val loss")
+    assert top == 12
+    (arrow,) = group.all("path", class_="arrow")
+    assert arrow.attributes["transform"] == f"translate({left} 12)"
+    figure = group.parent.parent.parent
+    note = figure.one("p", class_="note").text
+    assert "lost (up to 4e+15)" in note and "usual" not in note
+    assert "4e+15" in figure.one("table").text
+    assert [len(f.all("p", class_="note")) for f in page.all("figure")] == [1, 0, 0]
+    assert page.one("g", data_curve="usual val loss").all("path", class_="arrow") == []
+
+
+def test_a_run_that_only_diverged_keeps_its_axis(tmp_path: Path) -> None:
+    losses = [epoch(n, train_loss=100.0 * n, val_loss=200.0 * n) for n in (1, 2)]
+    page = page_of(make_run(tmp_path / "a", losses, summary=SUMMARY))
+    assert ticks_of(page, "a val loss")[-1] == 400
+    assert page.all("path", class_="arrow") == []
 
 
 def test_each_run_has_one_row_and_a_distinct_name(tmp_path: Path) -> None:
@@ -466,11 +548,10 @@ def test_a_directory_that_is_not_a_run_is_refused(tmp_path: Path) -> None:
     assert not out.exists()
 
 
-@pytest.mark.parametrize("name", ["environment.json", "metrics.jsonl"])
-def test_a_run_with_a_missing_file_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_run_with_a_missing_file_is_refused(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a", [epoch(1)])
-    (run / name).unlink()
-    assert_user_error([run], tmp_path / "report.html", str(run / name), "missing")
+    (run / "environment.json").unlink()
+    assert_user_error([run], tmp_path / "report.html", str(run / "environment.json"), "missing")
 
 
 @pytest.mark.parametrize("content", ["", '{"epoch": 1, "st'])

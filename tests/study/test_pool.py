@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -32,7 +33,8 @@ def command(path: Path, dataset: Path, out: Path, *options: str) -> list[str]:
     return [*base, "--jobs", "2", "--no-calibration", *sets, *options]
 
 
-def launch(arguments: list[str]) -> subprocess.Popen[str]:
+def launch(arguments: list[str], limit: int = resource.RLIM_INFINITY) -> subprocess.Popen[str]:
+    """Start a command whose files may have `limit` bytes."""
     return subprocess.Popen(
         arguments,
         cwd=ROOT,
@@ -40,12 +42,13 @@ def launch(arguments: list[str]) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
 
 
-def finish(arguments: list[str]) -> tuple[int, str]:
+def finish(arguments: list[str], limit: int = resource.RLIM_INFINITY) -> tuple[int, str]:
     """Exit status, and everything printed."""
-    process = launch(arguments)
+    process = launch(arguments, limit)
     try:
         printed, _ = process.communicate(timeout=120)
     finally:
@@ -149,3 +152,50 @@ def test_a_study_that_is_stopped_and_killed_ends_as_an_undisturbed_one(
     status, printed = finish(command(path, synth_dataset, out))
     assert status == 1 and "begins" not in printed and "nothing left to train" in printed
     assert before == {file: file.stat().st_mtime_ns for file in out.glob("runs/*/metrics.jsonl")}
+
+
+FULL = """
+seeds = [0]
+[[rows]]
+optim.lr = 0.01
+[[rows]]
+model.width = 12
+[[rows]]
+model.width = 16
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_full_disk_stops_the_study_and_the_same_command_resumes_it(synth_dataset, tmp_path):
+    out = tmp_path / "out"
+    arguments = command(write_study(tmp_path, FULL), synth_dataset, out, "--jobs", "1")
+    arguments += ["--set", "train.epochs=1"]
+    status, printed = finish(arguments, limit=300_000)  # room for the first run's checkpoint
+    *events, line = printed.splitlines()
+    assert status == 2, printed
+    assert line.startswith(f"fastlab: {out}: the disk was full for ") and "resumes" in line
+    assert not [event for event in events if "fastlab:" in event or "Traceback" in event]
+    assert [event.split()[0] for event in events[-4:]] == [
+        *("begins", "finished", "begins", "interrupted")
+    ]
+    [first] = [p.parent for p in out.glob("runs/*/summary.json") if '"finished"' in p.read_text()]
+    before = {p: p.read_bytes() for p in first.rglob("*") if p.is_file()}
+    status, printed = finish(arguments)
+    assert status == 0 and "3 of 3 runs finished" in printed, printed
+    assert before == {p: p.read_bytes() for p in first.rglob("*") if p.is_file()}
+
+
+@pytest.mark.slow
+def test_a_record_that_cannot_be_written_stops_the_study_with_one_line(synth_dataset, tmp_path):
+    out = tmp_path / "out"
+    arguments = command(write_study(tmp_path, STUDY), synth_dataset, out, "--jobs", "1")
+    status, printed = finish([*arguments, "--dry-run"])
+    names = [word for word in printed.split() if word.startswith("resnet11-")]
+    assert status == 0 and len(names) == 2, printed
+    for name in names:  # a directory takes the place of the file
+        (out / "records" / f"{name}-seed0.json").mkdir(parents=True)
+    status, printed = finish(arguments)
+    assert status == 2, printed
+    assert f"fastlab: {out}: the study had to stop (Is a directory)" in printed
+    assert "Traceback" not in printed

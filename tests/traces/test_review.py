@@ -1,6 +1,7 @@
 """Reviews of traces with planted problems. They need no GPU: the traces are made here, in the form
 in which torch.profiler writes them."""
 
+import gzip
 import json
 import random
 import re
@@ -323,6 +324,160 @@ def test_kernels_of_a_graph_share_one_launch(tmp_path):
     assert run.findings[0].name == "compute-bound"
     parts = {part.name: part.gpu_ms for part in run.main.parts}
     assert parts["forward"] == pytest.approx(1.0, rel=0.01)
+
+
+# Traces of other programs. Their events have the form of those in the test data of
+# HolisticTraceAnalysis (MIT licence): of an MI250, of a program without steps, of torch 1.10.
+
+FOREIGN = {"cudaLaunchKernel": "hipExtModuleLaunchKernel", GEMM: "Cijk_Ailk_Bjlk_SB_Bias_MT64x16"}
+OLD = {"cuda_runtime": "Runtime", "kernel": "Kernel", "cpu_op": "Operator"}
+
+
+def changed(path: Path, change, compress: bool = False) -> Path:
+    """The trace at `path` with `change` made to its content, perhaps compressed."""
+    content = json.loads(path.read_text())
+    content = change(content) or content
+    data = json.dumps(content).encode()
+    out = path.with_name(f"changed.json{'.gz' * compress}")
+    out.write_bytes(gzip.compress(data) if compress else data)
+    return out
+
+
+def renamed(names: dict[str, str]):
+    def change(content):
+        for event in content["traceEvents"]:
+            event["name"] = names.get(event["name"], event["name"])
+            event["cat"] = names.get(event.get("cat"), event.get("cat"))
+
+    return change
+
+
+def without_steps(content):
+    events = [e for e in content["traceEvents"] if not e["name"].startswith("ProfilerStep")]
+    return {**content, "traceEvents": events}
+
+
+def figures(path: Path) -> tuple:
+    review = review_run(path).main
+    kernels = [kernel._replace(name="") for kernel in review.kernels]
+    return review.step_ms, review.shares, review.launches, review.memory_kernels, kernels
+
+
+@pytest.mark.parametrize("change", [renamed({}), renamed(FOREIGN), renamed(OLD)])
+def test_a_compressed_trace_of_any_program_gives_the_same_figures(change, tmp_path):
+    path = record(tmp_path, 2000, compute)
+    assert figures(changed(path, change, compress=True)) == figures(path)
+
+
+def test_a_program_that_marks_no_steps_gets_figures_of_the_whole_recording(tmp_path, capsys):
+    path = record(tmp_path, 20, compute)
+    whole, steps = review_run(changed(path, without_steps)), review_run(path)
+    assert whole.main.numbers == []
+    # Four steps of 60 kernels of 100 µs and one of 5 µs, and at the start the wait for a launch.
+    assert whole.main.step_ms == pytest.approx(4 * 6.005 + 0.03, rel=0.01)
+    assert whole.main.launches == 4 * steps.main.launches
+    assert whole.findings[0].name == "compute-bound"
+    assert main(["trace", str(tmp_path / "changed.json")]) == 0
+    assert "the whole recording as one step" in capsys.readouterr().out
+
+
+def test_the_empty_step_after_the_last_one_is_left_out(tmp_path):
+    gpu = Recording()
+    for number in range(11, 15):
+        step(gpu, number, 20, compute)
+    with gpu.range("ProfilerStep#15"):
+        gpu.python(3)
+    review = review_run(gpu.save(tmp_path / "rank0.1.pt.trace.json")).main
+    assert review.numbers == [11, 12, 13, 14]
+
+
+def test_a_folder_of_the_traces_of_all_ranks_gives_one_page(tmp_path, capsys):
+    communicating(tmp_path, hidden=False, late=1)
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    for rank, path in enumerate(sorted((tmp_path / "traces").iterdir())):
+        (folder / f"rank-{rank}.json.gz").write_bytes(gzip.compress(path.read_bytes()))
+    (folder.parent / "config.toml").write_text("[another_program]\n")
+    assert main(["trace", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "2 of 2 ranks" in printed and "rank 1 spends the least time" in printed
+    assert (folder / "review.html").exists()
+
+
+def first_kernel(content):
+    return next(event for event in content["traceEvents"] if event.get("cat") == "kernel")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: first_kernel(content).update(dur=str(first_kernel(content)["dur"])),
+        lambda content: content.update(distributedInfo=None, deviceProperties=[]),
+        lambda content: content["traceEvents"].append({"ph": "s", "id": 1, "cat": "fwdbwd"}),
+        lambda content: content["traceEvents"].append({"name": "Trace", "args": None}),
+        lambda content: content.update(displayTimeUnit="ms", baseTimeNanoseconds=1735632360),
+        lambda content: next(e for e in content["traceEvents"] if "args" in e).update(args=None),
+    ],
+)
+def test_what_other_programs_leave_out_or_add_does_not_matter(change, tmp_path, capsys):
+    path = changed(record(tmp_path, 20, compute), change)
+    assert main(["trace", str(path)]) == 0
+    assert "compute-bound" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: first_kernel(content).pop("dur"),
+        lambda content: first_kernel(content).pop("ts"),
+        lambda content: first_kernel(content).update(dur=-3),
+        lambda content: first_kernel(content).update(dur="long"),
+        lambda content: first_kernel(content).update(args=[1]),
+        lambda content: first_kernel(content)["args"].update(correlation=[1]),
+        lambda content: content.update(traceEvents=[], schema="1.0.1"),
+    ],
+)
+def test_an_event_without_a_meaning_is_refused(change, tmp_path, capsys):
+    path = record(tmp_path, 20, compute)
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    complaint(path, capsys)
+
+
+def test_a_compressed_trace_that_is_cut_short_is_refused(tmp_path, capsys):
+    whole = changed(record(tmp_path, 20, compute), renamed({}), compress=True).read_bytes()
+    path = tmp_path / "cut.json.gz"
+    for data in (whole[: len(whole) // 2], whole[:12], whole[:-6] + b"123456", whole[:2]):
+        path.write_bytes(data)
+        assert "damaged or cut short" in complaint(path, capsys)
+
+
+# Advice, and how figures are written
+
+
+def test_compilation_is_not_advised_on_a_cpu(tmp_path):
+    """It was measured to be slower there (benchmarks/README.md)."""
+    path = record(tmp_path / "traces", 20, tiny)
+    content = json.loads(path.read_text())
+    events = [e for e in content["traceEvents"] if e.get("cat") in ("cpu_op", "user_annotation")]
+    path.write_text(json.dumps({**content, "traceEvents": events}))
+    for config in (None, "[train]\ncompile = false\n", "[train]\ncompile = true\n"):
+        if config:
+            (tmp_path / "config.toml").write_text(config)
+        for finding in review_run(path).findings:
+            assert "compile" not in finding.advice
+
+
+def test_no_figure_is_a_negative_zero(tmp_path, capsys):
+    for name, wait in (("slow", 20_000.2), ("fast", 20_000)):
+        record(tmp_path / name / "traces", wait, compute)
+    out = tmp_path / "both.html"
+    runs = [str(tmp_path / "slow"), "--compare", str(tmp_path / "fast")]
+    assert main(["trace", *runs, "--out", str(out)]) == 0
+    shown = capsys.readouterr().out + out.read_text()
+    assert not re.search(r"[-−]0(\.0*)?(?![\d.])( ?%| points| ms)", shown)
+    assert "+0.0%" in shown
 
 
 # The page
