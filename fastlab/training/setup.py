@@ -1,28 +1,27 @@
 """What is set up before the first step: devices, precision, compilation and the dataset."""
 
-import argparse
 import os
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import nn
 
-from fastlab import config, models
+from fastlab import models
 from fastlab.config import Config
 from fastlab.console import UserError
 from fastlab.dataset.manifest import Manifest, check_sizes, read_manifest
 from fastlab.machine import has_bf16
 from fastlab.models.sync_norm import synchronise
-from fastlab.runs import RunDir
 from fastlab.training.distributed import agreed
 from fastlab.training.optim import make_optimizer
+from fastlab.training.warm_start import warm_start
 from pipelines import PipelineSpec, make_pipeline
 from pipelines.base import Pipeline, Shard
 
@@ -41,23 +40,6 @@ _SLOW_BF16 = (
 _COMPILING = "compiling the first step; this takes minutes on a CPU"
 
 
-def resolve(args: argparse.Namespace) -> tuple[Config, RunDir]:
-    """The configuration and the run directory that the options of `add_training_options` name."""
-    if args.resume and (args.config or args.overrides or args.out):
-        raise UserError("--resume takes the run's own configuration: drop --config, --set, --out")
-    if not args.resume and not args.config:
-        raise UserError("--config FILE is missing; such as --config configs/demo.toml")
-    if args.resume:
-        directory = RunDir(args.resume)
-        cfg = directory.load_config()
-    else:
-        directory = RunDir(args.out or Path("runs") / args.config.stem)
-        cfg = config.load(args.config, args.overrides)
-    if args.profile:
-        cfg = replace(cfg, profile=replace(cfg.profile, enabled=True))
-    return cfg, directory
-
-
 def make_accelerator(cfg: Config) -> Accelerator:
     """Collective. Raises `UserError` where precision or batch size do not suit the processes."""
     precision = cfg.train.precision
@@ -66,6 +48,8 @@ def make_accelerator(cfg: Config) -> Accelerator:
     # Running statistics drift apart a little within an epoch and are averaged at its end;
     # broadcasting them would cost a reduction in every step.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    # Accelerate keeps the precision of the process's first training; a second may have another.
+    AcceleratorState._reset_state()
     accelerator = Accelerator(
         mixed_precision=precision if precision in ("bf16", "fp16") else "no",
         step_scheduler_with_optimizer=False,
@@ -138,6 +122,14 @@ def open_split(
         compile=cfg.train.compile,
     )
     return make_pipeline(spec)
+
+
+def build(cfg: Config, manifest: Manifest, init: str) -> tuple[nn.Module, str]:
+    """The model, in fp32 on the CPU, and which weights of another run or of a file it holds, as
+    `init` asks; empty: random ones. Raises `UserError` where those weights do not fit."""
+    model = models.build(cfg.model, len(manifest.classes))
+    classes = [each.id for each in manifest.classes]
+    return model, warm_start(model, init, classes) if init else ""
 
 
 def prepare(
