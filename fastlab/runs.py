@@ -251,7 +251,7 @@ class Run:
     predictions: list[Prediction]
 
 
-def read_run(directory: Path, name: str) -> Run:
+def read_run(directory: Path | str, name: str) -> Run:
     """Read a run directory. Raises UserError where a file of it is missing or malformed."""
     run = RunDir(directory)
     return Run(

@@ -21,14 +21,12 @@ def warm_start(model: nn.Module, source: Path | str, classes: list[str]) -> str:
     if not source.is_dir() and not source.is_file():
         raise UserError(f"--init {source}: no such run or file; give a run or a .safetensors file")
     run = RunDir(source if source.is_dir() else source.absolute().parent.parent)
+    known = run.classes() if source.is_dir() or run.exists() else None
     file = run.best if source.is_dir() else source
     weights = checkpoint.read_weights(file, foreign=True)
     head = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
-    if source.is_dir() or run.exists():
-        same_classes = run.classes() == classes
-    else:
-        outputs = weights.get(f"{head}.weight")
-        same_classes = outputs is not None and len(outputs) == len(classes)
+    outputs = weights.get(f"{head}.weight", ())
+    same_classes = known == classes if known is not None else len(outputs) == len(classes)
     new = set() if same_classes else {f"{head}.weight", f"{head}.bias"}
     loaded = {name: tensor for name, tensor in weights.items() if name not in new}
     wanted = {name: t.shape for name, t in model.state_dict().items() if name not in new}
