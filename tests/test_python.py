@@ -3,10 +3,13 @@
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
+from fastlab.training.setup import compile_forward
 from tests.trainings import ROOT, TINY
 
 
@@ -103,3 +106,19 @@ def test_paths_may_be_strings(folder):
         """,
         folder,
     ).endswith("all of them\n")
+
+
+def test_every_model_of_a_process_is_compiled(monkeypatch):
+    """By itself, torch compiles eight variants of a function, which all models of a class share."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    for width in range(1, 11):
+        model = torch.nn.Linear(width, 1)
+        compile_forward(model, deterministic=False)
+        model(torch.zeros(2, width))
+    assert len(graphs) == 10

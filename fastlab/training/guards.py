@@ -143,7 +143,8 @@ def divergence_explained(
         last = checkpoint.last(run.checkpoints)
         kept = f"{last} is whole" if last else "there was no checkpoint yet"
         with agreed(accelerator):
+            lower = run.load_config().optim.lr / 10
             raise UserError(
-                f"{run.path}: {error} of epoch {state.progress.epoch + 1}; {kept}; with a lower "
-                f"rate, or train.grad_clip, {run.resume_hint()} --set optim.lr=…"
+                f"{run.path}: {error} of epoch {state.progress.epoch + 1}; {kept}; with a tenth "
+                f"of the rate, {run.resume_hint()} --set optim.lr={lower:g}"
             ) from None

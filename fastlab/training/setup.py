@@ -158,6 +158,9 @@ def compile_forward(model: nn.Module, deterministic: bool) -> None:
         import torch._inductor.config as inductor  # slow to import
 
         inductor.deterministic = True  # no kernel is chosen by trial either
+    # A process keeps eight compiled variants of a function and runs further ones eagerly: those of
+    # earlier trainings must not count.
+    torch.compiler.reset()
     model.forward = torch.compile(model.forward, dynamic=False)
 
 
