@@ -212,12 +212,12 @@ SECTIONS: dict[str, type] = get_type_hints(Config)
 _LARGEST = 1 << 16
 
 
-def load(path: Path | None, overrides: Iterable[str] = ()) -> Config:
+def load(path: Path | str | None, overrides: Iterable[str] = ()) -> Config:
     """Read `path` (None: all defaults) and apply ``section.key=value`` overrides in order.
 
     Raises `UserError` for anything that is not a valid configuration.
     """
-    tables = read_toml(path) if path else {}
+    tables = read_toml(Path(path)) if path else {}
     values = _check_tables(tables, str(path))
     for override in overrides:
         section, key, value = _parse_override(override)
@@ -228,6 +228,17 @@ def load(path: Path | None, overrides: Iterable[str] = ()) -> Config:
 def dump(config: Config) -> str:
     """The whole configuration as TOML; `load` of it gives an equal configuration."""
     return tomli_w.dumps(dataclasses.asdict(config))
+
+
+def differences(before: Config, after: Config) -> dict[str, Any]:
+    """``section.key`` -> the value in `before`, for every value that is another in `after`."""
+    new = dataclasses.asdict(after)
+    return {
+        f"{section}.{key}": value
+        for section, values in dataclasses.asdict(before).items()
+        for key, value in values.items()
+        if new[section][key] != value
+    }
 
 
 def read_toml(path: Path, advice: str = "check --config") -> dict[str, Any]:

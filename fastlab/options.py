@@ -18,8 +18,15 @@ def add_set_option(parser: argparse.ArgumentParser, help: str) -> None:
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:
     """The options of `fastlab train` and of fastlab/train.py."""
-    parser.add_argument("--config", type=Path, help="a configuration, such as configs/demo.toml")
+    add = parser.add_argument
+    add("--config", type=Path, help="a configuration, such as configs/demo.toml")
     add_set_option(parser, "override one value; may be repeated")
-    parser.add_argument("--out", type=Path, help="run directory (default: runs/<config name>)")
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="continue an unfinished run")
-    parser.add_argument("--profile", action="store_true", help="record a trace ([profile])")
+    out = "run directory (default: runs/<config name>)"
+    add("--out", type=Path, help=out)
+    overwrite = "start anew in the directory of another run, whose files are replaced"
+    add("--overwrite", action="store_true", help=overwrite)
+    init = "start from the best weights of a run, or from a .safetensors file"
+    add("--init", default="", metavar="WEIGHTS", help=init)
+    resume = "continue a run; --set may change what its checkpoint does not depend on"
+    add("--resume", type=Path, metavar="RUN", help=resume)
+    add("--profile", action="store_true", help="record a trace ([profile])")

@@ -1,4 +1,5 @@
-"""The run directory, which a training leaves behind. No other module writes or reads its files.
+"""The run directory, which a training leaves behind. No module but this, and `training.reruns` for
+an existing run that is overwritten or changed, writes or reads its files.
 
 `RunDir` holds the paths and writes the files; `read_run` reads and checks a run, finished or not,
 for reports; `RunDir.progress` is a study's quick look at a run that is still being written.
@@ -7,6 +8,7 @@ for reports; `RunDir.progress` is a study's quick look at a run that is still be
 import base64
 import json
 import os
+import shlex
 import statistics
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, suppress
@@ -16,7 +18,7 @@ from typing import Any
 
 from fastlab import config as configs
 from fastlab.config import Config
-from fastlab.console import UserError
+from fastlab.console import UserError, printable
 from fastlab.files import is_locked, process_lock, without_nan, write_atomically, write_json
 from fastlab.machine import environment
 
@@ -39,8 +41,8 @@ class NotYetARun(UserError):
 class RunDir:
     """The paths and records of one run. Only the main process writes."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path | str) -> None:
+        self.path = path = Path(path)
         self.config = path / "config.toml"
         self.environment = path / "environment.json"
         self.dataset = path / "dataset.json"
@@ -49,28 +51,53 @@ class RunDir:
         self.predictions = path / "predictions.json"
         self.checkpoints = path / "checkpoints"
         self.best = self.checkpoints / "best.safetensors"
+        self.initial = path / "initial.safetensors"
+        """The weights with which the run began; absent where these were random."""
         self.tensorboard = path / "tensorboard"
         self.traces = path / "traces"
         self.lock = path / "lock"
 
-    def claim(self) -> None:
-        """Make a new run's directory. Raises `UserError` where it is not empty or not writable."""
-        with self._writing():
+    def claim(self, overwrite: bool = False) -> None:
+        """Make a new run's directory. Raises `UserError` where it is not writable, or not empty:
+        with `overwrite`, it may be a run."""
+        with self.writing():
             self.path.mkdir(parents=True, exist_ok=True)
-            if not self._unused():
-                raise UserError(
-                    f"{self.path}: is not empty; continue that run with --resume {self.path}, or "
-                    f"choose another --out"
-                )
+            if self._unused() or (overwrite and self.exists()):
+                return
+        if self.exists():
+            raise UserError(
+                f"{self.path}: is not empty; {self.resume_hint()}, start it anew with --overwrite, "
+                f"or choose another --out"
+            )
+        raise UserError(f"{self.path}: is not empty, and is not a run; choose another --out")
 
-    def create(self, config: Config, dataset: dict[str, Any], processes: int) -> None:
+    def resume_hint(self) -> str:
+        """The command that resumes the run, as a shell takes it."""
+        options = f"--resume {printable(shlex.quote(str(self.path)))}"
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            return f"resume with the launcher as before, and {options}"
+        return f"resume with: fastlab train {options}"
+
+    def create(
+        self,
+        config: Config,
+        dataset: dict[str, Any],
+        processes: int,
+        *,
+        initial: bytes | None = None,
+        overwrite: bool = False,
+    ) -> None:
         """Turn a claimed and locked directory into a run. Raises `UserError` where it cannot be
-        written or became a run before it was locked. `dataset` is the dataset's fingerprint."""
-        self.claim()
-        with self._writing():
+        written or became a run before it was locked. `dataset` is the dataset's fingerprint,
+        `initial` a safetensors file of the weights with which the run begins; None: random ones.
+        With `overwrite`, it may be a run, of which `reruns.clear` has removed the rest."""
+        self.claim(overwrite)
+        with self.writing():
             self.checkpoints.mkdir(exist_ok=True)
             write_json(self.environment, environment(processes))
             write_json(self.dataset, dataset)
+            if initial is not None:
+                write_atomically(self.initial, initial)
             # Written last, because a directory with a configuration counts as a run.
             write_atomically(self.config, configs.dump(config))
 
@@ -79,12 +106,13 @@ class RunDir:
         """Lock the run against other trainings. Raises `UserError` where another holds the lock."""
         busy = f"{self.path}: another process trains this run; wait for it or stop it"
         with ExitStack() as held:
-            with self._writing():
+            with self.writing():
                 held.enter_context(process_lock(self.lock, busy))
             yield
 
     @contextmanager
-    def _writing(self) -> Generator[None]:
+    def writing(self) -> Generator[None]:
+        """A failure to write becomes a `UserError`."""
         try:
             yield
         except OSError as error:
@@ -93,9 +121,9 @@ class RunDir:
     def _unused(self) -> bool:
         """Whether the directory is empty or holds only what a killed `create` leaves behind."""
         begun = self.checkpoints.exists() and any(self.checkpoints.iterdir())
-        written = {self.checkpoints.name, self.lock.name, self.environment.name, self.dataset.name}
-        names = {path.name for path in self.path.iterdir() if path.suffix != ".partial"}
-        return not begun and names <= written
+        written = (self.checkpoints, self.lock, self.environment, self.dataset, self.initial)
+        present = {path for path in self.path.iterdir() if path.suffix != ".partial"}
+        return not begun and present <= set(written)
 
     def exists(self) -> bool:
         """Whether this is a run, which is to say, whether it has a configuration."""
@@ -140,6 +168,13 @@ class RunDir:
             f"{path}: no such directory; {'' if os.path.isabs(path) else relative}give the run's "
             f"dataset as --data DIR (train --resume: as --set data.path=DIR)"
         )
+
+    def classes(self) -> list[str]:
+        """The ids of the classes that the run tells apart, in the order of its outputs. Raises
+        `UserError` where this is not a run, or the record of its dataset is damaged."""
+        self._check_exists()
+        with _reading(self.dataset):
+            return [str(name) for name in self.fingerprint()["classes"]]
 
     def check_dataset(self, now: dict[str, Any], form: str, path: str) -> None:
         """Raises `UserError` where `now`, the fingerprint of the dataset at `path`, differs from
@@ -236,7 +271,7 @@ class Run:
     predictions: list[Prediction]
 
 
-def read_run(directory: Path, name: str) -> Run:
+def read_run(directory: Path | str, name: str) -> Run:
     """Read a run directory. Raises `NotYetARun` where no epoch has ended, and UserError where a
     file of it is missing or malformed."""
     run = RunDir(directory)

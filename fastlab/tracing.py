@@ -7,6 +7,7 @@ flag.
 """
 
 import os
+import shlex
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -142,7 +143,8 @@ class Tracer:
         self._profiler.export_chrome_trace(str(partial))
         partial.rename(self._folder / f"{name}.pt.trace.json")
         self._profiler = None
-        self._print(f"trace: {self._folder}; review it: fastlab trace {self._folder.parent}")
+        run = shlex.quote(str(self._folder.parent))
+        self._print(f"trace: {self._folder}; review it: fastlab trace {run}")
 
     def _print(self, message: str) -> None:
         if self._rank == 0:

@@ -23,7 +23,6 @@ if __name__ == "__main__":
 import torch
 from accelerate import Accelerator
 
-from fastlab import models
 from fastlab.config import Config
 from fastlab.console import run_command
 from fastlab.dataset.manifest import fingerprint
@@ -48,7 +47,8 @@ from pipelines.base import Batch
 class Trainer:
     """One run: everything that lives from its first step to its last."""
 
-    def __init__(self, cfg: Config, run: RunDir, accelerator: Accelerator) -> None:
+    def __init__(self, cfg: Config, run: RunDir, accelerator: Accelerator, init: str = "") -> None:
+        """`init`: a run or a file of weights to start from; empty: random weights."""
         self.cfg, self.run, self.accelerator = cfg, run, accelerator
         self.device, rank = accelerator.device, accelerator.process_index
 
@@ -59,7 +59,7 @@ class Trainer:
                 split = partial(setup.open_split, cfg, self.manifest, accelerator)
                 self.train_data, self.val_data = split("train", train=True), split("val")
             with model_fits(cfg):
-                model = models.build(cfg.model, len(self.manifest.classes))
+                model, self.origin = setup.build(cfg, self.manifest, init)
         with model_fits(cfg):
             self.model, self.net, self.optimizer = setup.prepare(cfg, model, accelerator)
             self.average = WeightAverage(self.model, cfg.train.ema) if cfg.train.ema else None
@@ -80,8 +80,7 @@ class Trainer:
         self.progress = self.state.progress
         self.watch = Watch(accelerator, self.step, self.sums)
         self.tracer = Tracer(cfg.profile, run.traces, rank, self.device)
-        main = accelerator.is_main_process
-        self.journal = Journal(run, cfg, self.manifest, self.model, self.state, main)
+        self.journal = Journal(run, cfg, self.manifest, self.model, self.state, accelerator)
         self.throughput = Throughput(self.device)
 
     def make_step(self) -> Step:
@@ -116,9 +115,8 @@ def train(trainer: Trainer) -> int:
     """Train the epochs that are left. Returns the exit status: 0, or 128 + the signal's number."""
     progress, journal = trainer.progress, trainer.journal
     journal.summarise("running")
-    for hint in setup.hints(trainer.cfg, trainer.device):
-        trainer.accelerator.print(hint, flush=True)
-    with trainer.watch.signals(), journal.opened(), trainer.tracer:
+    journal.started(trainer.origin, setup.hints(trainer.cfg, trainer.device))
+    with trainer.watch.signals(), journal.opened(trainer.train_data.steps()), trainer.tracer:
         try:
             while progress.epoch < trainer.cfg.train.epochs:
                 trainer.watch.agree_to_stop()
@@ -169,11 +167,12 @@ def train_epoch(trainer: Trainer) -> tuple[Figures, float]:
     trainer.throughput.start(steps - progress.step)
     trainer.net.train()
     batches = trainer.batches(progress.epoch, progress.step)
-    with trainer.journal.bar(steps):
+    with trainer.journal.bar() as bar:
         for batch in trainer.tracer.steps(batches, trainer.steps_done()):
             trainer.step(batch)
             progress.step += 1
             trainer.throughput.step()
+            bar.update(trainer.cfg.train.batch_size)
             if progress.step == steps:
                 break  # a stop, and the checkpoint, wait for the validation
             save_or_stop(trainer)
@@ -233,13 +232,13 @@ def run(args: argparse.Namespace) -> int:
     accelerator = setup.make_accelerator(cfg)
     with setup.torch_settings(cfg):
         try:
-            trainer = Trainer(cfg, directory, accelerator)
+            trainer = Trainer(cfg, directory, accelerator, args.init)
             state, dataset = trainer.state, fingerprint(trainer.manifest)
             with (
                 divergence_explained(directory, state, trainer.journal, accelerator),
                 batch_fits(cfg, trainer.model, accelerator),
-                failures_explained(directory.path),
-                state.held(cfg, dataset, resume=bool(args.resume)),
+                failures_explained(directory),
+                state.held(cfg, dataset, args.resume, args.overwrite, args.init),
             ):
                 return train(trainer)
         finally:

@@ -77,7 +77,7 @@ class Options:
     force: bool = False
 
 
-def convert(source: Path, out: Path, options: Options) -> tuple[Manifest, bool]:
+def convert(source: Path | str, out: Path | str, options: Options) -> tuple[Manifest, bool]:
     """Write the dataset directory `out`; return its manifest and whether anything was written.
 
     An existing `out` that was made from the same originals with the same options is kept, and gets
@@ -86,7 +86,7 @@ def convert(source: Path, out: Path, options: Options) -> tuple[Manifest, bool]:
     then unchanged.
     """
     _check(options)
-    out = resolved(out)
+    source, out = Path(source), resolved(Path(out))
     originals = Path(os.path.realpath(source))
     if out in (originals, *originals.parents):
         raise UserError(f"{out}: holds the originals; choose another directory for the dataset")

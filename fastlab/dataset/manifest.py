@@ -139,9 +139,10 @@ def describe_file(path: Path) -> FileInfo:
     return FileInfo(path.stat().st_size, digest)
 
 
-def read_manifest(directory: Path) -> Manifest:
+def read_manifest(directory: Path | str) -> Manifest:
     """Read the manifest of a dataset directory. Raises `UserError` where it is missing or
     damaged."""
+    directory = Path(directory)
     path = directory / NAME
     try:
         return _from_json(json.loads(path.read_text(encoding="utf-8")))

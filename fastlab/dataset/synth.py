@@ -21,7 +21,9 @@ _GREY_EVERY = 50  # images of which one has a single channel, as in Tiny ImageNe
 _ADJECTIVES = ("red", "amber", "green", "teal", "blue", "violet")
 
 
-def synthesise(out: Path, classes: int, per_class: int, seed: int = 0, force: bool = False) -> None:
+def synthesise(
+    out: Path | str, classes: int, per_class: int, seed: int = 0, force: bool = False
+) -> None:
     """Write `per_class` training JPEGs for each class, and a fifth as many (at least 5) for
     validation.
 
@@ -30,6 +32,7 @@ def synthesise(out: Path, classes: int, per_class: int, seed: int = 0, force: bo
     numbers out of range and an existing `out`, unless it is empty, or was generated and `force` is
     set.
     """
+    out = Path(out)
     if not 2 <= classes <= 1000:
         raise UserError(f"--classes {classes}: expected 2 to 1000")
     if not 1 <= per_class <= 100_000:

@@ -1,6 +1,7 @@
 """One HTML page about runs: results, curves, sample predictions, configuration."""
 
 import os
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from fastlab.runs import (
 _TEMPLATES = Path(__file__).with_name("templates")
 
 
-def write_report(run_dirs: list[Path], out: Path) -> None:
+def write_report(run_dirs: Sequence[Path | str], out: Path | str) -> None:
     """Write one self-contained HTML page about the runs, in the order given, to `out`.
 
     A directory given twice counts once. What is not a run yet is left out, with a line on standard
@@ -39,6 +40,7 @@ def write_report(run_dirs: list[Path], out: Path) -> None:
     path does not exist, a file of a run is missing or malformed, or where `out` does not end in
     .html or cannot be written.
     """
+    out, run_dirs = Path(out), [Path(directory) for directory in run_dirs]
     if out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"{out}: expected a file name that ends in .html")
     distinct = {Path(os.path.realpath(directory)): directory for directory in run_dirs}

@@ -79,13 +79,28 @@ def _read(path: Path) -> dict[str, Any]:
 
 def save_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
     """Write a safetensors file with a checksum, atomically. Raises OSError."""
+    write_atomically(path, weights_file(weights))
+
+
+def weights_file(weights: dict[str, torch.Tensor]) -> bytes:
+    """The content of a safetensors file with a checksum."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in weights.items()}
-    write_atomically(path, safetensors_bytes(tensors, {_HASH: _digest(tensors)}))
+    return safetensors_bytes(tensors, {_HASH: _digest(tensors)})
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
     """Load a file of `save_weights`. Raises `UserError` where it is missing, damaged or of another
     model."""
+    tensors = read_weights(path)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError:
+        raise UserError(f"{path}: holds weights of another model") from None
+
+
+def read_weights(path: Path, *, foreign: bool = False) -> dict[str, torch.Tensor]:
+    """The tensors of a file of `save_weights`, on the CPU; with `foreign`, of any safetensors file,
+    which may have no checksum. Raises `UserError` where it is missing or damaged."""
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -96,12 +111,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
         ) from None
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{path}: damaged checkpoint ({error})") from None
-    if _digest(tensors) != written:
+    if _digest(tensors) != written and not (foreign and written is None):
         raise UserError(f"{path}: damaged checkpoint (does not match its checksum)")
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError:
-        raise UserError(f"{path}: holds weights of another model") from None
+    return tensors
 
 
 def _digest(tensors: dict[str, torch.Tensor]) -> str:

@@ -2,7 +2,6 @@
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -10,6 +9,7 @@ from torch import nn
 
 from fastlab.config import Config
 from fastlab.console import UserError, first_line
+from fastlab.runs import RunDir
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -62,7 +62,7 @@ def batch_fits(cfg: Config, model: nn.Module, accelerator: Accelerator) -> Gener
 
 
 @contextmanager
-def failures_explained(run: Path) -> Generator[None]:
+def failures_explained(run: RunDir) -> Generator[None]:
     """A full disk or a dead decoding worker becomes a `UserError` that says how to resume.
 
     PyTorch's signal handler reports a dead worker by raising at whatever line runs then.
@@ -73,12 +73,12 @@ def failures_explained(run: Path) -> Generator[None]:
         raise
     except OSError as error:
         raise UserError(
-            f"{run}: cannot be written ({error.strerror or error}); fix that, then resume with: "
-            f"--resume {run}"
+            f"{run.path}: cannot be written ({error.strerror or error}); fix that, then "
+            f"{run.resume_hint()}"
         ) from None
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
         raise UserError(
-            f"a decoding worker failed ({first_line(error)}); resume with: --resume {run}"
+            f"a decoding worker failed ({first_line(error)}); {run.resume_hint()}"
         ) from None

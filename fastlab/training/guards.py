@@ -1,6 +1,7 @@
 """What ends a training early: a signal, or numbers that are not finite."""
 
 import signal
+import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -54,7 +55,11 @@ class Watch:
 
     @contextmanager
     def signals(self) -> Generator[None]:
-        """The first SIGINT or SIGTERM asks for a clean end; a second one acts at once."""
+        """The first SIGINT or SIGTERM asks for a clean end; a second one acts at once. Python lets
+        only the main thread handle signals: a training in another has none of them."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
 
         def ask(number: int, frame: Any) -> None:
             self.signal = number
@@ -138,7 +143,8 @@ def divergence_explained(
         last = checkpoint.last(run.checkpoints)
         kept = f"{last} is whole" if last else "there was no checkpoint yet"
         with agreed(accelerator):
+            lower = run.load_config().optim.lr / 10
             raise UserError(
-                f"{run.path}: {error} of epoch {state.progress.epoch + 1}; {kept}; "
-                f"try a lower optim.lr or train.grad_clip"
+                f"{run.path}: {error} of epoch {state.progress.epoch + 1}; {kept}; with a tenth "
+                f"of the rate, {run.resume_hint()} --set optim.lr={lower:g}"
             ) from None

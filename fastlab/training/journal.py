@@ -1,15 +1,20 @@
 """What a training reports: console lines, the progress bar, TensorBoard and the run's records."""
 
+import shlex
+import sys
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
 from fastlab import models
 from fastlab.config import Config
+from fastlab.console import printable
 from fastlab.dataset.manifest import Manifest
 from fastlab.runs import RunDir
 from fastlab.training import checkpoint
@@ -19,6 +24,58 @@ from fastlab.training.state import State
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+
+_HEAD = (
+    f"{'epoch':>11}  {'lr':>9}  {'train loss':>10}  {'top-1':>7}  {'val loss':>10}  {'top-1':>7}  "
+    f"{'top-5':>7}  {'images/s':>10}  {'seconds':>8}"
+)
+
+
+class Bar(tqdm):
+    """A progress bar over the training images of a whole run, with images/s and the time left. What
+    happens between two epochs, such as validation, counts in the time left and not in images/s. It
+    counts on the host alone, and looks at the clock in each step."""
+
+    monitor_interval = 0  # tqdm needs no thread that looks at the bar
+
+    def __init__(self, epochs: int, epoch_images: int, done: int, *, disable: bool) -> None:
+        """`done`: images of all epochs that earlier processes trained on."""
+        self._epochs = self._epochs_left = epochs
+        self._paused: float | None = None
+        self._between = 0.0
+        """Seconds between the last two epochs."""
+        super().__init__(
+            total=epochs * epoch_images,
+            initial=done,
+            leave=False,
+            miniters=1,
+            disable=disable,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {images} images/s, {left} left{postfix}",
+        )
+
+    def begin(self, epoch: int) -> None:
+        """Show the bar again, for an epoch (from 0)."""
+        if self._paused is not None:
+            self._between = time.perf_counter() - self._paused
+        self._epochs_left = self._epochs - epoch
+        self.unpause()
+        self.set_description_str(f"epoch {epoch + 1}/{self._epochs}", refresh=False)
+
+    def pause(self) -> None:
+        """Hide the bar until `begin`."""
+        self._paused = time.perf_counter()
+        self.clear()
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        values = super().format_dict
+        images = left = "?"
+        if rate := values["rate"]:
+            images = f"{rate:,.0f}"
+            seconds = (values["total"] - self.n) / rate + self._epochs_left * self._between
+            left = self.format_interval(seconds)
+        return {**values, "images": images, "left": left}
 
 
 class Journal:
@@ -31,41 +88,67 @@ class Journal:
         manifest: Manifest,
         model: nn.Module,
         state: State,
-        main: bool,
+        accelerator: Accelerator,
     ) -> None:
         self._run, self._cfg, self._manifest, self._model = run, cfg, manifest, model
-        self._state, self._main = state, main
+        self._state, self._accelerator = state, accelerator
+        self._main = accelerator.is_main_process
         self._board: SummaryWriter | None = None
-        self._bar: tqdm | None = None
+        self._bar = Bar(0, 0, 0, disable=True)
+
+    def started(self, origin: str, hints: list[str]) -> None:
+        """Report what is trained, where and on what, then `hints`, then the head of the table that
+        `record` fills. `origin`: whose weights a new run begins with; empty: random ones."""
+        cfg, accelerator, progress = self._cfg, self._accelerator, self._state.progress
+        device, processes = accelerator.device, accelerator.num_processes
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        splits = self._manifest.splits
+        parts = [
+            f"{cfg.model.name}: {models.count_parameters(self._model):,} parameters",
+            f"{cfg.train.precision} on {name}" + (f" x {processes}" if processes > 1 else ""),
+            f"data: {cfg.data.path}, {len(self._manifest.classes)} classes, "
+            f"{splits['train'].images:,} training and {splits['val'].images:,} validation images",
+            f"output: {self._run.path}",
+        ]
+        if origin:
+            parts.append(f"weights: {origin}")
+        if progress.epoch or progress.step:
+            parts.append(f"resumed after epoch {progress.epoch}, step {progress.step}")
+        lines = [printable("; ".join(parts)), *hints, _HEAD]
+        accelerator.print("\n".join(lines), flush=True)
 
     @contextmanager
-    def opened(self) -> Generator[None]:
-        """Open TensorBoard's curves. Those of a resumed run lose what came after its checkpoint."""
+    def opened(self, steps: int) -> Generator[None]:
+        """Open TensorBoard's curves and, where standard error is a terminal, the progress bar over
+        epochs of `steps`. The curves of a resumed run lose what came after its checkpoint."""
         if not self._main:
             yield
             return
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-        purge = self._state.progress.epoch + 1
-        with SummaryWriter(str(self._run.tensorboard), purge_step=purge) as self._board:
+        progress, settings = self._state.progress, self._cfg.train
+        done = progress.epoch * steps + progress.step
+        images = [count * settings.batch_size for count in (steps, done)]
+        shown = sys.stderr is not None and sys.stderr.isatty()
+        with (
+            SummaryWriter(str(self._run.tensorboard), purge_step=progress.epoch + 1) as self._board,
+            Bar(settings.epochs, *images, disable=not shown) as self._bar,
+        ):
             yield
 
     @contextmanager
-    def bar(self, steps: int) -> Generator[None]:
-        """A progress bar of the epoch's `steps`, where the output is a terminal."""
-        off = None if self._main else True  # None: off where there is no terminal
-        progress = self._state.progress
-        name, done = f"epoch {progress.epoch + 1}", progress.step
-        with tqdm(total=steps, initial=done, desc=name, leave=False, disable=off) as self._bar:
-            yield
+    def bar(self) -> Generator[Bar]:
+        """The progress bar, shown while an epoch's steps are taken, to be updated by images."""
+        self._bar.begin(self._state.progress.epoch)
+        yield self._bar
+        self._bar.pause()
 
     def show(self, sums: list[float]) -> None:
-        """Move the bar, with loss and top-1 of `sums` (a `Look`'s)."""
-        if sums and self._bar is not None and not self._bar.disable:
+        """Show loss and top-1 of `sums` (a `Look`'s) beside the bar."""
+        if sums and not self._bar.disable:
             loss, hits, _, images = sums
             text = f"loss {loss / images:.3f}, top-1 {hits / images:.1%}"
             self._bar.set_postfix_str(text, refresh=False)
-            self._bar.update(self._state.progress.step - self._bar.n)
 
     def record(
         self, step: int, train: Figures, val: Figures, images_per_second: float, seconds: float
@@ -91,10 +174,10 @@ class Journal:
             if self._board is not None:
                 self._board.add_scalar(tag, value, progress.epoch)
         print(
-            f"epoch {progress.epoch:3d}/{self._cfg.train.epochs}  lr {progress.lr:.2e}  "
-            f"train loss {train.loss:.4f} top-1 {train.top1:.2%}  "
-            f"val loss {val.loss:.4f} top-1 {val.top1:.2%} top-5 {val.top5:.2%}  "
-            f"{images_per_second:,.0f} images/s  {seconds:.1f} s",
+            f"{f'{progress.epoch}/{self._cfg.train.epochs}':>11}  {progress.lr:9.2e}  "
+            f"{train.loss:#10.4g}  {train.top1:7.2%}  "
+            f"{val.loss:#10.4g}  {val.top1:7.2%}  {val.top5:7.2%}  "
+            f"{images_per_second:10,.0f}  {seconds:8.1f}",
             flush=True,
         )
 
@@ -123,10 +206,10 @@ class Journal:
     def stopped(self, number: int) -> None:
         """The last line of a run that the signal `number` stopped."""
         if self._main:
-            progress, path = self._state.progress, self._run.path
+            progress = self._state.progress
             print(
                 f"stopped by signal {number} after epoch {progress.epoch}, step {progress.step}; "
-                f"resume with: --resume {path}"
+                f"{self._run.resume_hint()}"
             )
 
     def finished(self, device: torch.device) -> None:
@@ -141,7 +224,7 @@ class Journal:
         print(
             f"best validation top-1 {progress.best_top1:.2%} at epoch {progress.best_epoch}, "
             f"{progress.seconds:.0f} s in all; run directory: {path}\n"
-            f"look at it: fastlab report {path} --out report.html"
+            f"look at it: fastlab report {shlex.quote(str(path))} --out report.html"
         )
 
 

@@ -96,12 +96,17 @@ class Rate:
         self._tensor.fill_(self.at(0))
 
     def state_dict(self) -> dict:
-        return self._plateau.state_dict() if self._plateau else {}
+        return {**self._plateau.state_dict(), "initial_lr": self._lr} if self._plateau else {}
 
     def load_state_dict(self, state: dict, lr: float) -> None:
-        """`lr` is the rate when the state was saved."""
-        if self._plateau:
-            self._plateau.load_state_dict(state)
+        """`lr` is the rate when the state was saved. A plateau that began at another initial rate
+        begins anew, at the initial rate of now."""
+        # Where the state does not say at which rate it began, only a lower one is recognised.
+        began = state.get("initial_lr", max(lr, self._lr))
+        if self._plateau and began == self._lr:
+            # Its settings are those of the configuration, which may have changed.
+            counters = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
+            self._plateau.load_state_dict({name: state[name] for name in counters})
             self._plateau.optimizer.param_groups[0]["lr"] = lr
             self._tensor.fill_(lr)
 

@@ -1,28 +1,84 @@
 """Which configuration and run directory the options of `fastlab train` name. Needs no torch."""
 
 import argparse
+import shlex
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 from fastlab import config
-from fastlab.config import Config
-from fastlab.console import UserError
+from fastlab.config import Config, field_types
+from fastlab.console import UserError, printable
 from fastlab.runs import RunDir
+
+CHANGEABLE = {
+    "data": {"path", "workers", "placement"},
+    "optim": {"lr", "weight_decay"},
+    "schedule": {"factor", "patience", "threshold", "min_lr", "warmup", "final"},
+    "train": {
+        "epochs",
+        "eval_batch_size",
+        "compile",
+        "step",
+        "label_smoothing",
+        "grad_clip",
+        "log_every",
+        "checkpoint_seconds",
+        "checkpoint_every",
+        "deterministic",
+    },
+    "profile": set(field_types(config.ProfileConfig)),
+}
+"""Section -> the keys that `--resume` lets `--set` change. With another value of any other key, the
+weights, the optimizer's state or the order of images in a checkpoint would have another meaning.
+`data.path` may change, since resuming compares the dataset."""
 
 
 def resolve(args: argparse.Namespace) -> tuple[Config, RunDir]:
-    """The configuration and the run directory that the options of `add_training_options` name."""
-    if args.resume and (args.config or args.overrides or args.out):
-        raise UserError("--resume takes the run's own configuration: drop --config, --set, --out")
-    if not args.resume and not args.config:
-        raise UserError("--config FILE is missing; such as --config configs/demo.toml")
+    """The configuration and the run directory that the options of `add_training_options` name.
+    Raises `UserError` where they contradict each other or are not valid."""
     if args.resume:
+        options = ("config", "out", "init", "overwrite")
+        if given := [f"--{name}" for name in options if getattr(args, name)]:
+            raise UserError(
+                f"--resume takes the run's own configuration and weights: drop {', '.join(given)}"
+            )
         directory = RunDir(args.resume)
-        cfg = directory.load_config()
-        directory.check_data_path(cfg.data.path)
-    else:
-        directory = RunDir(args.out or Path("runs") / args.config.stem)
+        cfg = _changed(directory, args.overrides)
+    elif args.config:
+        directory = RunDir(args.out or _free_directory(Path(args.config)))
         cfg = config.load(args.config, args.overrides)
+    else:
+        raise UserError("--config FILE is missing; such as --config configs/demo.toml")
     if args.profile:
         cfg = replace(cfg, profile=replace(cfg.profile, enabled=True))
     return cfg, directory
+
+
+def _free_directory(file: Path) -> Path:
+    """``runs/demo`` for ``configs/demo.toml``; for a run's own ``runs/demo/config.toml`` the first
+    of ``runs/demo-2``, ``runs/demo-3``, … that does not exist."""
+    if file.name != "config.toml":
+        return Path("runs") / file.stem
+    name = file.absolute().parent.name
+    numbered = (Path("runs") / f"{name}-{number}" for number in count(2))
+    return next(path for path in numbered if not path.exists())
+
+
+def _changed(run: RunDir, overrides: list[str]) -> Config:
+    """The configuration of `run` with `overrides`, which may change what `CHANGEABLE` lists."""
+    before = run.load_config()
+    after = config.load(run.config, overrides)
+    run.check_data_path(after.data.path)
+    for name in config.differences(before, after):
+        section, key = name.split(".")
+        if key not in CHANGEABLE.get(section, ()):
+            words = ["--config", str(run.config)]
+            words += [word for override in overrides for word in ("--set", override)]
+            # The weights of this run do not fit another model.
+            words += ["--init", str(run.path)] if section != "model" else []
+            raise UserError(
+                f"--set {name}: a resumed run cannot change it; start another run: "
+                f"fastlab train {printable(shlex.join(words))}"
+            )
+    return after

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import nn
 
@@ -20,6 +21,7 @@ from fastlab.machine import has_bf16
 from fastlab.models.sync_norm import synchronise
 from fastlab.training.distributed import agreed
 from fastlab.training.optim import make_optimizer
+from fastlab.training.warm_start import warm_start
 from pipelines import PipelineSpec, make_pipeline
 from pipelines.base import Pipeline, Shard
 
@@ -46,6 +48,8 @@ def make_accelerator(cfg: Config) -> Accelerator:
     # Running statistics drift apart a little within an epoch and are averaged at its end;
     # broadcasting them would cost a reduction in every step.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    # Accelerate keeps the precision of the process's first training; a second may have another.
+    AcceleratorState._reset_state()
     accelerator = Accelerator(
         mixed_precision=precision if precision in ("bf16", "fp16") else "no",
         step_scheduler_with_optimizer=False,
@@ -120,6 +124,14 @@ def open_split(
     return make_pipeline(spec)
 
 
+def build(cfg: Config, manifest: Manifest, init: str) -> tuple[nn.Module, str]:
+    """The model, in fp32 on the CPU, and which weights of another run or of a file it holds, as
+    `init` asks; empty: random ones. Raises `UserError` where those weights do not fit."""
+    model = models.build(cfg.model, len(manifest.classes))
+    classes = [each.id for each in manifest.classes]
+    return model, warm_start(model, init, classes) if init else ""
+
+
 def prepare(
     cfg: Config, model: nn.Module, accelerator: Accelerator
 ) -> tuple[nn.Module, nn.Module, AcceleratedOptimizer]:
@@ -146,6 +158,9 @@ def compile_forward(model: nn.Module, deterministic: bool) -> None:
         import torch._inductor.config as inductor  # slow to import
 
         inductor.deterministic = True  # no kernel is chosen by trial either
+    # A process keeps eight compiled variants of a function and runs further ones eagerly: those of
+    # earlier trainings must not count.
+    torch.compiler.reset()
     model.forward = torch.compile(model.forward, dynamic=False)
 
 

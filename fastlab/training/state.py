@@ -4,6 +4,7 @@ import time
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from fastlab.config import Config
+from fastlab.console import UserError
 from fastlab.processes import STARTED
 from fastlab.runs import RunDir
-from fastlab.training import checkpoint
+from fastlab.training import checkpoint, reruns
 from fastlab.training.distributed import agreed, average_over_ranks
 from fastlab.training.failures import failures_explained
 from fastlab.training.metrics import Sums
@@ -114,39 +116,74 @@ class State:
         }
 
     @contextmanager
-    def held(self, cfg: Config, dataset: dict[str, Any], resume: bool) -> Generator[None]:
+    def held(
+        self,
+        cfg: Config,
+        dataset: dict[str, Any],
+        resume: Path | None = None,
+        overwrite: bool = False,
+        init: str = "",
+    ) -> Generator[None]:
         """Collective: the run's directory, new or restored, locked by the main process until the
-        end of the block. `dataset` is the dataset's fingerprint. Raises `UserError` on all ranks.
-        """
+        end of the block. `dataset` is the dataset's fingerprint; the others are the options of
+        `fastlab train`. Raises `UserError` on all ranks."""
         run, accelerator = self._run, self._accelerator
         with ExitStack() as locks:
-            with agreed(accelerator), failures_explained(run.path):
+            with agreed(accelerator), failures_explained(run):
                 if accelerator.is_main_process:
                     if not resume:
-                        run.claim()
+                        run.claim(overwrite)
                     locks.enter_context(run.locked())
                     if not resume:
-                        run.create(cfg, dataset, accelerator.num_processes)
+                        self._create(cfg, dataset, overwrite, init)
                 if resume:
                     run.check_dataset(dataset, FORMATS[cfg.data.pipeline], cfg.data.path)
                     self.restore()
+                    self._take(cfg)
             yield
 
+    def _create(self, cfg: Config, dataset: dict[str, Any], overwrite: bool, init: str) -> None:
+        weights = checkpoint.weights_file(self._model.state_dict()) if init else None
+        if overwrite:
+            reruns.clear(self._run)
+        processes = self._accelerator.num_processes
+        self._run.create(cfg, dataset, processes, initial=weights, overwrite=overwrite)
+
+    def _take(self, cfg: Config) -> None:
+        """Record the configuration under which the restored run continues. Raises `UserError` where
+        the run is beyond the end that it sets."""
+        epoch, step = self.progress.epoch, self.progress.step
+        if epoch + (step > 0) > cfg.train.epochs:
+            raise UserError(
+                f"{self._run.path}: train.epochs = {cfg.train.epochs}, but its checkpoint is from "
+                f"epoch {epoch + (step > 0)}; give a larger number"
+            )
+        if self._accelerator.is_main_process:
+            until = f"epoch {epoch + 1}, step {step}" if step else f"the end of epoch {epoch}"
+            for name, value in reruns.change_config(self._run, cfg, until).items():
+                print(f"{name} is changed from here on; it was {value}")
+
     def restore(self) -> None:
-        """Load the newest checkpoint, if there is one, and cut the metrics to its epoch. Raises
-        `UserError` where either is damaged."""
+        """Load the newest checkpoint, or where there is none the weights with which the run began,
+        and cut the metrics to its epoch. Raises `UserError` where either is damaged."""
         path = checkpoint.last(self._run.checkpoints)
         if path is not None:
             state, buffers = checkpoint.load(path, self._model, self._accelerator.process_index)
             self._load(state, buffers)
+        elif self._run.initial.exists():
+            checkpoint.load_weights(self._model, self._run.initial)
+            if self._average:
+                self._average.restart()
         if self._accelerator.is_main_process:
             self._run.keep_metrics(self.progress.epoch)
 
     def _load(self, state: dict[str, Any], buffers: Sequence[torch.Tensor]) -> None:
         for name, value in state["progress"].items():
             setattr(self.progress, name, value)
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._rate.load_state_dict(state["schedule"], self._optimizer.param_groups[0]["lr"])
+        # Weight decay and the like are those of the configuration, which may have changed.
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
+        self._rate.load_state_dict(state["schedule"], state["optimizer"]["param_groups"][0]["lr"])
         self._rate.attach(self._optimizer)
         if self._average:
             self._average.load_state_dict(state["average"])

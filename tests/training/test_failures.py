@@ -1,7 +1,6 @@
 """Exhausted memory, a full disk and dead workers: one line each, which says what to do."""
 
 import errno
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ import torch
 from fastlab import train
 from fastlab.cli import main
 from fastlab.console import UserError
+from fastlab.runs import RunDir
 from fastlab.training.failures import failures_explained, is_out_of_memory
 from tests.trainings import command
 
@@ -85,14 +85,14 @@ def test_images_that_do_not_fit_are_reported_in_one_line(
     ],
 )
 def test_a_full_disk_or_a_dead_worker_is_reported_with_the_command_to_resume(error, message):
-    with pytest.raises(UserError) as caught, failures_explained(Path("runs/a")):
+    with pytest.raises(UserError) as caught, failures_explained(RunDir("runs/a")):
         raise error
     (line,) = str(caught.value).splitlines()
-    assert message in line and line.endswith("resume with: --resume runs/a")
+    assert message in line and line.endswith("resume with: fastlab train --resume runs/a")
 
 
 @pytest.mark.parametrize("error", [BrokenPipeError(), RuntimeError("a defect"), ValueError("too")])
 def test_other_errors_keep_their_traceback(error):
-    with pytest.raises(type(error)) as caught, failures_explained(Path("runs/a")):
+    with pytest.raises(type(error)) as caught, failures_explained(RunDir("runs/a")):
         raise error
     assert caught.value is error

@@ -135,6 +135,35 @@ def test_a_plateau_resumes_from_its_saved_state():
         assert rate.at(0) == pytest.approx(0.05)
 
 
+@pytest.mark.parametrize("records_initial_rate", [True, False])
+def test_a_plateau_that_resumes_with_a_lower_initial_rate_begins_anew(records_initial_rate):
+    """A checkpoint of an earlier version does not record the initial rate."""
+    before = Rate(ScheduleConfig(name="plateau", patience=1), 0.5, 1000, "cpu")
+    for top1 in (0.3, 0.3):
+        before.end_epoch(top1)
+    state = before.state_dict()
+    if not records_initial_rate:
+        del state["initial_lr"]
+    resumed = Rate(ScheduleConfig(name="plateau", patience=1), 0.2, 1000, "cpu")
+    resumed.load_state_dict(state, before.at(0))
+    rates = []
+    for _ in range(3):
+        rates.append(resumed.at(0))
+        resumed.end_epoch(0.1)
+    assert rates == pytest.approx([0.2, 0.2, 0.2]) and resumed.at(0) == pytest.approx(0.02)
+
+
+def test_a_plateau_resumes_under_the_patience_and_factor_of_its_configuration():
+    before = Rate(ScheduleConfig(name="plateau", patience=9), 0.5, 1000, "cpu")
+    for top1 in (0.3, 0.3, 0.3):
+        before.end_epoch(top1)
+    changed = ScheduleConfig(name="plateau", patience=2, factor=0.5)
+    resumed = Rate(changed, 0.5, 1000, "cpu")
+    resumed.load_state_dict(before.state_dict(), before.at(0))
+    resumed.end_epoch(0.3)
+    assert resumed.at(0) == pytest.approx(0.25)
+
+
 @pytest.mark.parametrize("name", ["plateau", "cosine"])
 def test_a_restarted_rate_is_that_of_a_new_schedule(name):
     settings = ScheduleConfig(name=name, patience=0)
