@@ -42,7 +42,6 @@ _FIXED = (
     *("schedule.name", "train.batch_size", "train.seed", "train.precision"),
 )
 _SWITCH = "train.ema"  # may change, but not to or from 0: the average exists or it does not
-_RECORDED = (*_FIXED, _SWITCH, "optim.lr")  # `Rate` scales a reduced rate where optim.lr changed
 
 
 def save(
@@ -114,10 +113,22 @@ def save_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
 def load_weights(model: nn.Module, path: Path) -> None:
     """Load a file of `save_weights`. Raises `UserError` where it is missing, damaged or of another
     model."""
-    model.load_state_dict(_read_weights(path, model))
+    model.load_state_dict(_fitting_weights(path, model))
 
 
-def _read_weights(path: Path, model: nn.Module) -> dict[str, torch.Tensor]:
+def _fitting_weights(path: Path, model: nn.Module) -> dict[str, torch.Tensor]:
+    tensors, expected = read_weights(path), model.state_dict()
+    try:
+        if others := tensors.keys() - expected.keys():
+            raise ValueError(f"has {min(others)}")
+        return conforming(tensors, expected)
+    except ValueError as error:
+        raise UserError(f"{path}: holds no weights of this model ({error})") from None
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file of `save_weights`, on the CPU. Raises `UserError` where it is missing
+    or damaged."""
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -130,13 +141,7 @@ def _read_weights(path: Path, model: nn.Module) -> dict[str, torch.Tensor]:
         raise UserError(f"{path}: damaged checkpoint ({error})") from None
     if _digest(tensors) != written:
         raise UserError(f"{path}: damaged checkpoint (does not match its checksum)")
-    expected = model.state_dict()
-    try:
-        if others := tensors.keys() - expected.keys():
-            raise ValueError(f"has {min(others)}")
-        return conforming(tensors, expected)
-    except ValueError as error:
-        raise UserError(f"{path}: holds no weights of this model ({error})") from None
+    return tensors
 
 
 def _digest(tensors: dict[str, torch.Tensor]) -> str:
@@ -175,7 +180,7 @@ def load(
     statistics, and nothing is returned. Raises `UserError` for a checkpoint that is damaged or of
     another model, and has loaded nothing then.
     """
-    weights = _read_weights(path / "model.safetensors", model)
+    weights = _fitting_weights(path / "model.safetensors", model)
     with misfits_reported(path):
         files = (path / f"rank-{n}.pt" for n in range(processes))
         if missing := next((file.name for file in files if not file.exists()), None):
@@ -226,13 +231,13 @@ def _conforming_tensor(value: Any, like: torch.Tensor, name: str) -> torch.Tenso
 
 def recorded_settings(cfg: Config) -> dict[str, Any]:
     """What a checkpoint records of the configuration: section.key -> value."""
-    names = (name.split(".") for name in _RECORDED)
+    names = (name.split(".") for name in (*_FIXED, _SWITCH))
     return {f"{section}.{key}": getattr(getattr(cfg, section), key) for section, key in names}
 
 
 def settings_kinds() -> dict[str, Any]:
     """The types of `recorded_settings`, as `conforming` takes them."""
-    names = (name.split(".") for name in _RECORDED)
+    names = (name.split(".") for name in (*_FIXED, _SWITCH))
     return {f"{section}.{key}": field_types(SECTIONS[section])[key] for section, key in names}
 
 

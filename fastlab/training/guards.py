@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from fastlab.console import UserError
+from fastlab.processes import leave_terminal, stop_signals
 from fastlab.runs import RunDir
 from fastlab.training import checkpoint
 from fastlab.training.delayed import DelayedRead
@@ -54,14 +55,18 @@ class Watch:
 
     @contextmanager
     def signals(self) -> Generator[None]:
-        """The first SIGINT or SIGTERM asks for a clean end; a second one acts at once."""
+        """The first SIGINT, SIGTERM or SIGHUP asks for a clean end. A second SIGINT or SIGTERM acts
+        at once; SIGHUP never does, since a closed terminal may send it twice."""
 
         def ask(number: int, frame: Any) -> None:
             self.signal = number
-            for name, handler in before.items():
-                signal.signal(name, handler)
+            if number == signal.SIGHUP:
+                leave_terminal()
+                return
+            for name in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(name, before[name])
 
-        before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+        before = {name: signal.getsignal(name) for name in stop_signals()}
         for name in before:
             signal.signal(name, ask)
         try:

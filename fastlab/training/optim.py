@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from fastlab.config import Count, OptimConfig, ScheduleConfig, Share
+from fastlab.config import AboveZero, Count, OptimConfig, ScheduleConfig, Share
 
 # The rate at the first step of a warm-up, as a share of the peak: OneCycleLR's usual 1/25.
 _WARMUP_START = 1 / 25
@@ -114,20 +114,31 @@ class Rate:
         self._tensor.fill_(self.at(0))
 
     def state_dict(self) -> dict:
-        """What a plateau has seen; its settings are the configuration's."""
-        return {name: getattr(self._plateau, name) for name in self.state_kinds()}
-
-    def state_kinds(self) -> dict[str, Any]:
-        """The types of `state_dict` after the first epoch, as `conforming` takes them."""
-        return {"best": Share, "num_bad_epochs": Count} if self._plateau else {}
+        return {**self._plateau.state_dict(), "initial_lr": self._lr} if self._plateau else {}
 
     def load_state_dict(self, state: dict, lr: float) -> None:
-        """`lr` is the rate when the state was saved."""
-        if self._plateau:
-            for name, value in state.items():
-                setattr(self._plateau, name, value)
+        """`lr` is the rate when the state was saved. A plateau that began at another initial rate
+        begins anew, at the initial rate of now."""
+        # Where the state does not say at which rate it began, only a lower one is recognised.
+        began = state.get("initial_lr", max(lr, self._lr))
+        if self._plateau and began == self._lr:
+            # Its settings are those of the configuration, which may have changed.
+            counters = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
+            self._plateau.load_state_dict({name: state[name] for name in counters})
             self._plateau.optimizer.param_groups[0]["lr"] = lr
             self._tensor.fill_(lr)
+
+
+def schedule_kinds(config: ScheduleConfig, saved: dict) -> dict[str, Any]:
+    """The types of what `Rate.load_state_dict` reads in `saved`, a `Rate.state_dict` after the
+    first epoch, as `checkpoint.conforming` takes them."""
+    if config.name != "plateau":
+        return {}
+    kinds: dict[str, Any] = {"best": Share, "num_bad_epochs": Count}
+    kinds.update(cooldown_counter=Count, last_epoch=Count)
+    if "initial_lr" in saved:  # not in checkpoints of earlier versions
+        kinds["initial_lr"] = AboveZero
+    return kinds
 
 
 def _plateau(config: ScheduleConfig, lr: float) -> ReduceLROnPlateau:

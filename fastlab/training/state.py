@@ -18,7 +18,7 @@ from fastlab.training import checkpoint
 from fastlab.training.distributed import agreed, average_over_ranks
 from fastlab.training.failures import failures_explained
 from fastlab.training.metrics import Sums
-from fastlab.training.optim import Rate, WeightAverage, optimizer_tensors
+from fastlab.training.optim import Rate, WeightAverage, optimizer_tensors, schedule_kinds
 from pipelines import FORMATS
 
 
@@ -150,14 +150,13 @@ class State:
                 settings = checkpoint.conforming(saved, {"settings": kinds})["settings"]
             checkpoint.refuse_other_settings(path, settings, cfg)
             with checkpoint.misfits_reported(path, "damaged, or config.toml was changed"):
-                peak = settings.get("optim.lr", cfg.optim.lr)
                 done = checkpoint.step_of(path)
                 state = checkpoint.conforming(saved, self._kinds(saved, cfg, done, done >= steps))
-                _refuse_impossible(state, done, steps, peak)
+                _refuse_impossible(state, done, steps)
             buffers = self._average.buffers if self._average else []
             rank = self._accelerator.process_index
             own = checkpoint.load(path, self._model, rank, state["processes"], buffers)
-            self._load(state, own, cfg.optim.lr / peak)
+            self._load(state, own)
         if self._accelerator.is_main_process:
             if path is not None:
                 checkpoint.promote_best(path)
@@ -176,23 +175,22 @@ class State:
                 "state": optimizer_tensors(cfg.optim, self._optimizer, updated) if begun else {},
                 "param_groups": [{"lr": NotNegative}] * len(self._optimizer.param_groups),
             },
-            "schedule": self._rate.state_kinds() if validated else {},
+            "schedule": schedule_kinds(cfg.schedule, saved["schedule"]) if validated else {},
             "average": self._average.state_dict() if self._average else None,
             "scaler": {"scale": AboveZero, "_growth_tracker": Count} if scaler else None,
             "sums": self._sums.values,
             "processes": Positive,
         }
 
-    def _load(self, state: dict[str, Any], own: list[torch.Tensor], scale: float) -> None:
-        """`own` are this rank's running statistics of the average. A rate that a plateau reduced is
-        multiplied by `scale`."""
+    def _load(self, state: dict[str, Any], own: list[torch.Tensor]) -> None:
+        """`own` are this rank's running statistics of the average."""
         for name, value in state["progress"].items():
             setattr(self.progress, name, value)
         # The settings of the groups, such as weight decay, are the configuration's.
         optimizer = self._optimizer.state_dict()
         self._optimizer.load_state_dict({**optimizer, "state": state["optimizer"]["state"]})
-        rate = state["optimizer"]["param_groups"][0]["lr"] * scale
-        self._rate.load_state_dict(state["schedule"], rate)
+        if schedule := state["schedule"]:  # empty before the first validation
+            self._rate.load_state_dict(schedule, state["optimizer"]["param_groups"][0]["lr"])
         self._rate.attach(self._optimizer)
         if self._average:
             self._average.load_state_dict(state["average"])
@@ -204,9 +202,9 @@ class State:
             self._sums.values.copy_(state["sums"])
 
 
-def _refuse_impossible(state: dict[str, Any], done: int, steps: int, peak: float) -> None:
+def _refuse_impossible(state: dict[str, Any], done: int, steps: int) -> None:
     """Raises ValueError where values, each of the right kind, cannot be those of a run after `done`
-    steps, `steps` in an epoch, whose learning rate never exceeds `peak`."""
+    steps, `steps` in an epoch."""
     progress, (epoch, step) = Progress(**state["progress"]), divmod(done, steps)
     lr, seen = state["optimizer"]["param_groups"][0]["lr"], state["schedule"]
     loss, top1, top5, images = state["sums"].tolist()
@@ -216,9 +214,9 @@ def _refuse_impossible(state: dict[str, Any], done: int, steps: int, peak: float
         "progress.best_epoch": progress.best_epoch <= epoch
         and (progress.best_epoch > 0) == (progress.best_top1 >= 0) == (epoch > 0),
         "sums": loss >= 0 and 0 <= top1 <= top5 <= images,
-        "optimizer": all(1 <= held["step"] <= done for held in moments if "step" in held)
-        and lr <= peak * (1 + 1e-9),
-        "schedule": not seen or (lr > 0 and seen["num_bad_epochs"] < epoch),
+        "optimizer": all(1 <= held["step"] <= done for held in moments if "step" in held),
+        "schedule": not seen
+        or (0 < lr <= seen.get("initial_lr", lr) and seen["num_bad_epochs"] < epoch),
     }
     if wrong := [name for name in possible if not possible[name]]:
         raise ValueError(f"{wrong[0]}: impossible after {done} steps")
