@@ -17,7 +17,7 @@ STARTED = time.perf_counter()
 _PR_SET_PDEATHSIG = 1
 
 
-def stop_signals() -> list[int]:
+def signals_to_stop() -> list[int]:
     """The signals that ask for a clean end: SIGINT, SIGTERM, and SIGHUP of a closed terminal unless
     `nohup` has it ignored."""
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN

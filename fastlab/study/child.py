@@ -14,8 +14,7 @@ from typing import Any
 
 from fastlab.console import UserError
 from fastlab.machine import cores
-from fastlab.processes import die_with_parent, leave_terminal
-from fastlab.processes import stop_signals as signals_to_stop
+from fastlab.processes import die_with_parent, leave_terminal, signals_to_stop
 from fastlab.runs import RunDir
 from fastlab.study.folder import State, StudyDir, look
 from fastlab.study.spec import Task

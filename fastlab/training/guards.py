@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from fastlab.console import UserError
-from fastlab.processes import leave_terminal, stop_signals
+from fastlab.processes import leave_terminal, signals_to_stop
 from fastlab.runs import RunDir
 from fastlab.training import checkpoint
 from fastlab.training.delayed import DelayedRead
@@ -66,7 +66,7 @@ class Watch:
             for name in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(name, before[name])
 
-        before = {name: signal.getsignal(name) for name in stop_signals()}
+        before = {name: signal.getsignal(name) for name in signals_to_stop()}
         for name in before:
             signal.signal(name, ask)
         try:
