@@ -1,5 +1,7 @@
 """Checkpoints whose bytes are intact but whose values cannot be: refused before any is loaded."""
 
+import dataclasses
+import itertools
 import re
 import shutil
 from collections.abc import Callable
@@ -10,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fastlab import train as training
 from fastlab.cli import main
 from fastlab.training import checkpoint
 from tests.trainings import assert_same_run, checkpoints, command, launch
@@ -200,3 +203,52 @@ def test_other_edited_settings_are_obeyed(run):
     assert decays == [0.5, 0.0]
     assert state["progress"]["epoch"] == 3
     assert state["optimizer"]["param_groups"][0]["lr"] == 0.005
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_the_best_weights_are_those_that_the_checkpoint_records_whenever_a_kill_comes(
+    moment, synth_dataset, tmp_path, monkeypatch
+):
+    """Each epoch is better than the one before. The kill comes just before or just after the
+    checkpoint of the second gets its name."""
+    run, rename, evaluate = tmp_path / "run", Path.rename, training.evaluate
+    epochs = itertools.count(1)
+
+    def better(*rest):
+        return dataclasses.replace(evaluate(*rest), correct1=next(epochs))
+
+    def killed(path, target):
+        second = path.name == "partial" and Path(target).name == "step-00000010"
+        if second and moment == "before":
+            raise KeyboardInterrupt
+        renamed = rename(path, target)
+        if second:
+            raise KeyboardInterrupt
+        return renamed
+
+    monkeypatch.setattr(training, "evaluate", better)
+    monkeypatch.setattr(Path, "rename", killed)
+    sets = ("train.ema=0", "train.checkpoint_every=0", "train.epochs=3")
+    assert main(["train", *command(synth_dataset, run, *sets)]) == 130
+    monkeypatch.setattr(Path, "rename", rename)
+    if moment == "before":
+        assert best_is_the_last(run, 5)
+    assert main(["train", "--resume", str(run)]) == 0
+    assert best_is_the_last(run, 15)
+
+
+def best_is_the_last(run: Path, step: int) -> bool:
+    path = checkpoints(run)[-1]
+    assert path.name == f"step-{step:08d}"
+    best, weights = (
+        load_file(file)
+        for file in (run / "checkpoints" / "best.safetensors", path / "model.safetensors")
+    )
+    return all(best[name].equal(weights[name]) for name in weights)
+
+
+def test_a_last_checkpoint_without_its_average_is_not_evaluated(run, capsys):
+    change(run, lambda state: state["average"]["average"].pop())
+    assert main(["evaluate", str(run), "--checkpoint", "last"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "damaged checkpoint (average.average: expected a list" in line
