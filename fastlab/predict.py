@@ -58,7 +58,10 @@ def _load_last(model: nn.Module, run: RunDir, cfg: Config) -> None:
     checkpoint.load_weights(model, path / "model.safetensors")
     if cfg.train.ema:
         average = WeightAverage(model, cfg.train.ema)
-        average.load_state_dict(checkpoint.load_state(path)["average"])
+        state = checkpoint.load_state(path)
+        with checkpoint.misfits_reported(path):
+            state = checkpoint.conforming(state, {"average": average.state_dict()})
+        average.load_state_dict(state["average"])
         average.apply()
 
 

@@ -4,12 +4,33 @@ import ctypes
 import functools
 import os
 import signal
+import stat
+import sys
 import time
+from contextlib import suppress
+
+from fastlab.console import silence
 
 STARTED = time.perf_counter()
 """When this process imported fastlab: wall time counts from here."""
 
 _PR_SET_PDEATHSIG = 1
+
+
+def signals_to_stop() -> list[int]:
+    """The signals that ask for a clean end: SIGINT, SIGTERM, and SIGHUP of a closed terminal unless
+    `nohup` has it ignored."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM, *([] if ignored else [signal.SIGHUP])]
+
+
+def leave_terminal() -> None:
+    """After SIGHUP: have all output to the closed terminal, which would fail, go to /dev/null."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with suppress(OSError, ValueError):  # no file descriptor, or a closed one
+            # Not isatty(): it no longer recognises a terminal that is closed.
+            if stat.S_ISCHR(os.fstat(stream.fileno()).st_mode):
+                silence(stream)
 
 
 def die_with_parent(number: int = signal.SIGKILL) -> None:

@@ -103,12 +103,24 @@ class RunDir:
 
     @contextmanager
     def locked(self) -> Generator[None]:
-        """Lock the run against other trainings. Raises `UserError` where another holds the lock."""
+        """Lock the run against other trainings. Raises `UserError` where another holds the lock, or
+        where a link in the directory, which may come from somebody else, would have the training
+        write elsewhere."""
         busy = f"{self.path}: another process trains this run; wait for it or stop it"
         with ExitStack() as held:
             with self.writing():
+                self._refuse_links()
                 held.enter_context(process_lock(self.lock, busy))
             yield
+
+    def _refuse_links(self) -> None:
+        for folder, folders, files in os.walk(self.path):
+            for path in (Path(folder, name) for name in (*folders, *files)):
+                if path.is_symlink():
+                    raise UserError(
+                        f"{printable(str(path))}: is a link, and a training writes only into its "
+                        f"own directory; put the file or directory itself in its place"
+                    )
 
     @contextmanager
     def writing(self) -> Generator[None]:

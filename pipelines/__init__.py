@@ -1,7 +1,10 @@
 """How images reach the device: one contract, one augmentation, one file for each engine."""
 
 import importlib
+from pathlib import Path
 
+from fastlab.console import UserError
+from fastlab.dataset.manifest import read_manifest
 from pipelines.base import Pipeline, PipelineSpec
 from pipelines.engine import EnginePipeline
 from pipelines.resident import ResidentPipeline
@@ -15,10 +18,25 @@ def make_pipeline(spec: PipelineSpec) -> Pipeline:
     """The pipeline that `spec.data.pipeline` names.
 
     Raises `UserError` where the dataset lacks the split or the format, the split has no full
-    training batch, or the engine is not installed.
+    training batch, the engine is not installed, or another dataset than that of `spec.manifest` has
+    taken its place. What a pipeline has opened stays that dataset's, whatever replaces it later.
     """
     if spec.data.pipeline == "resident":
-        return ResidentPipeline(spec)
-    # Imported only now: an engine needs packages that may be missing.
-    engine = importlib.import_module(f"pipelines.{spec.data.pipeline}")
-    return EnginePipeline(spec, engine.open_engine)
+        pipeline = ResidentPipeline(spec)
+    else:
+        # Imported only now: an engine needs packages that may be missing.
+        engine = importlib.import_module(f"pipelines.{spec.data.pipeline}")
+        pipeline = EnginePipeline(spec, engine.open_engine)
+    _refuse_replaced(spec)  # after its files were opened
+    return pipeline
+
+
+def _refuse_replaced(spec: PipelineSpec) -> None:
+    form, before, now = (
+        FORMATS[spec.data.pipeline],
+        spec.manifest,
+        read_manifest(Path(spec.data.path)),
+    )
+    # Another format may have been added, which changes no file of this one.
+    if (now.classes, now.formats.get(form)) != (before.classes, before.formats[form]):
+        raise UserError(f"{spec.data.path}: was replaced by another dataset while it was in use")

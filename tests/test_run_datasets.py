@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from fastlab import train as training
 from fastlab.cli import main
 from fastlab.config import Config
 from fastlab.console import UserError
 from fastlab.dataset.convert import Options, convert
 from fastlab.dataset.manifest import fingerprint, read_manifest
 from fastlab.runs import RunDir
+from fastlab.training import setup
 from pipelines import FORMATS
-from tests.trainings import command
+from tests.trainings import assert_same_run, command
 
 
 @pytest.fixture
@@ -119,3 +121,45 @@ def test_resume_and_evaluate_refuse_another_dataset_which_predict_does_not_read(
         (line,) = capsys.readouterr().err.splitlines()
         assert "is not the dataset that" in line and "classes" in line
     assert (run / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("pipeline", ["resident", "torchvision"])
+def test_a_dataset_that_is_replaced_during_a_training_changes_nothing_in_its_run(
+    pipeline, synth_source, tmp_path, capsys, monkeypatch
+):
+    """What reads the dataset anew at the end, the sample predictions, is left out with a line."""
+    data, epoch, formats = tmp_path / "data", training.epoch, ("array", "tar")
+    sets = (f"data.pipeline={pipeline}", "data.workers=1", "train.epochs=2")
+
+    def replacing(trainer):
+        epoch(trainer)
+        other = Options(classes="n90000001,n90000002,n90000003", formats=formats, force=True)
+        convert(synth_source, data, other)
+
+    convert(synth_source, data, Options(classes="3", formats=formats))
+    assert main(["train", *command(data, tmp_path / "whole", *sets)]) == 0
+    monkeypatch.setattr(training, "epoch", replacing)
+    capsys.readouterr()
+    assert main(["train", *command(data, tmp_path / "run", *sets)]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no sample predictions" in line and "replaced by another dataset" in line
+    assert (tmp_path / "whole" / "predictions.json").exists()
+    assert not (tmp_path / "run" / "predictions.json").exists()
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_dataset_that_is_replaced_while_it_is_opened_is_refused(
+    synth_source, dataset, tmp_path, capsys, monkeypatch
+):
+    opened = setup.open_dataset
+
+    def replacing(cfg):
+        manifest = opened(cfg)
+        other = Options(classes="n90000001,n90000002,n90000003", force=True)
+        convert(synth_source, dataset, other)
+        return manifest
+
+    monkeypatch.setattr(setup, "open_dataset", replacing)
+    assert main(["train", *command(dataset, tmp_path / "trained")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "was replaced by another dataset" in line

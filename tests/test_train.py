@@ -1,13 +1,16 @@
 """Whole trainings: what they write, how they stop and resume, and what they refuse."""
 
 import base64
+import fcntl
 import io
 import json
 import os
 import re
 import shutil
 import signal
+import termios
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -58,7 +61,7 @@ def test_a_run_writes_what_reports_read(whole_run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
 def test_a_stopped_run_resumes_bit_for_bit(number, whole_run, synth_dataset, tmp_path):
     out = tmp_path / "run"
     process = launch(command(synth_dataset, out))
@@ -70,6 +73,46 @@ def test_a_stopped_run_resumes_bit_for_bit(number, whole_run, synth_dataset, tmp
     if process.returncode == 0:
         pytest.skip("the run ended before the signal arrived")
     train(["--resume", str(out)])
+    assert_same_run(out, whole_run)
+
+
+@pytest.mark.slow
+def test_a_training_whose_terminal_is_closed_saves_a_checkpoint(synth_dataset, tmp_path):
+    """It has no other checkpoint. The shell and the kernel each send SIGHUP."""
+    run, (ours, terminal) = tmp_path / "run", os.openpty()
+    never = ("train.checkpoint_every=0", "train.checkpoint_seconds=1e9", "train.epochs=1000")
+    process = launch(
+        command(synth_dataset, run, *never),
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(terminal)
+    try:
+        # Read what it prints, or it would wait for room.
+        assert wait_until(
+            lambda: os.read(ours, 65536) and (run / "metrics.jsonl").exists(), process
+        )
+        os.close(ours)
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(timeout=60) == 128 + signal.SIGHUP
+    finally:
+        process.kill()
+    assert checkpoints(run)
+    assert json.loads((run / "summary.json").read_text())["status"] == "interrupted"
+
+
+@pytest.mark.slow
+def test_a_training_under_nohup_outlives_its_terminal(whole_run, synth_dataset, tmp_path):
+    out = tmp_path / "run"
+    ignore = partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)
+    process = launch(command(synth_dataset, out), preexec_fn=ignore)
+    assert wait_until(lambda: checkpoints(out), process)
+    process.send_signal(signal.SIGHUP)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
     assert_same_run(out, whole_run)
 
 

@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from fastlab.console import UserError
 from fastlab.machine import cores
-from fastlab.processes import die_with_parent
+from fastlab.processes import die_with_parent, leave_terminal, signals_to_stop
 from fastlab.runs import RunDir
 from fastlab.study.folder import State, StudyDir, look
 from fastlab.study.spec import Task
@@ -83,7 +84,7 @@ def conclude(study: StudyDir, child: Child) -> State:
     code = child.process.returncode
     if code == 0:
         status, reason = "finished", ""
-    elif code < 0 or code in (130, 143):
+    elif code < 0 or code in (129, 130, 143):
         number = -code if code < 0 else code - 128
         status, reason = "interrupted", f"ended by {signal.Signals(number).name}"
     else:
@@ -133,12 +134,18 @@ def _gpus() -> list[str]:
 
 @contextmanager
 def stop_signals() -> Generator[list[int]]:
-    """Collects SIGINTs and SIGTERMs, in place of what they do otherwise."""
+    """Collects SIGINTs and SIGTERMs, in place of what they do otherwise, and the SIGHUP of a closed
+    terminal, which may come twice, where it is the first."""
     received: list[int] = []
-    before = {
-        number: signal.signal(number, lambda number, _: received.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+
+    def collect(number: int, frame: Any) -> None:
+        if number == signal.SIGHUP:
+            leave_terminal()
+            if received:
+                return
+        received.append(number)
+
+    before = {number: signal.signal(number, collect) for number in signals_to_stop()}
     try:
         yield received
     finally:

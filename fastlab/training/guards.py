@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from fastlab.console import UserError
+from fastlab.processes import leave_terminal, signals_to_stop
 from fastlab.runs import RunDir
 from fastlab.training import checkpoint
 from fastlab.training.delayed import DelayedRead
@@ -55,7 +56,8 @@ class Watch:
 
     @contextmanager
     def signals(self) -> Generator[None]:
-        """The first SIGINT or SIGTERM asks for a clean end; a second one acts at once. Python lets
+        """The first SIGINT, SIGTERM or SIGHUP asks for a clean end. A second SIGINT or SIGTERM acts
+        at once; SIGHUP never does, since a closed terminal may send it twice. Python lets
         only the main thread handle signals: a training in another has none of them."""
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -63,10 +65,13 @@ class Watch:
 
         def ask(number: int, frame: Any) -> None:
             self.signal = number
-            for name, handler in before.items():
-                signal.signal(name, handler)
+            if number == signal.SIGHUP:
+                leave_terminal()
+                return
+            for name in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(name, before[name])
 
-        before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+        before = {name: signal.getsignal(name) for name in signals_to_stop()}
         for name in before:
             signal.signal(name, ask)
         try:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from fastlab import models
 from fastlab.config import Config
-from fastlab.console import printable
+from fastlab.console import UserError, printable, tell
 from fastlab.dataset.manifest import Manifest
 from fastlab.runs import RunDir
 from fastlab.training import checkpoint
@@ -218,8 +218,11 @@ class Journal:
             return
         if self._run.best.exists():
             checkpoint.load_weights(self._model, self._run.best)
-        samples = sample_predictions(self._model, self._cfg, self._manifest, device)
-        self._run.write_predictions(samples)
+        try:
+            samples = sample_predictions(self._model, self._cfg, self._manifest, device)
+            self._run.write_predictions(samples)
+        except UserError as error:  # such as a dataset that was replaced or moved meanwhile
+            tell(f"{self._run.path}: is trained, but has no sample predictions: {error}")
         progress, path = self._state.progress, self._run.path
         print(
             f"best validation top-1 {progress.best_top1:.2%} at epoch {progress.best_epoch}, "

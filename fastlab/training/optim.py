@@ -1,14 +1,15 @@
 """Optimizers, learning-rate schedules and the moving average of weights."""
 
 import math
-from collections.abc import Generator
+from collections.abc import Container, Generator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from fastlab.config import OptimConfig, ScheduleConfig
+from fastlab.config import AboveZero, Count, OptimConfig, ScheduleConfig, Share
 
 # The rate at the first step of a warm-up, as a share of the peak: OneCycleLR's usual 1/25.
 _WARMUP_START = 1 / 25
@@ -30,6 +31,23 @@ def make_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimiz
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name]
     betas = (config.beta1, config.beta2)
     return kind(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+
+
+def optimizer_tensors(
+    config: OptimConfig, optimizer: torch.optim.Optimizer, updated: Container[int]
+) -> dict[int, dict[str, torch.Tensor]]:
+    """Tensors of the shape, dtype and layout of those that the `state_dict` of an optimizer of
+    `make_optimizer` holds under "state" after a step: number of the parameter -> name.
+
+    A bias in front of a batch norm gets no gradient and has none: of biases and norm parameters,
+    only those in `updated` are listed.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    listed = {n: p for n, p in enumerate(parameters) if p.ndim > 1 or n in updated}
+    if config.name == "sgd":
+        return {n: {"momentum_buffer": p} for n, p in listed.items()} if config.momentum else {}
+    step = torch.zeros((), dtype=torch.float32, device=parameters[0].device)
+    return {n: {"step": step, "exp_avg": p, "exp_avg_sq": p} for n, p in listed.items()}
 
 
 def schedule_factor(config: ScheduleConfig, step: int, steps: int) -> float:
@@ -109,6 +127,18 @@ class Rate:
             self._plateau.load_state_dict({name: state[name] for name in counters})
             self._plateau.optimizer.param_groups[0]["lr"] = lr
             self._tensor.fill_(lr)
+
+
+def schedule_kinds(config: ScheduleConfig, saved: dict) -> dict[str, Any]:
+    """The types of what `Rate.load_state_dict` reads in `saved`, a `Rate.state_dict` after the
+    first epoch, as `checkpoint.conforming` takes them."""
+    if config.name != "plateau":
+        return {}
+    kinds: dict[str, Any] = {"best": Share, "num_bad_epochs": Count}
+    kinds.update(cooldown_counter=Count, last_epoch=Count)
+    if "initial_lr" in saved:  # not in checkpoints of earlier versions
+        kinds["initial_lr"] = AboveZero
+    return kinds
 
 
 def _plateau(config: ScheduleConfig, lr: float) -> ReduceLROnPlateau:

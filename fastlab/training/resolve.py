@@ -69,7 +69,6 @@ def _changed(run: RunDir, overrides: list[str]) -> Config:
     """The configuration of `run` with `overrides`, which may change what `CHANGEABLE` lists."""
     before = run.load_config()
     after = config.load(run.config, overrides)
-    run.check_data_path(after.data.path)
     for name in config.differences(before, after):
         section, key = name.split(".")
         if key not in CHANGEABLE.get(section, ()):
@@ -81,4 +80,5 @@ def _changed(run: RunDir, overrides: list[str]) -> Config:
                 f"--set {name}: a resumed run cannot change it; start another run: "
                 f"fastlab train {printable(shlex.join(words))}"
             )
+    run.check_data_path(after.data.path)
     return after

@@ -29,10 +29,11 @@ STAGES = {
     "stored": "damaged arrays, .beton files and tar shards",
     "configurations": "odd configurations",
     "checkpoints": "damaged checkpoints",
+    "states": "impossible values in checkpoints, with checksums that fit",
     "runs": "damaged run directories",
     "predictions": "damaged images to predict, damaged records of a run's dataset",
     "kills": "SIGKILL of conversions",
-    "trainings": "SIGKILL of trainings, on one and two processes",
+    "trainings": "SIGKILL of trainings, on one and two processes, and signals that ask for an end",
     "disks": "full disk, unusable output, output removed during training",
     "endurance": "2,000 epochs with resident, 500 with each other engine; only with --full",
 }
@@ -45,6 +46,7 @@ _INPUTS = {
     "stored": (250, 12),
     "configurations": (300, 40),
     "checkpoints": (100, 6),
+    "states": (100, 12),
     "runs": (150, 12),
     "predictions": (300, 24),
 }
@@ -69,6 +71,7 @@ def stages(seed: int, full: bool) -> dict[str, Callable[[Tally, Path, Path], Non
         kills.trainings(tally, base, scratch, seed, times(30, 1), 1)
         kills.trainings(tally, base, scratch, seed, times(20, 1), 2)
         kills.ranks(tally, base, scratch, seed, times(6, 1))
+        kills.signals(tally, base, scratch, seed, times(9, 1))
 
     def unwritable(tally: Tally, base: Path, scratch: Path) -> None:
         disks.full(tally, base, scratch, seed, times(40, 2))

@@ -291,6 +291,29 @@ def stopped_runs(base: Path, scratch: Path, random: np.random.Generator) -> tupl
     return f"checkpoint: {kind}", outcome
 
 
+def states(base: Path, scratch: Path, random: np.random.Generator) -> tuple[str, str]:
+    """A value of a checkpoint, with checksums that fit: where another leads to another result, or a
+    missing one to none, it is refused."""
+    import torch
+
+    run = scratch / "run"
+    shutil.copytree(base / "stopped", run)
+    path = checkpoints(run)[-1] / ("state.pt", "rank-0.pt")[random.integers(2)]
+    state = torch.load(path, weights_only=True)
+    kind = mutations.state_damaged(state, random)
+    torch.save(state, path)
+    damaged = path.read_bytes()
+
+    def correct() -> str:
+        return same_run(run, base / "whole")
+
+    def unharmed() -> str:
+        return "" if path.read_bytes() == damaged else "the checkpoint was changed"
+
+    outcome = judge(*call(["train", "--resume", str(run)]), correct, unharmed)
+    return f"state of a checkpoint: {kind}", outcome
+
+
 def runs(base: Path, scratch: Path, random: np.random.Generator) -> tuple[str, str]:
     """A file that `report` or `evaluate` reads: changed weights are refused."""
     run, out = scratch / "run", scratch / "report.html"
@@ -347,6 +370,7 @@ CATEGORIES: dict[str, Callable[[Path, Path, np.random.Generator], tuple[str, str
     "checkpoints": stopped_runs,
     "runs": runs,
     "predictions": predictions,
+    "states": states,
 }
 
 

@@ -1,4 +1,5 @@
-"""SIGKILL at a random moment of a conversion or a training, then the same command again."""
+"""SIGKILL at a random moment of a conversion or a training, or another signal to a training, then
+the same command again."""
 
 import json
 import os
@@ -151,6 +152,39 @@ def _killed_training(base: Path, run: Path, whole: Path, moment: float, processe
     if code:
         return f"resuming: {code} {errors[-3000:]}"
     return same_run(run, whole) or CORRECT
+
+
+def signals(tally: Tally, base: Path, scratch: Path, seed: int, times: int) -> None:
+    """Stop a training by a signal at a random moment: it loses nothing, and ends after a resume as
+    if nothing had happened. Its only checkpoint is that of the stop."""
+    random = np.random.default_rng([seed, 4])
+    whole = scratch / "whole-1"
+    if not whole.exists():
+        ended(launch(command(base / "dataset", whole), 1))
+    for number in range(times):
+        run = scratch / "stopped"
+        name = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)[number % 3]
+        moment = random.uniform(0, 1)
+        outcome = _stopped_training(base, run, whole, name, moment)
+        tally.add(f"{name.name} to a training", outcome, f"{moment:.3f} s after its first epoch")
+        shutil.rmtree(run, ignore_errors=True)
+
+
+def _stopped_training(base: Path, run: Path, whole: Path, name: int, moment: float) -> str:
+    never = ("train.checkpoint_every=0", "train.checkpoint_seconds=1e9")
+    process = launch(command(base / "dataset", run, *never))
+    if not wait_until((run / "metrics.jsonl").exists, process, _SECONDS):
+        kill_group(process)
+        return "no epoch was trained"
+    time.sleep(moment)
+    process.send_signal(name)
+    code, errors = ended(process, check=False)
+    if code not in (0, 128 + name):
+        return f"stopping: {code} {errors[-3000:]}"
+    if not checkpoints(run):
+        return "no checkpoint was written"
+    code, errors = ended(launch(["--resume", str(run)]), check=False)
+    return same_run(run, whole) or CORRECT if code == 0 else f"resuming: {code} {errors[-3000:]}"
 
 
 def kill_group(process: subprocess.Popen) -> list[int]:

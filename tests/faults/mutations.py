@@ -224,8 +224,32 @@ def json_damaged(text: str, random: Random) -> str:
     return json.dumps(root)
 
 
+def state_damaged(state: dict[str, Any], random: Random) -> str:
+    """Replace one value of a checkpoint's state by one that cannot be, or remove it. Returns what
+    was done."""
+    import torch
+
+    # A bias in front of a batch norm has no entry in the optimizer's state, so none can be missed.
+    entries = state.get("optimizer", {}).get("state")
+    places = [(holder, key) for holder, key in _places(state) if holder is not entries]
+    holder, key = places[random.integers(len(places))]
+    old = holder[key]
+    kind = ("removed", "a tensor's shape", "a tensor's type", "not finite", "odd")[
+        random.integers(5)
+    ]
+    if kind == "removed":
+        del holder[key]
+    elif isinstance(old, torch.Tensor):
+        other = {"a tensor's shape": torch.zeros(3, 1, dtype=old.dtype), "a tensor's type": old > 0}
+        holder[key] = other.get(kind, old * math.nan if old.is_floating_point() else None)
+    else:
+        holder[key] = (None, "x", -7, math.nan, math.inf, [], {}, 2**70)[random.integers(8)]
+        kind = "odd"
+    return kind
+
+
 def _places(node: Any) -> Any:
-    """Every (container, key or index) in a JSON document."""
+    """Every (container, key or index) in a JSON document, or in the state of a checkpoint."""
     keys = list(node) if isinstance(node, dict) else range(len(node))
     for key in keys:
         yield node, key

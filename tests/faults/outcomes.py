@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import sys
 import traceback
@@ -64,13 +65,13 @@ def judge(code: int, errors: str, correct: Check, unharmed: Check) -> str:
     return f"an error that did harm: {problem}" if problem else CLEAR
 
 
-def call(arguments: list[str]) -> tuple[int, str]:
+def call(arguments: list[str], printed: io.StringIO | None = None) -> tuple[int, str]:
     """Run ``fastlab ARGUMENTS`` in this process. Returns its exit status, 70 for a traceback, and
-    its standard error."""
+    its standard error; `printed` collects its standard output."""
     if "accelerate" in sys.modules:  # Accelerate keeps the precision that a process first asked for
         sys.modules["accelerate"].state.AcceleratorState._reset_state(reset_partial_state=True)
-    errors = io.StringIO()
-    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+    errors, printed = io.StringIO(), printed or io.StringIO()
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(printed):
         try:
             code = fastlab(arguments)
         except SystemExit as end:
@@ -104,4 +105,17 @@ def same_run(run: Path, whole: Path) -> str:
     """What is wrong with `run`; empty where its metrics and weights are those of `whole`."""
     if metrics(run) != metrics(whole):
         return "other metrics than the undisturbed run's"
-    return "" if same_weights(run, whole) else "other weights than the undisturbed run's"
+    if not same_weights(run, whole):
+        return "other weights than the undisturbed run's"
+    return other_best(run)
+
+
+def other_best(run: Path) -> str:
+    """What is wrong with the best weights of `run`; empty where they give the top-1 that its
+    records call the best."""
+    code, errors = call(["evaluate", str(run), "--json"], printed := io.StringIO())
+    if code:
+        return f"its best weights cannot be evaluated: {code} {errors.strip()[-400:]}"
+    top1 = json.loads(printed.getvalue().strip().splitlines()[-1])["top1"]
+    best = max(record["val_top1"] for record in metrics(run))
+    return "" if top1 == best else f"its best weights give top-1 {top1}, its records say {best}"

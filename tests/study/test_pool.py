@@ -135,6 +135,23 @@ def stopped_and_killed(path: Path, dataset: Path, out: Path) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
+def test_a_study_whose_terminal_is_closed_saves_its_trainings(synth_dataset, tmp_path):
+    """The shell and the kernel each send SIGHUP."""
+    out = tmp_path / "out"
+    path = write_study(tmp_path, STUDY)
+    process = launch(command(path, synth_dataset, out, "--epochs", "1000"))
+    wait_for_step(process, out, 1)
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGHUP)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGHUP, printed
+    [run] = (out / "runs").iterdir()
+    assert json.loads((run / "summary.json").read_text())["status"] == "interrupted"
+    assert "the same command resumes" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_a_study_that_is_stopped_and_killed_ends_as_an_undisturbed_one(
     whole, synth_dataset, tmp_path
 ):

@@ -5,6 +5,7 @@ import itertools
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -47,6 +48,14 @@ def newest(folder: Path) -> Path:
     return path
 
 
+def load(
+    path: Path, model: nn.Module, rank: int, rank_tensors: Sequence[torch.Tensor] = ()
+) -> tuple[dict[str, Any], list[torch.Tensor]]:
+    """Restore `model`. Returns the main process's state, and this rank's `rank_tensors`."""
+    state = checkpoint.load_state(path)
+    return state, checkpoint.load(path, model, rank, state["processes"], rank_tensors)
+
+
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
     """Take steps whose images and dropout follow from their numbers."""
     model.train()
@@ -79,7 +88,7 @@ def test_a_training_resumes_bit_for_bit(tmp_path, name):
     train(model, optimizer, range(2, 4))
 
     resumed, resumed_optimizer = fresh()
-    loaded, rank_tensors = checkpoint.load(newest(tmp_path), resumed, 0)
+    loaded, rank_tensors = load(newest(tmp_path), resumed, 0)
     assert len(rank_tensors) == 0
     assert loaded["progress"] == {"epoch": 3, "rates": [1.5, 2.25]}
     assert same(resumed.state_dict(), saved)
@@ -104,7 +113,7 @@ def test_each_rank_gets_its_own_statistics_and_a_new_rank_those_of_the_main_proc
     save_by_two(tmp_path, models)
     for rank, mean in ((0, 1.0), (1, 7.0), (2, 1.0)):
         model = small()
-        checkpoint.load(newest(tmp_path), model, rank)
+        load(newest(tmp_path), model, rank)
         assert model[1].running_mean.tolist() == [mean] * 3
         assert model[0].weight.tolist() == [[1.0] * 2] * 3
 
@@ -116,7 +125,7 @@ def test_all_ranks_refuse_a_checkpoint_that_lacks_the_file_of_one(tmp_path, lost
     (path / f"rank-{lost}.pt").unlink()
     for rank in range(3):
         with pytest.raises(UserError, match=f"damaged checkpoint .rank-{lost}.pt is missing"):
-            checkpoint.load(path, small(), rank)
+            load(path, small(), rank)
 
 
 def test_without_a_checkpoint_there_is_no_last_one(tmp_path):
@@ -129,7 +138,7 @@ def test_the_newest_step_is_the_last(tmp_path):
         checkpoint.save(tmp_path / str(step), step, small(step), {}, ALONE)
         shutil.copytree(tmp_path / str(step), tmp_path / "all", dirs_exist_ok=True)
     model = small()
-    checkpoint.load(newest(tmp_path / "all"), model, 0)
+    load(newest(tmp_path / "all"), model, 0)
     assert content(model) == 1000
 
 
@@ -178,24 +187,37 @@ def killer() -> Killer:
 
 @pytest.mark.parametrize("second", [8, 7], ids=["a later step", "the same step again"])
 def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_path, killer, second):
+    """The best weights, too, are those of the checkpoint, whichever the kill leaves."""
     for moment in itertools.count(1):
         folder = tmp_path / str(moment)
-        checkpoint.save(folder, 7, small(70), {"value": 70}, ALONE)
+        save_both(folder, 7, 70)
         killer.folder, killer.left = str(folder), moment
         try:
-            checkpoint.save(folder, second, small(80), {"value": 80}, ALONE)
+            save_both(folder, second, 80 if second == 8 else 70)
             break
         except Killed:
-            model = small()
-            state, _ = checkpoint.load(newest(folder), model, 0)
+            model, best = small(), small()
+            path = newest(folder)
+            state, _ = load(path, model, 0)
             assert content(model) == state["value"] in (70, 80)
+            checkpoint.promote_best(path)
+            checkpoint.load_weights(best, folder / "best.safetensors")
+            assert content(best) == state["value"] + 1
             checkpoint.save(folder, 9, small(90), {}, ALONE)
-            assert list(folder.iterdir()) == [newest(folder)]
+            assert {p.name for p in folder.iterdir()} == {newest(folder).name, "best.safetensors"}
+            checkpoint.load_weights(best, folder / "best.safetensors")
+            assert content(best) == state["value"] + 1
         finally:
             killer.left = 0
     assert moment > 5  # at the last one, the save was over
-    checkpoint.load(newest(folder), model, 0)
-    assert content(model) == 80
+    load(newest(folder), model, 0)
+    assert content(model) == (80 if second == 8 else 70)
+
+
+def save_both(folder: Path, step: int, value: int) -> None:
+    """A checkpoint filled with `value`, with new best weights that are filled with one more."""
+    best = small(value + 1).state_dict()
+    checkpoint.save(folder, step, small(value), {"value": value}, ALONE, best=best)
 
 
 def break_file(path: Path, how: str) -> None:
@@ -214,7 +236,7 @@ def test_a_damaged_file_is_reported_in_one_line(tmp_path, name, how):
     path = newest(tmp_path)
     break_file(path / name, how)
     with pytest.raises(UserError) as caught:
-        checkpoint.load(path, small(), 0)
+        load(path, small(), 0)
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
 
@@ -222,8 +244,8 @@ def test_a_damaged_file_is_reported_in_one_line(tmp_path, name, how):
 def test_weights_of_another_model_are_refused(tmp_path):
     checkpoint.save(tmp_path, 1, small(), {}, ALONE)
     for other in (nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4)), nn.Linear(2, 3)):
-        with pytest.raises(UserError, match="another model") as caught:
-            checkpoint.load(newest(tmp_path), other, 0)
+        with pytest.raises(UserError, match="no weights of this model") as caught:
+            load(newest(tmp_path), other, 0)
         assert "\n" not in str(caught.value)
 
 
@@ -243,7 +265,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, name):
     path, trace = newest(tmp_path / "run"), tmp_path / "trace"
     torch.save({"cpu": Exploit(trace), "buffers": {}}, path / name)
     with pytest.raises(UserError, match="damaged checkpoint") as caught:
-        checkpoint.load(path, small(), 0)
+        load(path, small(), 0)
     assert "\n" not in str(caught.value)
     assert not trace.exists()
     torch.load(path / name, weights_only=False)  # the exploit works where pickles are trusted

@@ -132,8 +132,29 @@ def test_the_first_signal_asks_for_a_stop_and_the_second_acts_at_once(number):
             signal.signal(name, handler)
 
 
+def test_a_closed_terminal_may_send_its_signal_twice_and_after_another():
+    """By default each would end the process."""
+    watch = watch_of(ALONE)
+    with watch.signals():
+        for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
+            os.kill(os.getpid(), number)
+            assert watch.signal == number
+
+
+def test_an_ignored_hangup_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        watch = watch_of(ALONE)
+        with watch.signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert watch.signal == 0 and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_without_a_signal_the_handlers_are_restored():
-    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {name: signal.getsignal(name) for name in names}
     with watch_of(ALONE).signals():
         assert all(signal.getsignal(name) != handler for name, handler in before.items())
     assert {name: signal.getsignal(name) for name in before} == before

@@ -38,7 +38,7 @@ def test_overrides_and_profile_change_nothing_else():
 
 
 def test_a_resumed_run_has_its_own_configuration(tmp_path):
-    before = load(Path(DEMO), ["train.epochs=7"])
+    before = load(Path(DEMO), ["train.epochs=7", f"data.path={tmp_path}"])
     (tmp_path / "config.toml").write_text(dump(before))
     cfg, run = resolve(options("--resume", str(tmp_path)))
     assert cfg == before and run.path == tmp_path
@@ -64,12 +64,12 @@ def test_the_default_directory_for_the_configuration_of_a_run_is_a_free_one(tmp_
 
 
 def test_a_resumed_run_takes_settings_that_its_checkpoint_does_not_depend_on(tmp_path):
-    before = load(Path(DEMO))
+    before = load(Path(DEMO), [f"data.path={tmp_path}"])
     (tmp_path / "config.toml").write_text(dump(before))
     sets = ("optim.lr=0.5", "train.epochs=99", "schedule.warmup=0.5", "profile.enabled=true")
     arguments = [word for each in sets for word in ("--set", each)]
     cfg, _ = resolve(options("--resume", str(tmp_path), *arguments))
-    assert cfg == load(Path(DEMO), sets)
+    assert cfg == load(Path(DEMO), [f"data.path={tmp_path}", *sets])
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_a_resumed_run_refuses_another_setting_by_its_name(change, tmp_path):
 
 
 def test_a_setting_that_keeps_its_value_is_not_refused(tmp_path):
-    (tmp_path / "config.toml").write_text(dump(load(Path(DEMO))))
+    (tmp_path / "config.toml").write_text(dump(load(Path(DEMO), [f"data.path={tmp_path}"])))
     resolve(options("--resume", str(tmp_path), "--set", "train.batch_size=64"))
 
 

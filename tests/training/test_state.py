@@ -8,12 +8,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from fastlab.config import OptimConfig, ScheduleConfig
+from fastlab.config import Config, OptimConfig, ScheduleConfig
 from fastlab.runs import RunDir
 from fastlab.training.metrics import Sums
 from fastlab.training.optim import Rate, WeightAverage, make_optimizer
-from fastlab.training.state import State
+from fastlab.training.state import Progress, State
 from tests.training.ranks import on_ranks
+
+CONFIG = Config(optim=OptimConfig(name="adam", lr=0.5), schedule=ScheduleConfig(name="constant"))
 
 
 def state_of(accelerator: Any, folder: Path) -> State:
@@ -33,7 +35,9 @@ def saved(tmp_path) -> Path:
 
     def save(accelerator):
         state, rank = state_of(accelerator, tmp_path), accelerator.process_index
-        state.progress.epoch, state.progress.step = 1, 4
+        state._model(torch.ones(2, 2)).sum().backward()
+        state._optimizer.step()
+        state.progress = Progress(epoch=1, step=4, best_top1=0.5, best_epoch=1)
         state._sums.values += torch.tensor([1.0, 2.0, 3.0, 4.0]) * 10**rank
         assert state._average is not None
         for buffers in (state._model.buffers(), state._average.buffers):
@@ -51,7 +55,7 @@ def saved(tmp_path) -> Path:
 def test_sums_resume_on_the_main_rank_whatever_the_number_of_ranks(saved, count):
     def restored(accelerator):
         state = state_of(accelerator, saved)
-        state.restore()
+        state.restore(CONFIG, 5)
         assert (state.progress.epoch, state.progress.step) == (1, 4)
         return state._sums.values.tolist()
 
@@ -63,7 +67,7 @@ def test_sums_resume_on_the_main_rank_whatever_the_number_of_ranks(saved, count)
 def test_each_rank_resumes_with_its_own_statistics_and_their_average(saved):
     def restored(accelerator):
         state = state_of(accelerator, saved)
-        state.restore()
+        state.restore(CONFIG, 5)
         assert state._average is not None
         buffers = (*state._model.buffers(), *state._average.buffers)
         return {value for b in buffers if b.is_floating_point() for value in b.tolist()}
