@@ -1,10 +1,14 @@
-"""Processes that do not outlive the one that started them, and the time this one began."""
+"""Processes that do not outlive the one that started them, signals that end a command in order, and
+the time this process began."""
 
+import contextlib
 import ctypes
 import functools
 import os
 import signal
 import time
+from collections.abc import Generator
+from typing import Any
 
 STARTED = time.perf_counter()
 """When this process imported fastlab: wall time counts from here."""
@@ -16,6 +20,35 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
     """Have the kernel send this process the signal `number` when its parent dies (Linux; nothing
     happens elsewhere)."""
     _set_death_signal(os.getpid(), number)
+
+
+@contextlib.contextmanager
+def interrupted_by_signals() -> Generator[None]:
+    """Within the block, SIGTERM and SIGHUP raise KeyboardInterrupt with their number, as SIGINT
+    does without one: what was half-written is removed. An ignored SIGHUP (nohup) stays ignored.
+
+    Only the first of them does: a terminal that closes sends several, and the next would interrupt
+    the removal.
+    """
+    process = os.getpid()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    caught = [number for number, handler in before.items() if handler != signal.SIG_IGN]
+
+    def interrupt(number: int, frame: Any) -> None:
+        if os.getpid() != process:  # a forked child, which has nothing to remove
+            os._exit(128 + number)
+        for each in caught:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt(number)
+
+    for number in caught:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in caught:
+            if signal.getsignal(number) is interrupt:
+                signal.signal(number, before[number])
 
 
 def die_with_launcher() -> None:
