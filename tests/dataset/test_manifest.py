@@ -59,7 +59,9 @@ def manifests(draw) -> Manifest:
     ids = draw(st.lists(TEXT, min_size=1, max_size=3, unique=True))
     numbers = st.lists(st.floats(0, 1, exclude_min=True), min_size=3, max_size=3)
     # Those of the format array have a size that follows from the images.
-    files = st.dictionaries(st.text("abc.", min_size=3, max_size=8), st.builds(FileInfo, SIZE, TEXT))
+    files = st.dictionaries(
+        st.text("abc.", min_size=3, max_size=8), st.builds(FileInfo, SIZE, TEXT)
+    )
     formats = draw(st.dictionaries(st.sampled_from(["ffcv", "tar"]), files))
     return Manifest(
         name=draw(TEXT),
@@ -163,7 +165,7 @@ def test_a_digit_in_place_of_any_character_is_refused(tmp_path):
 
 
 def changed(text: str, path: str, value: Any) -> str:
-    """The manifest with another value at `path`, or without it (`...`), and a checksum that fits."""
+    """The manifest with another value at `path`, or none (`...`), and a checksum that fits."""
     values = json.loads(text)
     holder = values
     *parents, last = [int(part) if part.isdecimal() else part for part in path.split(" ")]

@@ -74,7 +74,9 @@ def test_nvjpeg_decodes_plain_jpegs_alone(odd, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torchvision, "decode_jpeg", decode)
     shards = torchvision.open_shards(odd, read_manifest(odd), "train")
-    engine = torchvision.NvjpegEngine(shards, torchvision._Shape(64, "crop"), torch.device("cpu"), "here")
+    engine = torchvision.NvjpegEngine(
+        shards, torchvision._Shape(64, "crop"), torch.device("cpu"), "here"
+    )
     rows = np.arange(2 * KINDS)
     images = engine._decode([torchvision._encoded(shards, row) for row in rows], rows)
     assert np.array_equal(images.numpy(), pixels(odd)) and images.is_contiguous()
