@@ -27,28 +27,28 @@ def interrupted_by_signals() -> Generator[None]:
     """Within the block, SIGTERM and SIGHUP raise KeyboardInterrupt with their number, as SIGINT
     does without one: what was half-written is removed. An ignored SIGHUP (nohup) stays ignored.
 
-    Only the first of them does: a terminal that closes sends several, and the next would interrupt
-    the removal.
+    Only the first of them does, and the others are ignored from then on: a terminal that closes
+    sends several, and the next would interrupt the removal.
     """
-    process = os.getpid()
+    process, interrupted = os.getpid(), False
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     caught = [number for number, handler in before.items() if handler != signal.SIG_IGN]
 
     def interrupt(number: int, frame: Any) -> None:
+        nonlocal interrupted
         if os.getpid() != process:  # a forked child, which has nothing to remove
             os._exit(128 + number)
-        for each in caught:
-            signal.signal(each, signal.SIG_IGN)
-        raise KeyboardInterrupt(number)
+        if not interrupted:
+            interrupted = True
+            raise KeyboardInterrupt(number)
 
     for number in caught:
         signal.signal(number, interrupt)
     try:
         yield
     finally:
-        for number in caught:
-            if signal.getsignal(number) is interrupt:
-                signal.signal(number, before[number])
+        for number in caught if not interrupted else ():
+            signal.signal(number, before[number])
 
 
 def die_with_launcher() -> None:
