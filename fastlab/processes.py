@@ -6,6 +6,8 @@ import ctypes
 import functools
 import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Generator
 from typing import Any
@@ -42,11 +44,21 @@ def interrupted_by_signals() -> Generator[None]:
             interrupted = True
             raise KeyboardInterrupt(number)
 
+    def send_again(unraisable: Any) -> None:
+        nonlocal interrupted
+        if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+            return hook(unraisable)
+        interrupted, number = False, [*unraisable.exc_value.args, signal.SIGINT][0]
+        threading.Timer(0.05, os.kill, (process, number)).start()
+
+    # Python ignores what is raised within some callbacks, such as those of a fork.
+    hook, sys.unraisablehook = sys.unraisablehook, send_again
     for number in caught:
         signal.signal(number, interrupt)
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number in caught if not interrupted else ():
             signal.signal(number, before[number])
 

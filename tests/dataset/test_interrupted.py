@@ -79,7 +79,7 @@ def test_a_signal_ends_a_command_with_one_line_and_nothing_left(
     process = start(place, synth_source, tmp_path / "out")
     (os.killpg if whole_group else os.kill)(process.pid, number)
     _, errors = process.communicate(timeout=60)  # returns once no process holds these pipes
-    assert process.returncode == 128 + number
+    assert process.returncode == 128 + number, errors
     assert errors == f"fastlab: ended by {signal.Signals(number).name}\n"
     assert os.listdir(tmp_path) == []
 
@@ -248,3 +248,28 @@ def test_an_original_that_changes_while_a_format_is_added_ends_the_conversion(
     assert f"{path.name} changed while it was converted" in line
     assert sorted(os.listdir(out)) == ["array", "manifest.json"]
     assert np.array_equal(np.load(out / "array" / "train-images.npy"), before)
+
+
+IGNORED = """
+import os, signal, sys, time
+from fastlab.console import run_command
+from fastlab.processes import interrupted_by_signals
+
+class Signalled:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0)  # the handler runs before this ends
+
+def call(args):
+    with interrupted_by_signals():
+        Signalled()
+        time.sleep(50)
+
+sys.exit(run_command(call, None))
+"""
+
+
+def test_a_signal_that_comes_where_python_ignores_exceptions_is_not_lost():
+    command = [sys.executable, "-c", IGNORED]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (143, "fastlab: ended by SIGTERM\n")
