@@ -228,7 +228,7 @@ def _fit(dali: Any, pixels: Any, images: _Images) -> Any:
         return dali.fn.resize(pixels, size=square, interp_type=cubic)
     if images.fit == "pad":
         inside = dali.fn.resize(pixels, size=square, mode="not_larger", interp_type=cubic)
-        return dali.fn.crop(inside, crop=square, out_of_bounds_policy="pad")
+        return dali.fn.crop(inside, crop=square, out_of_bounds_policy="pad", rounding="truncate")
     size = pixels.shape(dtype=dali.types.FLOAT)[:2]
     shorter = dali.fn.reductions.min(size)
     return dali.fn.resize(
