@@ -136,9 +136,6 @@ def _read_originals(tree: Tree, where: str, val_fraction: float, seed: int) -> O
         originals = _read_image_folder(tree, folders, where)
     if not originals.classes:
         raise UserError(f"{where}: has no classes")
-    for name in (each.id for each in originals.classes):
-        if not name.isprintable() or "/" in name or name in (".", ".."):
-            raise UserError(f"{where}: rename class {name!a}: it cannot be printed, or no folder")
     check_counts(originals, where)
     if val_fraction:
         originals = _with_validation(originals, folders["train"], val_fraction, seed, where)
@@ -208,6 +205,7 @@ def _images(names: list[str]) -> list[str]:
 
 def _read_tiny_imagenet(tree: Tree, root: str, where: str) -> Originals:
     ids = tree.text(f"{root}wnids.txt").split()
+    _check_names(ids, where)
     if len(set(ids)) < len(ids):
         raise UserError(f"{where}: wnids.txt names a class twice")
     words = {}
@@ -243,6 +241,7 @@ def _read_annotations(tree: Tree, root: str, ids: list[str], where: str) -> Spli
 
 def _read_image_folder(tree: Tree, folders: dict[str, str], where: str) -> Originals:
     ids = _folders_in(tree, folders["train"])
+    _check_names(ids, where)
     splits = {}
     ignored: list[str] = []
     for split, folder in folders.items():
@@ -256,6 +255,16 @@ def _read_image_folder(tree: Tree, folders: dict[str, str], where: str) -> Origi
             splits[split] = _labelled(below)
     classes = [ImageClass(name, name) for name in ids]
     return Originals("image-folder", classes, splits, tuple(ignored))
+
+
+def _check_names(ids: list[str], where: str) -> None:
+    """Raises `UserError` for a class whose name is not that of a folder, or cannot be printed."""
+    for name in ids:
+        if not name.isprintable() or "/" in name or name in (".", ".."):
+            raise UserError(
+                f"{where}: class {name!a} has no name that can be printed and be a folder's; "
+                f"rename it"
+            )
 
 
 def _paths_below(tree: Tree, folder: str, ignored: list[str]) -> list[str]:
