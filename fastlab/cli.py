@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import fastlab
-from fastlab.console import UserError, positive_int, run_command
+from fastlab.console import UserError, positive_int, printable, run_command
 from fastlab.options import add_set_option, add_training_options
 
 
@@ -53,8 +53,10 @@ def _download_options(parser: ArgumentParser) -> None:
 
 def _download(args: Namespace) -> None:
     from fastlab.dataset.download import TINY_IMAGENET_URL, download
+    from fastlab.processes import interrupted_by_signals
 
-    download(args.out, args.url or TINY_IMAGENET_URL, args.sha256, force=args.force)
+    with interrupted_by_signals():
+        download(args.out, args.url or TINY_IMAGENET_URL, args.sha256, force=args.force)
 
 
 def _synth_options(parser: ArgumentParser) -> None:
@@ -69,15 +71,17 @@ def _synth_options(parser: ArgumentParser) -> None:
 
 def _synth(args: Namespace) -> None:
     from fastlab.dataset.synth import synthesise
+    from fastlab.processes import interrupted_by_signals
 
-    synthesise(args.out, args.classes, args.per_class, args.seed, args.force)
-    print(f"{args.out}: {args.classes} classes of {args.per_class} training images")
+    with interrupted_by_signals():
+        synthesise(args.out, args.classes, args.per_class, args.seed, args.force)
+    print(f"{printable(str(args.out))}: {args.classes} classes of {args.per_class} training images")
 
 
 def _convert_options(parser: ArgumentParser) -> None:
     add = parser.add_argument
     archives = ".zip, .tar, .tar.xz, .txz, .tar.gz, .tgz, .tar.bz2"
-    source = f"Tiny ImageNet (directory, {archives}) or an image folder"
+    source = f"Tiny ImageNet or an image folder: a directory, {archives}"
     add("source", type=Path, help=source)
     add("out", type=Path, help="dataset directory to write")
     formats = "array, ffcv, tar; separated by commas (default: array)"
@@ -91,7 +95,11 @@ def _convert_options(parser: ArgumentParser) -> None:
     add("--image-size", type=int, default=64, metavar="S", help="side in pixels")
     holdout = "move N images per class from train to val; the official val becomes test"
     add("--holdout", type=int, default=0, metavar="N", help=holdout)
-    add("--seed", type=int, default=0, help="decides which images --holdout moves")
+    fraction = "make val of this share of each class, for a source without validation images"
+    add("--val-fraction", type=float, default=0.0, metavar="F", help=fraction)
+    add("--seed", type=int, default=0, help="decides which images these two move")
+    fit = "images of another size: crop the centre (default), squash both sides, or pad with black"
+    add("--fit", default="crop", metavar="crop|squash|pad", help=fit)
     corrupt = "skip: leave corrupt images out; the manifest and reports name and count them"
     add("--on-corrupt", default="error", metavar="error|skip", help=corrupt)
     add("--force", action="store_true", help="replace another dataset")
@@ -101,6 +109,7 @@ def _convert(args: Namespace) -> None:
     from fastlab.dataset.convert import Options, convert
     from fastlab.dataset.formats import Settings
     from fastlab.dataset.manifest import table
+    from fastlab.processes import interrupted_by_signals
 
     options = Options(
         formats=tuple(args.formats.split(",")),
@@ -111,12 +120,15 @@ def _convert(args: Namespace) -> None:
         image_size=args.image_size,
         holdout=args.holdout,
         seed=args.seed,
+        val_fraction=args.val_fraction,
+        fit=args.fit,
         on_corrupt=args.on_corrupt,
         force=args.force,
     )
-    manifest, written = convert(args.source, args.out, options)
+    with interrupted_by_signals():
+        manifest, written = convert(args.source, args.out, options)
     if not written:
-        print(f"{args.out}: holds this dataset already, nothing to do")
+        print(f"{printable(str(args.out))}: holds this dataset already, nothing to do")
     print(table(manifest))
 
 
@@ -141,7 +153,7 @@ def _inspect(args: Namespace) -> None:
         from pipelines.samples import draw_samples  # imports torch and numba, which take seconds
 
         draw_samples(args.directory, manifest, args.show)
-        print(f"samples: {args.show}", file=sys.stderr)
+        print(f"samples: {printable(str(args.show))}", file=sys.stderr)
 
 
 def _train(args: Namespace) -> int:

@@ -8,6 +8,7 @@ import argparse
 import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -42,9 +43,13 @@ def run_command(call: Callable[[argparse.Namespace], int | None], args: argparse
     except UserError as error:
         tell(error)
         return 2
-    except KeyboardInterrupt:
-        tell("interrupted")
-        return 130
+    except KeyboardInterrupt as stop:
+        if not stop.args:
+            tell("interrupted")
+            return 130
+        number = signal.Signals(stop.args[0])  # see `processes.interrupted_by_signals`
+        tell(f"ended by {number.name}")
+        return 128 + number
     except BrokenPipeError:
         silence(sys.stdout)  # the reader left
         return 141

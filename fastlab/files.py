@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -146,12 +147,16 @@ def partial_directory(out: Path) -> Generator[Path]:
     """An empty directory beside `out`, locked against a second writer. At the end it is removed,
     unless `move_into_place` has made it `out`.
 
-    Raises `UserError` where it cannot be made, or another process is writing `out`.
+    Raises `UserError` where it cannot be made, where something else has its name, and where another
+    process is writing `out`.
     """
     partial = out.with_name(f".{out.name}.fastlab-partial")
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(partial, os.O_RDONLY)
+        try:
+            partial.mkdir(parents=True)
+        except FileExistsError:
+            _check_leftover(partial)
+        descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror})") from None
     try:
@@ -166,8 +171,20 @@ def partial_directory(out: Path) -> Generator[Path]:
         finally:
             if lies_at(descriptor, partial):
                 shutil.rmtree(partial, ignore_errors=True)
+                _restore(out)  # after an interruption between the renames of `move_into_place`
     finally:
         os.close(descriptor)
+
+
+def _check_leftover(partial: Path) -> None:
+    """Raises `UserError` unless `partial` may be what a killed writer of this user left: it will be
+    emptied. A link would lead to files of others."""
+    status = partial.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+        raise UserError(
+            f"{partial}: is a link, a file or of another user, but fastlab writes to this name; "
+            f"move it away"
+        )
 
 
 def lies_at(descriptor: int, path: Path) -> bool:

@@ -165,7 +165,7 @@ def _decoded(path: Path, spec: ImageSpec) -> tuple[Path, np.ndarray] | UserError
     """`path` with its pixels, uint8 [S, S, 3], or why it has none."""
     pixels = np.empty((spec.image_size, spec.image_size, 3), dtype=np.uint8)
     try:
-        decode_any_into(_read_regular(path), pixels)
+        decode_any_into(_read_regular(path), pixels, spec.fit)
     except OSError as error:
         return UserError(f"{printable(str(path))}: cannot be read ({error.strerror})")
     except CorruptImage as error:

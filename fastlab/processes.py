@@ -1,4 +1,5 @@
-"""Processes that do not outlive the one that started them, and the time this one began."""
+"""Processes that do not outlive the one that started them, signals that end a command in order, and
+the time this process began."""
 
 import ctypes
 import functools
@@ -6,8 +7,11 @@ import os
 import signal
 import stat
 import sys
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from typing import Any
 
 from fastlab.console import silence
 
@@ -37,6 +41,45 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
     """Have the kernel send this process the signal `number` when its parent dies (Linux; nothing
     happens elsewhere)."""
     _set_death_signal(os.getpid(), number)
+
+
+@contextmanager
+def interrupted_by_signals() -> Generator[None]:
+    """Within the block, SIGTERM and SIGHUP raise KeyboardInterrupt with their number, as SIGINT
+    does without one: what was half-written is removed. An ignored SIGHUP (nohup) stays ignored.
+
+    Only the first of them does, and the others are ignored from then on: a terminal that closes
+    sends several, and the next would interrupt the removal.
+    """
+    process, interrupted = os.getpid(), False
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    caught = [number for number, handler in before.items() if handler != signal.SIG_IGN]
+
+    def interrupt(number: int, frame: Any) -> None:
+        nonlocal interrupted
+        if os.getpid() != process:  # a forked child, which has nothing to remove
+            os._exit(128 + number)
+        if not interrupted:
+            interrupted = True
+            raise KeyboardInterrupt(number)
+
+    def send_again(unraisable: Any) -> None:
+        nonlocal interrupted
+        if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+            return hook(unraisable)
+        interrupted, number = False, [*unraisable.exc_value.args, signal.SIGINT][0]
+        threading.Timer(0.05, os.kill, (process, number)).start()
+
+    # Python ignores what is raised within some callbacks, such as those of a fork.
+    hook, sys.unraisablehook = sys.unraisablehook, send_again
+    for number in caught:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+        for number in caught if not interrupted else ():
+            signal.signal(number, before[number])
 
 
 def die_with_launcher() -> None:

@@ -50,7 +50,8 @@ def open_engine(
             f"{installing('dali')}"
         ) from None
     shards = open_shards(Path(config.path), manifest, split)
-    images = _Images(shards, manifest.image_size, f"{config.path}, split {split}")
+    where = f"{config.path}, split {split}"
+    images = _Images(shards, manifest.image_size, manifest.fit, where)
     return DaliEngine(config, images, device)
 
 
@@ -120,7 +121,7 @@ class _Decoder:
                 self._source, dtype=dali.types.UINT8, ndim=1, no_copy=True
             )
             pixels = dali.fn.decoders.image(encoded, output_type=dali.types.RGB, **decoding)
-            self._pipeline.set_outputs(_fit(dali, pixels, images.side) if resize else pixels)
+            self._pipeline.set_outputs(_fit(dali, pixels, images) if resize else pixels)
 
     def batches(self, rows: np.ndarray) -> Iterator[torch.Tensor | None]:
         """The images of each row of `rows`, uint8 [b, S, S, 3]; None where sizes differ."""
@@ -165,8 +166,8 @@ class _Decoder:
 class _Images:
     """The encoded images of a split, and which of them DALI can safely be given."""
 
-    def __init__(self, shards: Shards, side: int, where: str) -> None:
-        self.shards, self.side, self.where = shards, side, where
+    def __init__(self, shards: Shards, side: int, fit: str, where: str) -> None:
+        self.shards, self.side, self.fit, self.where = shards, side, fit, where
         self._checked = np.zeros(len(shards), dtype=bool)
 
     def check(self, rows: np.ndarray) -> None:
@@ -220,14 +221,20 @@ class _Source:
         return [TensorCPU(self._images.shards[row]) for row in rows]
 
 
-def _fit(dali: Any, images: Any, side: int) -> Any:
-    """The graph's `images`, their central square resized to `side`, as `ImageOps.fit` of Pillow."""
-    size = images.shape(dtype=dali.types.FLOAT)[:2]
+def _fit(dali: Any, pixels: Any, images: _Images) -> Any:
+    """The graph's `pixels` as squares of the dataset's size, in the way of `decode_into`."""
+    square, cubic = (images.side, images.side), dali.types.INTERP_CUBIC
+    if images.fit == "squash":
+        return dali.fn.resize(pixels, size=square, interp_type=cubic)
+    if images.fit == "pad":
+        inside = dali.fn.resize(pixels, size=square, mode="not_larger", interp_type=cubic)
+        return dali.fn.crop(inside, crop=square, out_of_bounds_policy="pad", rounding="truncate")
+    size = pixels.shape(dtype=dali.types.FLOAT)[:2]
     shorter = dali.fn.reductions.min(size)
     return dali.fn.resize(
-        images,
-        size=(side, side),
+        pixels,
+        size=square,
         roi_start=(size - shorter) / 2,
         roi_end=(size + shorter) / 2,
-        interp_type=dali.types.INTERP_CUBIC,
+        interp_type=cubic,
     )

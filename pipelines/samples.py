@@ -1,5 +1,6 @@
 """Training images and their augmentation as a picture: `fastlab inspect --show`."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from fastlab.config import AugmentConfig
 from fastlab.console import UserError
 from fastlab.dataset.formats.array import open_array
 from fastlab.dataset.manifest import Manifest
+from fastlab.files import write_atomically
 from pipelines.augment import epoch_key, make_augmenter
 from pipelines.augment_cpu import augment_on_cpu
 
@@ -33,8 +35,10 @@ def draw_samples(directory: Path, manifest: Manifest, out: Path) -> None:
     augmented = augment_on_cpu(augmenter, images, rows, rows, epoch_key(0, 0), raw=True)
     pairs = zip(images[rows], augmented.permute(0, 2, 3, 1).numpy(), labels[rows], strict=True)
     tiles = [_tile(a, b, manifest.classes[label].words) for a, b, label in pairs]
+    picture = io.BytesIO()
+    _grid(tiles).save(picture, format="PNG")
     try:
-        _grid(tiles).save(out, format="PNG")
+        write_atomically(out, picture.getvalue())
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror})") from None
 

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torchvision.transforms import v2
 
 from fastlab.config import DataConfig
 from fastlab.console import UserError, first_line
-from fastlab.dataset.decode import CorruptImage, decode_into, is_plain
+from fastlab.dataset.decode import CorruptImage, decode_into, is_plain, padded_size
 from fastlab.dataset.formats.tar import Shards, open_shards
 from fastlab.dataset.manifest import Manifest
 from fastlab.machine import cores
@@ -35,19 +36,27 @@ def open_engine(
     """Raises `UserError` where the dataset has no whole ``tar`` format."""
     shards = open_shards(Path(config.path), manifest, split)
     where = f"{config.path}, split {split}"
+    shape = _Shape(manifest.image_size, manifest.fit)
     if device.type == "cuda":
-        return NvjpegEngine(shards, manifest.image_size, device, where)
-    return TorchvisionEngine(shards, manifest.image_size, config.workers or cores(), where)
+        return NvjpegEngine(shards, shape, device, where)
+    return TorchvisionEngine(shards, shape, config.workers or cores(), where)
+
+
+class _Shape(NamedTuple):
+    """The dataset's `image_size` and `fit`."""
+
+    side: int
+    fit: str
 
 
 class TorchvisionEngine:
     """An `Engine` of a DataLoader, whose worker processes live as long as the engine."""
 
-    def __init__(self, shards: Shards, side: int, workers: int, where: str) -> None:
+    def __init__(self, shards: Shards, shape: _Shape, workers: int, where: str) -> None:
         self._rows: list[np.ndarray] = []
         self._where = where
         self._loader = DataLoader(
-            _Batches(shards, side),
+            _Batches(shards, shape),
             batch_size=None,
             sampler=self._rows,
             num_workers=workers,
@@ -73,8 +82,8 @@ class TorchvisionEngine:
 class NvjpegEngine:
     """An `Engine` that decodes on the GPU while a thread gathers the next batches' bytes."""
 
-    def __init__(self, shards: Shards, side: int, device: torch.device, where: str) -> None:
-        self._shards, self._side, self._device, self._where = shards, side, device, where
+    def __init__(self, shards: Shards, shape: _Shape, device: torch.device, where: str) -> None:
+        self._shards, self._shape, self._device, self._where = shards, shape, device, where
         self._plain = np.full(len(shards.labels), _UNKNOWN, dtype=np.int8)
         """int8 [images]: whether each is a JPEG that nvJPEG decodes as the converter would."""
 
@@ -98,15 +107,15 @@ class NvjpegEngine:
             decoded = decode_jpeg(jpegs, ImageReadMode.RGB, device=self._device) if jpegs else []
             on_gpu = iter(decoded)
             images = [
-                _fit(next(on_gpu), self._side)
+                _fit(next(on_gpu), self._shape)
                 if is_plain_jpeg
-                else _decode(data, self._side).to(self._device)
+                else _decode(data, self._shape).to(self._device)
                 for data, is_plain_jpeg in zip(encoded, plain, strict=True)
             ]
         except torch.OutOfMemoryError:  # a RuntimeError, but no fault of the images
             raise
         except (RuntimeError, CorruptImage):
-            _, _, problem = _Batches(self._shards, self._side)[rows]
+            _, _, problem = _Batches(self._shards, self._shape)[rows]
             problem = problem or "nvJPEG failed on a batch that the CPU decodes"
             raise UserError(f"{self._where}: {problem}; convert again with --force") from None
         return torch.stack([image.permute(1, 2, 0) for image in images])
@@ -121,14 +130,15 @@ class NvjpegEngine:
 class _Batches(Dataset):
     """The batch of some rows: images, labels and a problem; with a problem, both are empty."""
 
-    def __init__(self, shards: Shards, side: int) -> None:
-        self._shards, self._side = shards, side
+    def __init__(self, shards: Shards, shape: _Shape) -> None:
+        self._shards, self._shape = shards, shape
 
     def __getitem__(self, index: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, str]:
-        images = torch.empty((len(index), self._side, self._side, 3), dtype=torch.uint8)
+        side = self._shape.side
+        images = torch.empty((len(index), side, side, 3), dtype=torch.uint8)
         for image, row in zip(images, index, strict=True):
             try:
-                decoded = _decode(_encoded(self._shards, row), self._side)
+                decoded = _decode(_encoded(self._shards, row), self._shape)
             except (RuntimeError, CorruptImage) as error:
                 return images[:0], torch.zeros(0), f"image {row}: {first_line(error)}"
             image.copy_(decoded.permute(1, 2, 0))
@@ -139,23 +149,27 @@ def _encoded(shards: Shards, row: int) -> torch.Tensor:
     return torch.from_numpy(np.array(shards[row]))
 
 
-def _decode(encoded: torch.Tensor, side: int) -> torch.Tensor:
-    """The image, uint8 [3, side, side].
+def _decode(encoded: torch.Tensor, shape: _Shape) -> torch.Tensor:
+    """The image, uint8 [3, S, S].
 
     The converter's decoder takes those that torchvision would neither rotate nor scale from 16
     bits. Raises RuntimeError or `CorruptImage`.
     """
     data = encoded.numpy().tobytes()
     if is_plain(data):
-        return _fit(decode_image(encoded, ImageReadMode.RGB), side)
-    image = np.empty((side, side, 3), dtype=np.uint8)
-    decode_into(data, image)
+        return _fit(decode_image(encoded, ImageReadMode.RGB), shape)
+    image = np.empty((shape.side, shape.side, 3), dtype=np.uint8)
+    decode_into(data, image, shape.fit)
     return torch.from_numpy(image).permute(2, 0, 1)
 
 
-def _fit(image: torch.Tensor, side: int) -> torch.Tensor:
-    """`image` [3, H, W] with its shorter side resized to `side`, cropped to [3, side, side]."""
-    if image.shape[1:] == (side, side):
+def _fit(image: torch.Tensor, shape: _Shape) -> torch.Tensor:
+    """`image`, uint8 [3, H, W], as [3, S, S], in the way of `decode_into`."""
+    side, fit = shape
+    height, width = image.shape[1:]
+    if (height, width) == (side, side):
         return image
-    image = v2.functional.resize(image, [side], v2.InterpolationMode.BICUBIC, antialias=True)
+    sizes = {"crop": [side], "squash": [side, side], "pad": [*padded_size(height, width, side)]}
+    bicubic = v2.InterpolationMode.BICUBIC
+    image = v2.functional.resize(image, sizes[fit], bicubic, antialias=True)
     return v2.functional.center_crop(image, [side, side])

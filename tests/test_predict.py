@@ -173,6 +173,7 @@ def test_a_changed_record_of_the_dataset_is_refused(change, run, image, fastlab)
         ("mean", ["a", "b", "c"]),
         ("std", [1, 1, float("inf")]),
         ("std", 3),
+        ("fit", "no such"),
     ],
 )
 def test_an_impossible_record_whose_checksum_fits_is_refused(key, value, run, image, fastlab):
@@ -218,6 +219,25 @@ def test_every_format_gives_the_same_figures(run, fastlab, tmp_path):
     figures = {line["image"]: line["predicted"] for line in as_json(out)}
     assert list(figures) == list(files)
     assert all(figures[name] == figures["a.png"] for name in files)
+
+
+def test_images_are_fitted_as_those_of_the_dataset_were(trained, fastlab, tmp_path):
+    """The reference: an image of the model's size, which is the picture as Pillow squashes it."""
+    picture, run = palette_picture(), tmp_path / "run"
+    picture.save(tmp_path / "picture.png")
+    squashed = picture.resize((64, 64), Image.Resampling.BICUBIC)
+    squashed.save(tmp_path / "squashed.png")
+    shutil.copytree(trained / "run", run)
+    record = {**json.loads((run / "dataset.json").read_text()), "fit": "squash"}
+    record["checksum"] = _checksum(record)
+    (run / "dataset.json").write_text(json.dumps(record))
+    images = [tmp_path / "picture.png", tmp_path / "squashed.png"]
+    _, out, _ = fastlab("predict", run, *images, "--json")
+    fitted, reference = as_json(out)
+    assert fitted["predicted"] == reference["predicted"]
+    _, out, _ = fastlab("predict", trained / "run", *images, "--json")
+    cropped, reference = as_json(out)
+    assert cropped["predicted"] != reference["predicted"]
 
 
 def test_images_that_cannot_be_read_are_named_and_the_others_are_printed(

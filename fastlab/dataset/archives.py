@@ -20,8 +20,10 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastlab.console import UserError
-from fastlab.dataset.tar_members import list_members
+from xxhash import xxh3_64_intdigest
+
+from fastlab.console import UserError, printable
+from fastlab.dataset.tar_members import list_members, member_path
 
 # What zipfile, tarfile and the decompressors raise on damaged bytes.
 _DAMAGE = (
@@ -45,6 +47,11 @@ class Stamp(NamedTuple):
     """Bytes."""
     version: int
     """Checksum, or time of the last change."""
+
+
+def mark(data: bytes, stamp: Stamp) -> tuple[int, int, int]:
+    """The stamp and a hash of a file's bytes. Whoever reads the file again compares them."""
+    return *stamp, xxh3_64_intdigest(data) >> 1  # 63 bits
 
 
 class DamagedMember(OSError):
@@ -121,6 +128,8 @@ class _ArchiveTree(Tree):
             folders.setdefault(folder, []).extend(map(itemgetter(2), group))
         for folder in list(folders):
             _add_to_parents(folders, folder)
+        if both := members.keys() & folders.keys():
+            raise ValueError(f"{printable(min(both))} is both a file and a folder")
         self._folders = {folder: sorted(set(names)) for folder, names in folders.items()}
 
     def names(self, folder: str) -> list[str]:
@@ -137,8 +146,10 @@ class _ArchiveTree(Tree):
 
 
 def _add_to_parents(folders: dict[str, list[str]], folder: str) -> None:
-    while folder:
+    new = True
+    while folder and new:  # a folder that was there is, or will be, added to its own parents
         folder, _, name = folder.rpartition("/")
+        new = folder not in folders
         folders.setdefault(folder, []).append(name)
 
 
@@ -148,8 +159,8 @@ class ZipTree(_ArchiveTree):
     def __init__(self, path: Path) -> None:
         self._bytes = _map(path)
         with zipfile.ZipFile(path) as archive:
-            files = [member for member in archive.infolist() if not member.is_dir()]
-        super().__init__({member.filename.removeprefix("./"): member for member in files})
+            files = [each for each in archive.infolist() if not each.filename.endswith("/")]
+        super().__init__({member_path(member.filename): member for member in files})
         if len(self._members) < len(files):
             raise zipfile.BadZipFile("two members have the same name")
 

@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from fastlab.console import UserError
-from fastlab.dataset.archives import Tree
+from fastlab.dataset.archives import Tree, mark
 from fastlab.dataset.decode import decode_into
 from fastlab.dataset.originals import Originals
 from fastlab.processes import die_with_parent
@@ -33,8 +33,10 @@ class Report(NamedTuple):
     """int64 [2, 3]: the `channel_sums` of the block; zeros except in the split "train"."""
     greyscale: int
     """Images with a single channel."""
-    stamps: np.ndarray
-    """int64 [images, 2]: a `Stamp` each, of those that can be read."""
+    fitted: int
+    """Images of another size."""
+    marks: np.ndarray
+    """int64 [images, 3]: the `mark` of each, of those that can be read."""
     corrupt: list[tuple[str, str]]
     """Path of each corrupt image, and what is wrong with it."""
 
@@ -59,6 +61,7 @@ class _Inherited(NamedTuple):
 
     tree: Tree
     originals: Originals
+    fit: str
     slots: np.ndarray
     """uint8 [slots, images, S, S, 3], shared memory."""
 
@@ -72,8 +75,11 @@ def block_size(side: int) -> int:
     return min(_BLOCK, 1 << max(0, fitting.bit_length() - 1))
 
 
-def decoded_blocks(tree: Tree, originals: Originals, side: int, workers: int) -> Generator[Block]:
-    """Decode the images of all splits to `side` x `side` pixels and yield the blocks in order.
+def decoded_blocks(
+    tree: Tree, originals: Originals, side: int, fit: str, workers: int
+) -> Generator[Block]:
+    """Decode the images of all splits to `side` x `side` pixels, fitted by `fit` (`decode_into`),
+    and yield the blocks in order.
 
     Block i is decoded into slot i modulo the number of slots, once the caller has asked for the
     block after the one that was there. Raises `UserError` where a worker dies.
@@ -88,7 +94,7 @@ def decoded_blocks(tree: Tree, originals: Originals, side: int, workers: int) ->
     shape = (_SLOTS * workers, size, side, side, 3)
     slots = np.frombuffer(mmap.mmap(-1, math.prod(shape)), dtype=np.uint8).reshape(shape)
     fork = multiprocessing.get_context("fork")
-    inherited = _Inherited(tree, originals, slots)
+    inherited = _Inherited(tree, originals, fit, slots)
     try:
         with ProcessPoolExecutor(workers, fork, _start, (inherited,)) as pool:
             yield from _in_order(tasks, pool, slots)
@@ -112,25 +118,30 @@ def _in_order(tasks: list[_Task], pool: ProcessPoolExecutor, slots: np.ndarray) 
 def _start(inherited: _Inherited) -> None:
     global _inherited
     die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
+    # The parent handles what reaches the whole process group, and ends its workers by SIGTERM.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _inherited = inherited
 
 
 def _decode(task: _Task, slot: int) -> Report:
-    tree, originals, slots = _inherited
+    tree, originals, fit, slots = _inherited
     paths = originals.splits[task.split].paths[task.start : task.stop]
     pixels = slots[slot, : len(paths)]
-    greyscale, stamps, corrupt = 0, [], []
+    greyscale, fitted, marks, corrupt = 0, 0, [], []
     for path, out in zip(paths, pixels, strict=True):
         try:
             data, stamp = tree.read(path)
-            stamps += stamp  # flat: numpy is slow to read tuples
-            greyscale += decode_into(data, out)
+            marks += mark(data, stamp)  # flat: numpy is slow to read tuples
+            decoded = decode_into(data, out, fit)
+            greyscale += decoded.greyscale
+            fitted += decoded.fitted
         except (OSError, ValueError) as error:
             corrupt.append((path, str(error)))
     train = task.split == "train"
     sums = channel_sums(pixels) if train else np.zeros((2, 3), dtype=np.int64)
-    return Report(sums, greyscale, np.array(stamps, np.int64).reshape(-1, 2), corrupt)
+    return Report(sums, greyscale, fitted, np.array(marks, np.int64).reshape(-1, 3), corrupt)
 
 
 def channel_sums(pixels: np.ndarray) -> np.ndarray:

@@ -10,12 +10,11 @@ import os
 import platform
 import shutil
 from collections.abc import Generator, Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -23,17 +22,14 @@ import fastlab
 from fastlab.console import UserError, printable, tell
 from fastlab.dataset.archives import Tree, open_tree
 from fastlab.dataset.blocks import Block, Report, decoded_blocks, mean_and_std
-from fastlab.dataset.formats import FORMATS, Settings, array, ffcv, write_format
+from fastlab.dataset.formats import FORMATS, array, write_format
 from fastlab.dataset.manifest import (
     NAME,
     FileInfo,
     Manifest,
     SplitInfo,
     check_hashes,
-    check_sizes,
     describe_file,
-    new_hash,
-    read_manifest,
 )
 from fastlab.dataset.originals import (
     SUFFIXES,
@@ -41,6 +37,13 @@ from fastlab.dataset.originals import (
     check_counts,
     read_originals,
     select_classes,
+)
+from fastlab.dataset.request import (
+    Options,
+    check_options,
+    existing_dataset,
+    make_request,
+    read_stamps,
 )
 from fastlab.files import (
     check_free,
@@ -52,30 +55,6 @@ from fastlab.files import (
 )
 from fastlab.machine import cores
 
-# Options that do not change what is converted, only how or into which formats.
-_NO_IDENTITY = ("force", "workers", "formats", "settings", "on_corrupt")
-
-
-@dataclass(frozen=True)
-class Options:
-    formats: tuple[str, ...] = ("array",)
-    settings: Settings = field(default_factory=Settings)
-    workers: int = 0
-    """0: one for each core."""
-    classes: str = ""
-    """The first N, or names separated by commas; empty: all."""
-    limit_per_class: int = 0
-    """0: all."""
-    image_size: int = 64
-    """Side, pixels."""
-    holdout: int = 0
-    """Images per class to move from train to val; the old val becomes test."""
-    seed: int = 0
-    """Seeds the choice of the held-out images."""
-    on_corrupt: str = "error"
-    """"skip": convert the other images, and record the corrupt ones in the manifest."""
-    force: bool = False
-
 
 def convert(source: Path | str, out: Path | str, options: Options) -> tuple[Manifest, bool]:
     """Write the dataset directory `out`; return its manifest and whether anything was written.
@@ -85,7 +64,7 @@ def convert(source: Path | str, out: Path | str, options: Options) -> tuple[Mani
     empty, or a dataset and `options.force` is set), an unusable source and corrupt images; `out` is
     then unchanged.
     """
-    _check(options)
+    check_options(options)
     source, out = Path(source), resolved(Path(out))
     originals = Path(os.path.realpath(source))
     if out in (originals, *originals.parents):
@@ -101,10 +80,12 @@ def convert(source: Path | str, out: Path | str, options: Options) -> tuple[Mani
 
 def _convert(source: Path, out: Path, options: Options, partial: Path) -> tuple[Manifest, bool]:
     tree = open_tree(source, partial)
-    originals = _select(read_originals(tree, str(source)), options)
-    old = None
+    originals = read_originals(tree, str(source), options.val_fraction, options.seed)
+    originals = _select(originals, options)
+    old, marks = None, {}
     if not is_free(out) and not options.force:
-        old = _existing(out, _request(originals, _stamps(tree, originals), options), options)
+        marks = read_stamps(tree, originals)
+        old = existing_dataset(out, make_request(originals, marks, options), options)
     missing = [name for name in options.formats if not old or name not in old.formats]
     if old and not missing:
         return old, False
@@ -116,9 +97,12 @@ def _convert(source: Path, out: Path, options: Options, partial: Path) -> tuple[
     if old and "array" in old.formats:  # the other formats are written from it
         check_hashes(out, replace(old, formats={"array": old.formats["array"]}))
         decoded, folder = old, out / "array"
+        seen = _by_path(originals, marks)
     else:
-        decoded, folder = _decode(tree, originals, source, options, partial), partial / "array"
-    inputs = array.Source(tree, originals.without(decoded.skipped), folder, options.image_size)
+        decoded, seen = _decode(tree, originals, source, options, partial)
+        folder = partial / "array"
+    kept = originals.without(decoded.skipped)
+    inputs = array.Source(tree, kept, folder, options.image_size, seen)
     formats = {name: _write_format(name, decoded, inputs, options, partial) for name in missing}
     base = old or replace(decoded, formats={})
     manifest = replace(
@@ -142,11 +126,12 @@ def _check_place(out: Path, options: Options) -> None:
         check_free(out)
 
 
-def _stamps(tree: Tree, originals: Originals) -> dict[str, np.ndarray]:
-    """The stamps of each split's images: int64 [images, 2]."""
+def _by_path(originals: Originals, marks: dict[str, np.ndarray]) -> dict[str, list[int]]:
+    """`marks`: int64 [images, n] of each split."""
     return {
-        name: np.array([tree.stamp(path) for path in split.paths], dtype=np.int64)
+        path: mark
         for name, split in originals.splits.items()
+        for path, mark in zip(split.paths, marks[name].tolist(), strict=True)
     }
 
 
@@ -178,25 +163,6 @@ def _add_into_place(partial: Path, out: Path, formats: list[str]) -> None:
     (partial / NAME).replace(out / NAME)
 
 
-def _check(options: Options) -> None:
-    names = options.formats
-    if not names or not set(names) <= set(FORMATS) or len(set(names)) < len(names):
-        raise UserError(f"--formats {','.join(names)}: expected one or more of {','.join(FORMATS)}")
-    if "ffcv" in names:
-        ffcv.check_installed()
-    if options.settings.ffcv_encoding not in ffcv.ENCODINGS:
-        raise UserError(f"--ffcv-encoding: expected {' or '.join(ffcv.ENCODINGS)}")
-    if options.settings.shard_images < 1:
-        raise UserError("--shard-images: expected 1 or more")
-    if not 8 <= options.image_size <= 1024:
-        raise UserError(f"--image-size {options.image_size}: expected 8 to 1024 pixels")
-    if options.on_corrupt not in ("error", "skip"):
-        raise UserError(f"--on-corrupt {options.on_corrupt}: expected error or skip")
-    for name in ("workers", "limit_per_class", "holdout", "seed"):
-        if getattr(options, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')}: expected 0 or more")
-
-
 def _select(originals: Originals, options: Options) -> Originals:
     if options.classes:
         originals = select_classes(originals, options.classes)
@@ -207,50 +173,11 @@ def _select(originals: Originals, options: Options) -> Originals:
     return originals
 
 
-def _request(
-    originals: Originals, stamps: dict[str, np.ndarray], options: Options
-) -> dict[str, Any]:
-    """What decides the bytes written: the originals' names, labels and stamps (for each split
-    int64 [images, 2]), and the options."""
-    digest = new_hash()
-    for name, split in originals.splits.items():
-        digest.update("\0".join([name, *split.paths]).encode(errors="surrogateescape"))
-        digest.update(split.labels.tobytes())
-        digest.update(stamps[name].tobytes())
-    values = {key: value for key, value in asdict(options).items() if key not in _NO_IDENTITY}
-    values["seed"] = options.seed if options.holdout else 0
-    return {"layout": originals.layout, **values, "originals_xxh128": digest.hexdigest()}
-
-
-def _existing(out: Path, request: dict[str, Any], options: Options) -> Manifest:
-    """The manifest of `out`. Raises `UserError` unless `out` is a whole dataset that this request
-    and these options would make."""
-    try:
-        manifest = read_manifest(out)
-        check_sizes(out, manifest)
-    except UserError as error:
-        raise UserError(
-            f"{out}: exists and is not a whole dataset; choose another directory ({error})"
-        ) from None
-    differs = "" if manifest.request == request else "holds a dataset of other originals or options"
-    for name in set(options.formats) & set(manifest.formats):
-        before, now = manifest.settings.get(name, {}), options.settings.of(name)
-        if before != now:
-            differs = f"has format {name} with {before}, not {now}"
-    if differs:
-        raise UserError(f"{out}: {differs}; choose another directory, or replace it with --force")
-    if manifest.skipped and options.on_corrupt == "error":
-        raise UserError(
-            f"{out}: was made without {len(manifest.skipped)} corrupt images; to keep it, add "
-            f"--on-corrupt skip"
-        )
-    return manifest
-
-
 def _decode(
     tree: Tree, originals: Originals, source: Path, options: Options, partial: Path
-) -> Manifest:
-    """Write the ``array`` format into `partial`; return the manifest of a dataset of just that."""
+) -> tuple[Manifest, dict[str, list[int]]]:
+    """Write the ``array`` format into `partial`; return the manifest of a dataset of just that, and
+    the `mark` of each image by its path."""
     whole, side = originals, options.image_size
     files, reports = _write_images(tree, originals, options, partial)
     skipped = _corrupt(reports) if options.on_corrupt == "skip" else {}
@@ -260,10 +187,10 @@ def _decode(
         check_counts(originals, f"{source}, without {len(skipped)} corrupt images")
         files, reports = _write_images(tree, originals, options, partial)
     _refuse(_corrupt(reports))
-    stamps = {name: np.concatenate([r.stamps for r in each]) for name, each in reports.items()}
-    sums = np.sum([report.sums for report in reports["train"]], axis=0)
-    mean, std = mean_and_std(sums, len(originals.splits["train"].paths) * side * side)
-    return Manifest(
+    marks = {name: np.concatenate([r.marks for r in each]) for name, each in reports.items()}
+    stamps = {name: each[:, :2] for name, each in marks.items()}
+    mean, std = _statistics(reports["train"], len(originals.splits["train"].paths) * side * side)
+    manifest = Manifest(
         name=_dataset_name(source),
         classes=originals.classes,
         image_size=side,
@@ -275,10 +202,24 @@ def _decode(
         std=std,
         formats={"array": files},
         skipped=skipped,
-        request=_request(whole, _stamps(tree, whole) if skipped else stamps, options),
+        request=make_request(whole, read_stamps(tree, whole) if skipped else stamps, options),
         versions=_versions(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
+        fit=options.fit,
     )
+    return manifest, _by_path(originals, marks)
+
+
+def _statistics(reports: list[Report], pixels: int) -> tuple[list[float], list[float]]:
+    """`mean_and_std` of the training images. Raises `UserError` for a deviation of 0, by which no
+    image can be divided."""
+    mean, std = mean_and_std(np.sum([report.sums for report in reports], axis=0), pixels)
+    if min(std) == 0:
+        raise UserError(
+            f"the {('red', 'green', 'blue')[std.index(0)]} channel of every training image has the "
+            f"same value everywhere, so it cannot be normalised; convert other images"
+        )
+    return mean, std
 
 
 def _write_images(
@@ -291,7 +232,7 @@ def _write_images(
     folder.mkdir()
     files: dict[str, FileInfo] = {}
     reports: dict[str, list[Report]] = {name: [] for name in originals.splits}
-    blocks = decoded_blocks(tree, originals, side, options.workers or cores())
+    blocks = decoded_blocks(tree, originals, side, options.fit, options.workers or cores())
     with contextlib.closing(blocks):
         for name, group in itertools.groupby(blocks, attrgetter("split")):
             pixels = _whole_blocks(group, reports[name])
@@ -334,6 +275,7 @@ def _split_info(
         greyscale=sum(report.greyscale for report in reports),
         original_bytes=int(stamps[:, 0].sum()),
         largest_original=int(stamps[:, 0].max()),
+        fitted=sum(report.fitted for report in reports),
     )
 
 

@@ -5,7 +5,7 @@ import os
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -25,8 +25,8 @@ _TIFF = (b"II*\0", b"MM\0*")
 _DAMAGE = ("Corrupt JPEG data", "Premature end of JPEG file")
 
 # The images of a dataset come from one encoder and share a header or two. The first plain headers,
-# up to the scan, are remembered -> whether the image is greyscale.
-_plain: dict[bytes, bool] = {}
+# up to the scan, are remembered -> what is reported of their images.
+_plain: dict[bytes, "Decoded"] = {}
 _MAX_HEADERS = 4
 
 
@@ -34,37 +34,47 @@ class CorruptImage(ValueError):
     """The bytes are not a whole, readable image."""
 
 
-def decode_into(data: bytes, out: np.ndarray) -> bool:
-    """Decode `data` into `out` (uint8, [S, S, 3]); return whether the original is greyscale.
+class Decoded(NamedTuple):
+    """What an original was."""
+
+    greyscale: bool
+    """It has a single channel."""
+    fitted: bool
+    """It had another size."""
+
+
+def decode_into(data: bytes, out: np.ndarray, fit: str = "crop") -> Decoded:
+    """Decode `data` into `out` (uint8, [S, S, 3]).
 
     JPEGs go straight through libjpeg-turbo, with the same pixels as Pillow's, but where bytes are
     missing and Pillow would invent pixels the image is refused. Pillow decodes PNG, WebP and JPEGs
     of four channels or with metadata that may hold an orientation, which it applies. Images of
-    other sizes are resized, bicubic, the shorter side to S, and cropped to their centre.
+    other sizes are resized, bicubic: by "crop" the shorter side to S, of which the centre is kept;
+    by "squash" both sides; by "pad" the longer side, with black beside the image.
 
     Raises `CorruptImage`.
     """
-    for header, grey in _plain.items():
+    for header, decoded in _plain.items():
         if data.startswith(header) and _decode_plain(data, out):
-            return grey
-    return _decode_unknown(data, out)
+            return decoded
+    return _decode_unknown(data, out, fit)
 
 
-def decode_any_into(data: bytes, out: np.ndarray) -> None:
+def decode_any_into(data: bytes, out: np.ndarray, fit: str) -> None:
     """As `decode_into`, but `data` may also be a BMP, a GIF, of which the first frame counts, or a
     TIFF. Only for prediction: damage in these formats is not always noticed.
 
     Raises `CorruptImage`.
     """
     if data[:2] == b"\xff\xd8":
-        decode_into(data, out)
+        decode_into(data, out, fit)
     elif data[:4] in _TIFF:
         with _libtiff_messages() as messages:
-            _decode_with_pillow(data, out, _MORE_FORMATS)
+            _decode_with_pillow(data, out, fit, _MORE_FORMATS)
             if messages.seek(0, os.SEEK_END):
                 raise CorruptImage("libtiff reports damage")
     else:
-        _decode_with_pillow(data, out, _MORE_FORMATS)
+        _decode_with_pillow(data, out, fit, _MORE_FORMATS)
 
 
 @contextmanager
@@ -89,9 +99,9 @@ def _decode_plain(data: bytes, out: np.ndarray) -> bool:
         return False
 
 
-def _decode_unknown(data: bytes, out: np.ndarray) -> bool:
+def _decode_unknown(data: bytes, out: np.ndarray, fit: str) -> Decoded:
     if data[:2] != b"\xff\xd8":
-        return _decode_with_pillow(data, out)
+        return _decode_with_pillow(data, out, fit)
     scan = _plain_until(data)
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
@@ -101,15 +111,15 @@ def _decode_unknown(data: bytes, out: np.ndarray) -> bool:
     except ValueError as error:
         if any(damage in str(error) for damage in _DAMAGE):
             raise CorruptImage(str(error)) from None
-        return _decode_with_pillow(data, out)  # Pillow may be able to decode it
+        return _decode_with_pillow(data, out, fit)  # Pillow may be able to decode it
     if not scan:
-        return _decode_with_pillow(data, out)
-    grey = space == "Gray"
-    if pixels.shape != out.shape:
-        out[:] = _fit(Image.fromarray(pixels), out.shape[0])
+        return _decode_with_pillow(data, out, fit)
+    decoded = Decoded(space == "Gray", pixels.shape != out.shape)
+    if decoded.fitted:
+        out[:] = _fit(Image.fromarray(pixels), out.shape[0], fit)
     elif len(_plain) < _MAX_HEADERS:
-        _plain[data[:scan]] = grey
-    return grey
+        _plain[data[:scan]] = decoded
+    return decoded
 
 
 def is_plain(data: bytes) -> bool:
@@ -149,7 +159,9 @@ def _check_pixels(height: int, width: int) -> None:
         raise CorruptImage(f"{width}x{height} is over {MAX_PIXELS} pixels")
 
 
-def _decode_with_pillow(data: bytes, out: np.ndarray, formats: tuple[str, ...] = _FORMATS) -> bool:
+def _decode_with_pillow(
+    data: bytes, out: np.ndarray, fit: str, formats: tuple[str, ...] = _FORMATS
+) -> Decoded:
     try:
         with warnings.catch_warnings():
             # A decompression bomb is refused below; warnings of EXIF or ICC concern no pixels.
@@ -162,8 +174,9 @@ def _decode_with_pillow(data: bytes, out: np.ndarray, formats: tuple[str, ...] =
                 if image.format == "TIFF" and image.mode in ("I", "F"):
                     raise CorruptImage("32 bits a channel; save it with 8 or 16")
                 grey = image.mode in ("1", "L", "LA", "I", "I;16", "F")
-                out[:] = _fit(image, out.shape[0])
-                return grey
+                decoded = Decoded(grey, image.size != out.shape[:2])
+                out[:] = _fit(image, out.shape[0], fit)
+                return decoded
     except CorruptImage:
         raise
     except UnidentifiedImageError:
@@ -172,7 +185,7 @@ def _decode_with_pillow(data: bytes, out: np.ndarray, formats: tuple[str, ...] =
         raise CorruptImage(first_line(error)) from None
 
 
-def _fit(image: Image.Image, side: int) -> np.ndarray:
+def _fit(image: Image.Image, side: int, fit: str) -> np.ndarray:
     """uint8 [side, side, 3], upright."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
@@ -180,6 +193,19 @@ def _fit(image: Image.Image, side: int) -> np.ndarray:
         scaled = np.asarray(image, dtype=np.float64) / 65535 * 255
         image = Image.fromarray(scaled.round().astype(np.uint8))
     image = image.convert("RGB")
-    if image.size != (side, side):
-        image = ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
-    return np.asarray(image)
+    if image.size == (side, side):
+        return np.asarray(image)
+    if fit == "crop":
+        return np.asarray(ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC))
+    height, width = padded_size(image.height, image.width, side) if fit == "pad" else (side, side)
+    pixels = np.zeros((side, side, 3), dtype=np.uint8)
+    top, left = (side - height) // 2, (side - width) // 2
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    pixels[top : top + height, left : left + width] = resized
+    return pixels
+
+
+def padded_size(height: int, width: int, side: int) -> tuple[int, int]:
+    """Height and width, in pixels, whose longer one is `side`; by "pad", black surrounds them."""
+    longer = max(height, width)
+    return max(1, round(height * side / longer)), max(1, round(width * side / longer))

@@ -2,10 +2,9 @@
 
 import hashlib
 import json
-import math
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import numpy as np
 from xxhash import xxh3_128
@@ -14,6 +13,12 @@ from fastlab.console import UserError, printable
 from fastlab.dataset.originals import ImageClass
 
 FORMAT_VERSION = 4
+SIDES = range(8, 1025)
+"""Sides that images can have, pixels."""
+_LONGEST_HEADER = 4096  # bytes, of an .npy file
+SPLITS = ("train", "val", "test")
+FITS = ("crop", "squash", "pad")
+"""How originals of another size are fitted, as `decode.decode_into` explains."""
 NAME = "manifest.json"
 new_hash = xxh3_128
 """The hash of every file: XXH3 of 128 bits. SHA-256 took a sixth of a conversion, BLAKE3 a
@@ -30,6 +35,8 @@ class SplitInfo:
     original_bytes: int
     largest_original: int
     """Bytes."""
+    fitted: int = 0
+    """Originals of another size than the dataset's; 0 in older datasets, which do not know."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,8 @@ class Manifest:
     """Path of each image that ``--on-corrupt skip`` skipped -> what is wrong with it."""
     request: dict[str, Any]
     """What was converted and how; equal requests give equal files."""
+    fit: str = field(default="crop", kw_only=True)
+    """How originals of another size were fitted: one of `FITS`."""
     versions: dict[str, str] = field(default_factory=dict)
     created: str = ""
     fastlab_format: int = FORMAT_VERSION
@@ -78,18 +87,7 @@ class ImageSpec:
     mean: list[float]
     std: list[float]
     fit: str
-    """How an image of another size is brought to `image_size`."""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError or TypeError where a value is impossible."""
-        if type(self.image_size) is not int or not 1 <= self.image_size <= 2**14:
-            raise ValueError(f"{self.image_size!r} is no side of an image")
-        if not (len(self.mean) == len(self.std) == 3):
-            raise ValueError("other than three channels")
-        if not all(math.isfinite(value) for value in (*self.mean, *self.std)):
-            raise ValueError("a statistic is not finite")
-        if not all(isinstance(text, str) for each in self.classes for text in astuple(each)):
-            raise TypeError("a class has a name that is no text")
+    """How an image of another size is fitted: one of `FITS`."""
 
 
 def fingerprint(manifest: Manifest) -> dict[str, Any]:
@@ -98,7 +96,7 @@ def fingerprint(manifest: Manifest) -> dict[str, Any]:
     values = {
         "classes": [each.id for each in manifest.classes],
         "words": [each.words for each in manifest.classes],
-        "fit": getattr(manifest, "fit", "crop"),
+        "fit": manifest.fit,
         "image_size": manifest.image_size,
         "images": {name: split.images for name, split in manifest.splits.items()},
         "mean": manifest.mean,
@@ -119,9 +117,12 @@ def image_spec(fingerprint: dict[str, Any], path: Path) -> ImageSpec:
         if fingerprint["checksum"] != _checksum(fingerprint):
             raise ValueError("does not match its checksum")
         names = zip(fingerprint["classes"], fingerprint["words"], strict=True)
-        classes = [ImageClass(*pair) for pair in names]
         values = {key: fingerprint[key] for key in ("image_size", "mean", "std", "fit")}
-        return ImageSpec(classes, **values)
+        values["classes"] = [{"id": each, "words": words} for each, words in names]
+        spec = _typed(values, ImageSpec, "record")
+        if problem := _impossible_images(spec):
+            raise ValueError(problem)
+        return spec
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged ({error}); restore the file") from None
 
@@ -166,16 +167,92 @@ def _from_json(raw: dict[str, Any]) -> Manifest:
         raise ValueError(f"format {raw['fastlab_format']!r}, this fastlab reads {FORMAT_VERSION}")
     if raw.pop("checksum") != _checksum(raw):
         raise ValueError("does not match its checksum")
-    values: dict[str, Any] = {
-        **raw,
-        "classes": [ImageClass(**c) for c in raw["classes"]],
-        "splits": {name: SplitInfo(**info) for name, info in raw["splits"].items()},
-        "formats": {
-            name: {path: FileInfo(**info) for path, info in files.items()}
-            for name, files in raw["formats"].items()
-        },
-    }
-    return Manifest(**values)
+    manifest = _typed(raw, Manifest, "manifest")
+    if problem := _impossible(manifest):
+        raise ValueError(problem)
+    return manifest
+
+
+def _typed(value: Any, kind: Any, where: str) -> Any:
+    """`value`, of JSON's types, as the type `kind`, which may be a dataclass; `where` names it.
+
+    Raises ValueError for another type, an unknown key and a missing one.
+    """
+    outer, inner = get_origin(kind) or kind, get_args(kind)
+    if is_dataclass(kind):
+        known = {each.name: each for each in fields(kind)}
+        required = {name for name, each in known.items() if _is_required(each)}
+        if not isinstance(value, dict) or not required <= value.keys() <= known.keys():
+            raise ValueError(f"{where} has other keys than expected")
+        parts = {name: _typed(part, known[name].type, name) for name, part in value.items()}
+        return kind(**parts)
+    if kind is Any:
+        return value
+    if type(value) is not outer:
+        raise ValueError(f"{where}: expected {outer.__name__}, got {type(value).__name__}")
+    if outer is list:
+        return [_typed(part, inner[0], where) for part in value]
+    if outer is dict:
+        return {key: _typed(part, inner[1], where) for key, part in value.items()}
+    return value
+
+
+def _is_required(each: Field) -> bool:
+    return each.default is MISSING and each.default_factory is MISSING
+
+
+def _impossible(manifest: Manifest) -> str:
+    """Why no conversion can have made this manifest; empty where one can."""
+    if problem := _impossible_images(manifest):
+        return problem
+    if not {"train", "val"} <= manifest.splits.keys() <= set(SPLITS):
+        return f"splits: expected {', '.join(SPLITS)}, of which the last may be missing"
+    for name, split in manifest.splits.items():
+        if not _is_possible(split, len(manifest.classes)) or (
+            name == "train" and not split.per_class_min
+        ):
+            return f"split {name}: the counts disagree"
+    return _impossible_file(manifest)
+
+
+def _impossible_images(spec: Manifest | ImageSpec) -> str:
+    ids = [each.id for each in spec.classes]
+    if not ids or len(set(ids)) < len(ids):
+        return "no classes, or two of the same name"
+    if spec.image_size not in SIDES or spec.fit not in FITS:
+        return f"image_size: expected {SIDES[0]} to {SIDES[-1]}; fit: one of {', '.join(FITS)}"
+    if len(spec.mean) != 3 or not all(0 <= value <= 1 for value in spec.mean):
+        return "mean: expected three numbers from 0 to 1"
+    if len(spec.std) != 3 or not all(0 < value <= 1 for value in spec.std):
+        return "std: expected three numbers above 0, up to 1"
+    return ""
+
+
+def _impossible_file(manifest: Manifest) -> str:
+    for name, files in manifest.formats.items():
+        for path, info in files.items():
+            folder, _, file = path.partition("/")
+            inside = folder == name and name.isidentifier() and "/" not in file
+            if not inside or file in ("", ".", "..") or info.bytes < 0:
+                return f"formats: {printable(path)} is no file of a format, or has no size"
+    for name, split in manifest.splits.items() if "array" in manifest.formats else ():
+        images = manifest.formats["array"].get(f"array/{name}-images.npy", FileInfo(0, ""))
+        header = images.bytes - 3 * manifest.image_size**2 * split.images
+        if not 0 < header <= _LONGEST_HEADER:
+            return f"split {name}: its number of images is not that of its array"
+    return ""
+
+
+def _is_possible(split: SplitInfo, classes: int) -> bool:
+    least, most = split.per_class_min, split.per_class_max
+    return (
+        0 <= least <= most
+        and max(1, least * classes, most) <= split.images <= most * classes
+        and 0 <= split.greyscale <= split.images
+        and 0 <= split.fitted <= split.images
+        and 0 < split.largest_original <= split.original_bytes
+        and split.original_bytes <= split.images * split.largest_original
+    )
 
 
 def check_sizes(directory: Path, manifest: Manifest) -> None:
@@ -219,8 +296,9 @@ def table(manifest: Manifest) -> str:
     """Describe the dataset in aligned lines."""
     side = manifest.image_size
     lines = [
-        f"dataset     {manifest.name}, {len(manifest.classes)} classes, {side}x{side} RGB, "
-        f"converted {manifest.created}",
+        f"dataset     {printable(manifest.name)}, {len(manifest.classes)} classes, "
+        f"{side}x{side} RGB, converted {printable(manifest.created)}",
+        *_fitting(manifest),
         f"mean, std   {_numbers(manifest.mean)}   {_numbers(manifest.std)}",
         "",
         f"{'split':<8}{'images':>10}{'per class':>12}{'greyscale':>11}"
@@ -241,6 +319,19 @@ def table(manifest: Manifest) -> str:
         lines += ["", f"{len(manifest.skipped)} corrupt images were skipped:"]
         lines += [f"  {printable(path)} ({why})" for path, why in manifest.skipped.items()]
     return "\n".join(lines)
+
+
+def _fitting(manifest: Manifest) -> list[str]:
+    """The line of the table that says how originals of another size were fitted, if there are
+    any."""
+    fitted = sum(split.fitted for split in manifest.splits.values())
+    how = {
+        "crop": "the shorter side resized, the centre kept",
+        "squash": "both sides resized",
+        "pad": "the longer side resized, black beside it",
+    }
+    originals = f"{fitted:,} originals of another size"
+    return [f"fit         {manifest.fit}: {originals}, {how[manifest.fit]}"] if fitted else []
 
 
 def _numbers(values: list[float]) -> str:

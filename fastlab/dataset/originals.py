@@ -1,7 +1,8 @@
 """What a source holds: classes, and the paths and labels of the images of each split.
 
 Two layouts are known: Tiny ImageNet's own, and any image folder with ``train/<class>/`` and
-``val/<class>/`` (and optionally ``test/<class>/``), whose classes may have folders within.
+``val/<class>/`` (also ``valid`` or ``validation``; optionally ``test/<class>/``), whose classes may
+have folders within. A folder without validation images, or of nothing but classes, is divided.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -10,11 +11,13 @@ from itertools import chain, repeat
 
 import numpy as np
 from numpy.typing import ArrayLike
+from xxhash import xxh3_64_intdigest
 
-from fastlab.console import UserError
+from fastlab.console import UserError, printable
 from fastlab.dataset.archives import Tree
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
+_VALIDATION = ("val", "valid", "validation")
 
 
 @dataclass(frozen=True)
@@ -98,34 +101,44 @@ class Originals:
         )
 
 
-def read_originals(tree: Tree, where: str) -> Originals:
+def read_originals(tree: Tree, where: str, val_fraction: float = 0.0, seed: int = 0) -> Originals:
     """Detect the layout of `tree` and list its images. `where` names the source in errors.
 
-    Raises `UserError` where the layout is unknown, a split or a class has no images, or `tree`
-    cannot be read.
+    A `val_fraction` above 0 makes "val" of that share of the training images of each class, of a
+    source that has none.
+
+    Raises `UserError` where the layout is unknown, a split or a class has no images, validation
+    images are missing or need not be taken from others, or `tree` cannot be read.
     """
     try:
-        return _read_originals(tree, where)
+        return _read_originals(tree, where, val_fraction, seed)
     except OSError as error:
         problem = f"{error.filename}: {error.strerror}" if error.filename else error
         raise UserError(f"{where}: cannot be read ({problem})") from None
 
 
-def _read_originals(tree: Tree, where: str) -> Originals:
+def _read_originals(tree: Tree, where: str, val_fraction: float, seed: int) -> Originals:
     root = _root(tree)
-    top = tree.names(root)
-    if "wnids.txt" in top:
-        originals = _read_tiny_imagenet(tree, root, where)
-    elif "train" in top and "val" in top:
-        originals = _read_image_folder(tree, root, where)
-    else:
+    folders = _split_folders(tree, root, where)
+    tiny = "wnids.txt" in tree.names(root)
+    has_validation = tiny or "val" in folders
+    if has_validation and val_fraction:
+        raise UserError(f"--val-fraction: {where} has validation images; convert without it")
+    if not has_validation and not val_fraction:
         raise UserError(
             f"{where}: neither Tiny ImageNet (no wnids.txt) nor an image folder "
-            f"(no train/<class>/ and val/<class>/)"
+            f"(no train/<class>/ and val/<class>/); of a folder of classes, a part can become "
+            f"validation images: --val-fraction 0.1"
         )
+    if tiny:
+        originals = _read_tiny_imagenet(tree, root, where)
+    else:
+        originals = _read_image_folder(tree, folders, where)
     if not originals.classes:
         raise UserError(f"{where}: has no classes")
     check_counts(originals, where)
+    if val_fraction:
+        originals = _with_validation(originals, folders["train"], val_fraction, seed, where)
     return originals
 
 
@@ -159,16 +172,31 @@ def select_classes(originals: Originals, choice: str) -> Originals:
 
 
 def _root(tree: Tree) -> str:
-    """The folder that holds the splits: the root of the tree, or its only folder that does."""
+    """The folder that holds the splits or the classes: the root of the tree, or the only folder in
+    it that does."""
     top = tree.names("")
     if _has_splits(top):
         return ""
     below = [name for name in top if _has_splits(tree.names(name))]
+    if not below and "train" not in top:
+        below = _folders_in(tree, "")
     return f"{below[0]}/" if len(below) == 1 else ""
 
 
 def _has_splits(names: list[str]) -> bool:
-    return "wnids.txt" in names or {"train", "val"} <= set(names)
+    return "wnids.txt" in names or ("train" in names and not set(_VALIDATION).isdisjoint(names))
+
+
+def _split_folders(tree: Tree, root: str, where: str) -> dict[str, str]:
+    """Split -> its folder below `root`; of a folder of nothing but classes, "train" -> `root`."""
+    top = tree.names(root)
+    validation = [name for name in _VALIDATION if name in top]
+    if "train" not in top:
+        return {"train": root}
+    if len(validation) > 1:
+        raise UserError(f"{where}: has both {' and '.join(validation)}; remove all but one")
+    folders = {"train": ["train"], "val": validation, "test": ["test"]}
+    return {split: f"{root}{names[0]}/" for split, names in folders.items() if names}
 
 
 def _images(names: list[str]) -> list[str]:
@@ -177,13 +205,14 @@ def _images(names: list[str]) -> list[str]:
 
 def _read_tiny_imagenet(tree: Tree, root: str, where: str) -> Originals:
     ids = tree.text(f"{root}wnids.txt").split()
+    _check_names(ids, where)
     if len(set(ids)) < len(ids):
         raise UserError(f"{where}: wnids.txt names a class twice")
     words = {}
     if "words.txt" in tree.names(root):
         wanted = frozenset(ids)  # the file names 82,115 classes
         lines = map(str.partition, tree.text(f"{root}words.txt").splitlines(), repeat("\t"))
-        words = {wnid: names for wnid, tab, names in lines if tab and wnid in wanted}
+        words = {wnid: printable(names) for wnid, tab, names in lines if tab and wnid in wanted}
     folders = [f"{root}train/{name}/images/" for name in ids]
     train = _labelled(
         [[folder + name for name in _images(tree.names(folder))] for folder in folders]
@@ -210,51 +239,84 @@ def _read_annotations(tree: Tree, root: str, ids: list[str], where: str) -> Spli
     return Split([f"{root}val/images/{name}" for name in names], labels)
 
 
-def _read_image_folder(tree: Tree, root: str, where: str) -> Originals:
-    ids = _folders_in(tree, f"{root}train")
-    for name in ids:
-        if not name.isprintable():
-            raise UserError(f"{where}: train/{name!a}: rename this class, it cannot be printed")
+def _read_image_folder(tree: Tree, folders: dict[str, str], where: str) -> Originals:
+    ids = _folders_in(tree, folders["train"])
+    _check_names(ids, where)
     splits = {}
     ignored: list[str] = []
-    for split in ("train", "val", "test"):
-        folders = _folders_in(tree, root + split)
-        unknown = set(folders) - set(ids)
+    for split, folder in folders.items():
+        found = _folders_in(tree, folder)
+        unknown = set(found) - set(ids)
         if unknown:
-            raise UserError(f"{where}: {split}/{min(unknown)}: no such class in train/")
-        if folders or split != "test":
-            below = [_paths_below(tree, f"{root}{split}/{name}/", ignored) for name in ids]
+            name = printable(folder + min(unknown))
+            raise UserError(f"{where}: {name}: no such class in {folders['train']}")
+        if found or split != "test":  # test images without labels lie in no folders
+            below = [_paths_below(tree, f"{folder}{name}/", ignored) for name in ids]
             splits[split] = _labelled(below)
     classes = [ImageClass(name, name) for name in ids]
     return Originals("image-folder", classes, splits, tuple(ignored))
 
 
+def _check_names(ids: list[str], where: str) -> None:
+    """Raises `UserError` for a class whose name is not that of a folder, or cannot be printed."""
+    for name in ids:
+        if not name.isprintable() or "/" in name or name in (".", ".."):
+            raise UserError(
+                f"{where}: class {name!a} has no name that can be printed and be a folder's; "
+                f"rename it"
+            )
+
+
 def _paths_below(tree: Tree, folder: str, ignored: list[str]) -> list[str]:
     """The images in `folder` and in folders within it, as torchvision's ImageFolder takes them;
     other files are added to `ignored`."""
-    names = tree.names(folder)
-    images = _images(names)
-    paths = [folder + name for name in images]
-    for name in sorted(set(names).difference(images)):
-        if name.startswith("."):
-            continue
-        if tree.names(folder + name):
-            paths += _paths_below(tree, f"{folder}{name}/", ignored)
-        else:
-            ignored.append(folder + name)
+    paths, waiting = [], [folder]
+    while waiting:  # no recursion: there may be a thousand folders in one another
+        folder = waiting.pop()
+        names = tree.names(folder)
+        images = _images(names)
+        paths += [folder + name for name in images]
+        others = sorted(name for name in set(names).difference(images) if name[0] != ".")
+        below = [name for name in others if tree.names(folder + name)]
+        ignored += [folder + name for name in sorted(set(others).difference(below))]
+        waiting += [f"{folder}{name}/" for name in reversed(below)]
     return paths
 
 
 def _folders_in(tree: Tree, folder: str) -> list[str]:
-    """The names of the folders in `folder` that are neither empty nor hidden."""
-    names = [name for name in tree.names(folder) if not name.startswith(".")]
-    return [name for name in names if tree.names(f"{folder}/{name}")]
+    """The names of the folders in `folder` ("" or with "/" at its end) that are not empty. Hidden
+    ones do not count, nor the one that macOS adds to zips."""
+    names = [name for name in tree.names(folder) if name[0] != "." and name != "__MACOSX"]
+    return [name for name in names if tree.names(folder + name)]
 
 
 def _labelled(paths: list[list[str]]) -> Split:
     """The split of the images whose paths, for each class, are `paths`."""
     labels = np.repeat(np.arange(len(paths), dtype=np.int64), [len(each) for each in paths])
     return Split(list(chain.from_iterable(paths)), labels)
+
+
+def _with_validation(
+    originals: Originals, folder: str, fraction: float, seed: int, where: str
+) -> Originals:
+    """Make "val" of a share of the training images of each class: at least one, and never all.
+
+    The hash of `seed` and an image's path below `folder` decides, so that the same names give the
+    same choice from a directory and an archive, and whatever classes are chosen later.
+    """
+    train = originals.splits["train"]
+    counts = np.bincount(train.labels)
+    if counts.min() < 2:
+        single = originals.classes[int(counts.argmin())].id
+        raise UserError(f"--val-fraction: {where}: class {single} has a single image; add another")
+    names = (f"{seed}/{path[len(folder) :]}" for path in train.paths)
+    draws = [xxh3_64_intdigest(name.encode(errors="surrogateescape")) for name in names]
+    order = np.argsort(np.array(draws, dtype=np.uint64), kind="stable")
+    wanted = np.clip(np.rint(counts * fraction), 1, counts - 1)
+    held = np.zeros(len(train.labels), dtype=bool)
+    held[order] = _rank_in_class(train.labels[order]) < wanted[train.labels[order]]
+    parts = {"train": train.take(np.flatnonzero(~held)), "val": train.take(np.flatnonzero(held))}
+    return replace(originals, splits=parts | originals.splits | parts)  # in the usual order
 
 
 def _rank_in_class(labels: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The files in a tar archive: their names, and where their bytes lie.
+"""The files in a tar archive: their names, and where their bytes lie. Names of zips, too.
 
 tarfile takes 3 s to list the 110,000 files of Tiny ImageNet, longer than their whole conversion. A
 plain tar, of nothing but files and folders with short names, is listed from its headers as arrays
@@ -13,6 +13,8 @@ import numpy as np
 
 _HEADER = 512  # bytes of a header, and of the blocks that a tar consists of
 _USTAR = np.frombuffer(b"ustar", np.uint8)
+
+_LONGEST = 4096  # characters of a name: no file system takes a longer path
 
 Place = tuple[int, int, int]
 """Start in the archive and size, bytes, and the time of the last change."""
@@ -31,11 +33,11 @@ def _any_members(path: Path, data: mmap.mmap) -> dict[str, Place | None]:
     members: dict[str, Place | None] = {}
     with tarfile.open(path, "r:") as archive:
         for member in archive:
-            name = member.name.removeprefix("./")
+            name = member_path(member.name)
             if member.isfile() and not member.issparse():
                 members[name] = (member.offset_data, member.size, int(member.mtime))
             elif member.islnk():  # another name of an earlier file
-                members[name] = members.get(member.linkname.removeprefix("./"))
+                members[name] = members.get(member_path(member.linkname))
             elif not member.isdir():
                 members[name] = None
         # tarfile takes a cut between two members, or a damaged header, for the end.
@@ -69,8 +71,22 @@ def plain_members(data: mmap.mmap) -> dict[str, Place | None]:
 
 
 def _name(field: bytes) -> str:
-    name = field.partition(b"\0")[0].decode("utf-8", "surrogateescape")
-    return name.removeprefix("./")
+    return member_path(field.partition(b"\0")[0].decode("utf-8", "surrogateescape"))
+
+
+def member_path(name: str) -> str:
+    """The path of a member whose header holds `name`: relative, without "." and empty parts.
+
+    Raises ValueError where that leaves nothing, for "..", and for a name that no file can have.
+    """
+    if len(name) > _LONGEST:
+        raise ValueError(f"a name of {len(name):,} characters")
+    if "//" in name or "/." in name or name[:1] in "./" or name[-1] == "/":  # hardly ever
+        parts = [part for part in name.split("/") if part not in ("", ".")]
+        if ".." in parts or not parts:
+            raise ValueError(f"the name {name!a} leads to no file within the archive")
+        name = "/".join(parts)
+    return name
 
 
 def _octal(headers: np.ndarray, first: int, digits: int) -> np.ndarray:

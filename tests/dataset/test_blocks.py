@@ -20,8 +20,8 @@ def decoded(source, workers, folder):
     tree = open_tree(source, folder)
     originals = read_originals(tree, str(source))
     parts = {name: [] for name in originals.splits}
-    for split, report, pixels in blocks.decoded_blocks(tree, originals, 64, workers):
-        assert len(report.stamps) == len(pixels) and not report.corrupt
+    for split, report, pixels in blocks.decoded_blocks(tree, originals, 64, "crop", workers):
+        assert len(report.marks) == len(pixels) and not report.corrupt
         parts[split].append(pixels.copy())
     return originals, {name: np.concatenate(each) for name, each in parts.items()}
 
@@ -81,7 +81,7 @@ def test_a_defect_in_a_worker_is_raised_in_the_parent(synth_source, tmp_path, mo
 def test_workers_end_where_the_blocks_are_left_early(synth_source, tmp_path, monkeypatch, taken):
     monkeypatch.setattr(blocks, "_BLOCK", 4)
     tree = open_tree(synth_source, tmp_path)
-    source = blocks.decoded_blocks(tree, read_originals(tree, "source"), 64, 2)
+    source = blocks.decoded_blocks(tree, read_originals(tree, "source"), 64, "crop", 2)
     for _ in range(taken):
         next(source)
     assert len(multiprocessing.active_children()) == (2 if taken else 0)

@@ -152,7 +152,7 @@ def test_the_same_again_writes_nothing_and_other_options_are_refused(synth_sourc
 
 def jpeg() -> bytes:
     stream = io.BytesIO()
-    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(stream, "JPEG")
+    Image.linear_gradient("L").resize((64, 64)).convert("RGB").save(stream, "JPEG")
     return stream.getvalue()
 
 

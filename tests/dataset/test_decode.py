@@ -26,7 +26,7 @@ def jpeg(seed: int, side: int = 64, mode: str = "RGB", **options) -> bytes:
 
 def decoded(data: bytes, side: int = 64) -> tuple[np.ndarray, bool]:
     out = np.full((side, side, 3), 7, dtype=np.uint8)
-    return out, decode_into(data, out)
+    return out, decode_into(data, out).greyscale
 
 
 def plain(data: bytes) -> np.ndarray:

@@ -330,7 +330,7 @@ def test_jpeg_encoding_refuses_images_that_ffcv_would_decode_differently(tmp_pat
         pytest.skip("FFCV is not installed")
     turned = Image.Exif()
     turned[0x0112] = 3
-    image = Image.new("RGB", (64, 64), "red")
+    image = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
     for number, (odd, options) in enumerate(
         [(image, {"exif": turned}), (image.convert("CMYK"), {})]
     ):

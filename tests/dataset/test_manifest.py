@@ -1,9 +1,13 @@
 """Manifests: what survives a round trip, which damage is noticed, and the table of `inspect`."""
 
 import json
+import math
+import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -40,21 +44,56 @@ def tables(values: st.SearchStrategy, most: int = 2) -> st.SearchStrategy[dict]:
     return st.dictionaries(TEXT, values, max_size=most)
 
 
-MANIFESTS = st.builds(
-    Manifest,
-    name=TEXT,
-    classes=st.lists(st.builds(ImageClass, TEXT, TEXT), max_size=3),
-    image_size=SIZE,
-    splits=tables(st.builds(SplitInfo, *[SIZE] * 6)),
-    mean=st.lists(FLOATS, max_size=3),
-    std=st.lists(FLOATS, max_size=3),
-    formats=tables(tables(st.builds(FileInfo, SIZE, TEXT))),
-    settings=tables(tables(JSON)),
-    skipped=tables(TEXT),
-    request=tables(JSON, 3),
-    versions=tables(TEXT),
-    created=TEXT,
-)
+@st.composite
+def split_infos(draw, classes: int) -> SplitInfo:
+    per_class = draw(st.lists(st.integers(1, 2**40), min_size=classes, max_size=classes))
+    images, largest = sum(per_class), draw(st.integers(1, 2**20))
+    some = st.integers(0, images)
+    size = draw(st.integers(largest, images * largest))
+    low, high = min(per_class), max(per_class)
+    return SplitInfo(images, low, high, draw(some), size, largest, draw(some))
+
+
+@st.composite
+def manifests(draw) -> Manifest:
+    ids = draw(st.lists(TEXT, min_size=1, max_size=3, unique=True))
+    numbers = st.lists(st.floats(0, 1, exclude_min=True), min_size=3, max_size=3)
+    # Those of the format array have a size that follows from the images.
+    files = st.dictionaries(
+        st.text("abc.", min_size=3, max_size=8), st.builds(FileInfo, SIZE, TEXT)
+    )
+    formats = draw(st.dictionaries(st.sampled_from(["ffcv", "tar"]), files))
+    return Manifest(
+        name=draw(TEXT),
+        classes=[ImageClass(name, draw(TEXT)) for name in ids],
+        image_size=draw(st.integers(8, 1024)),
+        splits={name: draw(split_infos(len(ids))) for name in ("train", "val")},
+        mean=draw(numbers),
+        std=draw(numbers),
+        formats={
+            name: {f"{name}/{path}": info for path, info in each.items()}
+            for name, each in formats.items()
+        },
+        settings=draw(tables(tables(JSON))),
+        skipped=draw(tables(TEXT)),
+        request=draw(tables(JSON, 3)),
+        versions=draw(tables(TEXT)),
+        created=draw(TEXT),
+        fit=draw(st.sampled_from(["crop", "squash", "pad"])),
+    )
+
+
+MANIFESTS = manifests()
+
+
+def smallest(**values) -> Manifest:
+    """A manifest of two images, with `values` in place of its own."""
+    split = SplitInfo(1, 1, 1, 0, 100, 100)
+    classes, numbers = [ImageClass("a", "b")], [0.5, 0.5, 0.5]
+    manifest = Manifest(
+        "n", classes, 64, {"train": split, "val": split}, numbers, numbers, {}, request={}
+    )
+    return replace(manifest, **values)
 
 
 def write(manifest: Manifest, folder: Path) -> None:
@@ -80,9 +119,7 @@ def test_a_written_manifest_is_read_unchanged(manifest, tmp_path_factory):
 
 def test_names_that_are_not_utf8_survive(tmp_path):
     """The source's directory and corrupt images may have such names."""
-    manifest = Manifest(
-        "a\udcff", [], 64, {}, [], [], {}, skipped={"train/a/\udcff.jpg": "cut"}, request={}
-    )
+    manifest = smallest(name="a\udcff", skipped={"train/a/\udcff.jpg": "cut"})
     write(manifest, tmp_path)
     assert read_manifest(tmp_path) == manifest
 
@@ -110,19 +147,12 @@ def test_any_single_change_is_harmless_or_refused(manifest, place, removed, new,
 
 
 def test_a_digit_in_place_of_any_character_is_refused(tmp_path):
-    info = SplitInfo(10, 2, 3, 1, 1000, 90)
-    files = {"array": {"array/val-images.npy": FileInfo(12, "ab")}}
-    manifest = Manifest(
-        "é",
-        [ImageClass("a", "b")],
-        64,
-        {"val": info},
-        [0.5],
-        [0.25],
-        files,
-        {"seed": 0},
-        {"numpy": "2.0"},
-        "2026-01-02",
+    manifest = smallest(
+        name="é",
+        formats={"tar": {"tar/val-000000.tar": FileInfo(12, "ab")}},
+        request={"seed": 0},
+        versions={"numpy": "2.0"},
+        created="2026-01-02",
         settings={"array": {"a": True}},
         skipped={"train/a/b.jpg": "cut"},
     )
@@ -132,6 +162,63 @@ def test_a_digit_in_place_of_any_character_is_refused(tmp_path):
         changed = text[:place] + ("7" if old != "7" else "8") + text[place + 1 :]
         (tmp_path / NAME).write_text(changed, encoding="utf-8")
         assert complaint(read_manifest, tmp_path).startswith(f"{tmp_path / NAME}: ")
+
+
+def changed(text: str, path: str, value: Any) -> str:
+    """The manifest with another value at `path`, or none (`...`), and a checksum that fits."""
+    values = json.loads(text)
+    holder = values
+    *parents, last = [int(part) if part.isdecimal() else part for part in path.split(" ")]
+    for part in parents:
+        holder = holder[part]
+    if value is ...:
+        del holder[last]
+    else:
+        holder[last] = value
+    rest = {key: value for key, value in values.items() if key != "checksum"}
+    checksum = xxh3_128(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**rest, "checksum": checksum})
+
+
+IMPOSSIBLE = [
+    *[("fastlab_format", 4.0), ("name", 5), ("further", 1), ("image_size", ...)],
+    *[("image_size", value) for value in (0, -64, 2**40, 64.0, "64", True, None)],
+    *[("classes", []), ("classes", {}), ("classes 1 id", "n90000000"), ("classes 1 words", ...)],
+    *[("splits val", ...), ("splits train", {}), ("splits more", {}), ("splits", [])],
+    *[("splits train images", value) for value in (0, -80, 79, 81, 10**30, "80", None)],
+    *[("splits train per_class_min", 0), ("splits val per_class_max", 2**70)],
+    *[("splits val greyscale", -1), ("splits val greyscale", 99), ("splits val fitted", 99)],
+    *[("splits val original_bytes", 1), ("splits val largest_original", 0)],
+    *[("mean", []), ("mean 0", math.nan), ("mean 1", math.inf), ("mean 2", -0.1), ("mean 0", "x")],
+    *[("std 0", 0.0), ("std 1", math.nan), ("std 2", 1e300), ("std", None), ("fit", "stretch")],
+    *[("formats array array/val-images.npy bytes", value) for value in (-1, 1.5, "1", None)],
+    *[("formats array array/val-images.npy", ...), ("formats array", [])],
+    *[("formats array /etc/passwd", {"bytes": 1, "xxh128": ""})],
+    *[("formats array array/../../x", {"bytes": 1, "xxh128": ""})],
+    *[("formats ..", {"../x": {"bytes": 1, "xxh128": ""}}), ("skipped", {"a": 1})],
+]
+
+
+@pytest.mark.parametrize(("path", "value"), IMPOSSIBLE)
+def test_an_impossible_value_is_refused_though_the_checksum_fits(
+    path, value, synth_dataset, tmp_path, capsys
+):
+    shutil.copytree(synth_dataset, tmp_path / "out")
+    manifest = tmp_path / "out" / NAME
+    manifest.write_text(changed(manifest.read_text(), path, value))
+    assert main(["inspect", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"fastlab: {manifest}: damaged (") and len(line) < 400
+
+
+def test_a_manifest_from_before_the_fit_was_recorded_is_read(synth_dataset, tmp_path):
+    shutil.copytree(synth_dataset, tmp_path / "out")
+    path = tmp_path / "out" / NAME
+    text = changed(path.read_text(), "fit", ...)
+    for split in ("train", "val"):
+        text = changed(text, f"splits {split} fitted", ...)
+    path.write_text(text)
+    assert read_manifest(tmp_path / "out") == read_manifest(synth_dataset)
 
 
 @FUZZ
@@ -173,7 +260,7 @@ def laid_out(files: dict[str, bytes], folder: Path) -> Manifest:
         (folder / path).write_bytes(data)
         name = path.partition("/")[0]
         formats.setdefault(name, {})[path] = FileInfo(len(data), xxh3_128(data).hexdigest())
-    return Manifest("", [], 64, {}, [], [], formats, {})
+    return smallest(formats=formats)
 
 
 @settings(FUZZ, max_examples=60)

@@ -32,7 +32,7 @@ STAGES = {
     "states": "impossible values in checkpoints, with checksums that fit",
     "runs": "damaged run directories",
     "predictions": "damaged images to predict, damaged records of a run's dataset",
-    "kills": "SIGKILL of conversions",
+    "kills": "SIGKILL, SIGTERM and SIGHUP of conversions",
     "trainings": "SIGKILL of trainings, on one and two processes, and signals that ask for an end",
     "disks": "full disk, unusable output, output removed during training",
     "endurance": "2,000 epochs with resident, 500 with each other engine; only with --full",
@@ -66,6 +66,7 @@ def stages(seed: int, full: bool) -> dict[str, Callable[[Tally, Path, Path], Non
 
     def killed(tally: Tally, base: Path, scratch: Path) -> None:
         kills.conversions(tally, base, scratch, seed, times(200, 4))
+        kills.signalled(tally, base, scratch, seed, times(60, 4))
 
     def stopped(tally: Tally, base: Path, scratch: Path) -> None:
         kills.trainings(tally, base, scratch, seed, times(30, 1), 1)

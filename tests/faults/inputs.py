@@ -144,18 +144,24 @@ def _archive(
 
 
 def manifests(base: Path, scratch: Path, random: np.random.Generator) -> tuple[str, str]:
-    """A dataset's manifest: any change of its content is refused."""
+    """A dataset's manifest: any change of its content is refused. Where its checksum fits, so is
+    whatever would be wrong without a word in `inspect` or an epoch."""
     data = scratch / "dataset"
     shutil.copytree(base / "dataset", data)
     path = data / "manifest.json"
     before = path.read_text()
-    kind = ("a value changed", "bits flipped", "truncated")[random.integers(3)]
+    kinds = ("a value changed", "bits flipped", "truncated", "a value, its checksum fits")
+    kind = kinds[random.integers(len(kinds))]
     if kind == "a value changed":
         path.write_text(mutations.json_damaged(before, random))
+    elif kind == kinds[-1]:
+        path.write_text(mutations.manifest_damaged(before, random))
     else:
         path.write_bytes(mutations.BYTES[kind](before.encode(), random))
 
     def correct() -> str:
+        if kind == kinds[-1]:
+            return _read_through(data, "array")
         after = json.loads(path.read_bytes())
         return "" if after == json.loads(before) else "a changed manifest was accepted"
 

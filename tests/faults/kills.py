@@ -1,4 +1,4 @@
-"""SIGKILL at a random moment of a conversion or a training, or another signal to a training, then
+"""SIGKILL at a random moment of a conversion or a training, or a signal that asks for an end, then
 the same command again."""
 
 import json
@@ -9,11 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from xxhash import xxh3_128
 
-from tests.faults.outcomes import CORRECT, Tally, same_run
+from tests.faults.outcomes import CLEAR, CORRECT, Tally, same_run
 from tests.packages import has
 from tests.trainings import ROOT, checkpoints, command, launch, wait_until
 
@@ -69,7 +70,35 @@ def _killed_conversion(base: Path, scratch: Path, formats: str, way: str, moment
         shutil.rmtree(folder)
 
 
-def _convert(base: Path, out: Path, *options: str) -> subprocess.Popen:
+def signalled(tally: Tally, base: Path, scratch: Path, seed: int, times: int) -> None:
+    """Signal a conversion while it writes: it says so in one line, and leaves what was there."""
+    random = np.random.default_rng([seed, 5])
+    whole, folder = scratch / "signalled-whole", scratch / "signalled"
+    seconds = _converted(base, whole, "--formats", "array,tar")
+    for number in range(times):
+        folder.mkdir()
+        signals = (signal.SIGTERM, signal.SIGHUP)
+        sent, moment = signals[number % 2], random.uniform(0, seconds)
+        process = _convert(base, folder / "out", "--formats", "array,tar", start_new_session=True)
+        partial = folder / ".out.fastlab-partial"
+        wait_until(partial.exists, process, _SECONDS)
+        time.sleep(moment)
+        (os.killpg if number % 4 < 2 else os.kill)(process.pid, sent)
+        _, errors = process.communicate(timeout=_SECONDS)
+        tally.add(f"{sent.name} of convert", _end(process.returncode, errors, folder, whole))
+        shutil.rmtree(folder)
+
+
+def _end(code: int, errors: str, folder: Path, whole: Path) -> str:
+    left = os.listdir(folder)
+    if left == ["out"]:  # the signal came after the end
+        return CORRECT if digest(folder / "out") == digest(whole) else "another dataset"
+    if left or code not in (129, 143) or errors.count("\n") != 1:
+        return f"{code}, left behind: {left}: {errors[-3000:]}"
+    return CLEAR
+
+
+def _convert(base: Path, out: Path, *options: str, **settings: Any) -> subprocess.Popen:
     arguments = [sys.executable, "-m", "fastlab", "convert", str(base / "tiny"), str(out)]
     return subprocess.Popen(
         [*arguments, "--workers", "2", *options],
@@ -77,6 +106,7 @@ def _convert(base: Path, out: Path, *options: str) -> subprocess.Popen:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        **settings,
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from xxhash import xxh3_128
 
 Random = np.random.Generator
 
@@ -146,8 +147,22 @@ FORMATS: dict[str, Callable[[Image.Image, Random], bytes]] = {
 _TIFF = (None, "tiff_lzw", "tiff_deflate", "jpeg")
 
 
+def _oddly_named(files: dict[str, bytes], random: Random) -> dict[str, bytes]:
+    """The same files, by other names for the same paths."""
+    slashes = ("/", "//", "/./", "/.//./")
+    named = {}
+    for name, data in files.items():
+        parts = [_any(("", "./", "/", ".//"), random)]
+        for part in name.split("/"):
+            parts += [part, _any(slashes, random)]
+        named["".join(parts[:-1])] = data
+    return named
+
+
 def zip_file(files: dict[str, bytes], kind: str, random: Random) -> bytes:
     stream = io.BytesIO()
+    if kind == "odd names":
+        files = _oddly_named(files, random)
     method = zipfile.ZIP_DEFLATED if random.integers(2) else zipfile.ZIP_STORED
     with zipfile.ZipFile(stream, "w", method) as archive:
         for name, data in files.items():
@@ -177,6 +192,8 @@ def _encrypted(data: bytes, random: Random) -> bytes:
 
 def tar_file(files: dict[str, bytes], kind: str, random: Random) -> bytes:
     stream = io.BytesIO()
+    if kind == "odd names":
+        files = _oddly_named(files, random)
     with tarfile.open(fileobj=stream, mode="w") as archive:
         for name, data in files.items():
             _add(archive, name, data)
@@ -205,8 +222,8 @@ def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 ZIPS = ("truncated", "bits flipped", "block of zeros", "empty", "noise", "path traversal")
-ZIPS += ("duplicate names", "encrypted")
-TARS = ("truncated", "header damaged", "empty", "noise", "path traversal", "links")
+ZIPS += ("duplicate names", "encrypted", "odd names")
+TARS = ("truncated", "header damaged", "empty", "noise", "path traversal", "links", "odd names")
 
 
 def json_damaged(text: str, random: Random) -> str:
@@ -246,6 +263,14 @@ def state_damaged(state: dict[str, Any], random: Random) -> str:
         holder[key] = (None, "x", -7, math.nan, math.inf, [], {}, 2**70)[random.integers(8)]
         kind = "odd"
     return kind
+
+
+def manifest_damaged(text: str, random: Random) -> str:
+    """`json_damaged` of a manifest, with a checksum that fits."""
+    values = json.loads(json_damaged(text, random))
+    values.pop("checksum", None)
+    checksum = xxh3_128(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**values, "checksum": checksum})
 
 
 def _places(node: Any) -> Any:

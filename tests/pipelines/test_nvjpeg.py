@@ -29,7 +29,8 @@ def calls(monkeypatch):
 
 @pytest.fixture
 def engine():
-    return torchvision.NvjpegEngine(Shards([JPEG.numpy()] * 2), 8, torch.device("cuda"), "here")
+    shape = torchvision._Shape(8, "crop")
+    return torchvision.NvjpegEngine(Shards([JPEG.numpy()] * 2), shape, torch.device("cuda"), "here")
 
 
 def test_decoding_waits_until_queued_work_has_released_its_memory(engine, calls, monkeypatch):

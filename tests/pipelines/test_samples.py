@@ -1,5 +1,8 @@
 """`fastlab inspect --show`: the picture compared with the images of the dataset."""
 
+import os
+import resource
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -26,6 +29,22 @@ def test_a_picture_that_cannot_be_written_is_an_error_of_one_line(synth_dataset,
     assert main(["inspect", str(synth_dataset), "--show", str(tmp_path / "no" / "a.png")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "cannot be written" in line
+
+
+def test_a_full_disk_leaves_the_picture_that_was_there(synth_dataset, tmp_path, capsys):
+    out = tmp_path / "samples.png"
+    show = ["inspect", str(synth_dataset), "--show", str(out)]
+    assert main(show) == 0
+    before, limits = out.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    capsys.readouterr()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        assert main(show) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "samples.png: cannot be written" in line
+    assert out.read_bytes() == before and os.listdir(tmp_path) == [out.name]
 
 
 @pytest.mark.parametrize("side", [8, 24])

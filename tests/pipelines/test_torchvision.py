@@ -62,6 +62,29 @@ def test_pixels_equal_those_of_the_array(odd):
     assert labels.tolist() == [0] * KINDS + [1] * KINDS
 
 
+@pytest.mark.parametrize("fit", ["crop", "squash", "pad"])
+def test_originals_of_other_sizes_are_fitted_as_in_the_array(fit, tmp_path):
+    sizes = [(64, 64), (97, 64), (64, 97), (200, 150), (40, 33), (131, 132), (2, 9), (64, 64)]
+    small = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    for split in ("train", "val"):
+        for number, size in enumerate(sizes):
+            folder = tmp_path / "src" / split / "ab"[number // 4]
+            folder.mkdir(parents=True, exist_ok=True)
+            image = Image.fromarray(small).resize(size, Image.Resampling.BILINEAR)
+            image.save(folder / f"{number}.png")
+    convert(tmp_path / "src", tmp_path / "out", Options(formats=("array", "tar"), fit=fit))
+    manifest, device = read_manifest(tmp_path / "out"), torch.device("cpu")
+    config = DataConfig(path=str(tmp_path / "out"), pipeline="torchvision", workers=1)
+    engine = torchvision.open_engine(config, manifest, "train", device)
+    ((images, _),) = engine.batches(np.arange(len(sizes))[None])
+    difference = np.abs(images.numpy().astype(int) - pixels(tmp_path / "out"))
+    assert difference.max() <= 20 and difference.mean(axis=(1, 2, 3)).max() < 4
+    nvjpeg = torchvision.NvjpegEngine(
+        engine._loader.dataset._shards, torchvision._Shape(64, fit), device, "here"
+    )
+    assert nvjpeg._shape == engine._loader.dataset._shape
+
+
 def test_nvjpeg_decodes_plain_jpegs_alone(odd, monkeypatch):
     """The CPU's decoder replaces it: the test is which images it is asked to decode."""
     decoded = []
@@ -74,7 +97,9 @@ def test_nvjpeg_decodes_plain_jpegs_alone(odd, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torchvision, "decode_jpeg", decode)
     shards = torchvision.open_shards(odd, read_manifest(odd), "train")
-    engine = torchvision.NvjpegEngine(shards, 64, torch.device("cpu"), "here")
+    engine = torchvision.NvjpegEngine(
+        shards, torchvision._Shape(64, "crop"), torch.device("cpu"), "here"
+    )
     rows = np.arange(2 * KINDS)
     images = engine._decode([torchvision._encoded(shards, row) for row in rows], rows)
     assert np.array_equal(images.numpy(), pixels(odd)) and images.is_contiguous()

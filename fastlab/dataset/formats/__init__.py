@@ -4,6 +4,7 @@
 killed when it makes no progress (FFCV's writer waits forever once one of its processes has died).
 """
 
+import contextlib
 import functools
 import multiprocessing
 import os
@@ -62,7 +63,9 @@ def write_format(name: str, source: Source, settings: Settings, folder: Path) ->
         _wait(child, done)
     finally:
         if child.is_alive() and child.pid:
-            os.killpg(child.pid, signal.SIGKILL)  # its own children would outlive it
+            with contextlib.suppress(ProcessLookupError):  # interrupted before its `setsid`
+                os.killpg(child.pid, signal.SIGKILL)  # its own children would outlive it
+            child.kill()
         child.join()
     if not problem.empty():
         raise UserError(f"--formats {name}: {problem.get()}")

@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastlab.console import UserError
-from fastlab.dataset.archives import Tree
+from fastlab.console import UserError, printable
+from fastlab.dataset.archives import Tree, mark
 from fastlab.dataset.manifest import FileInfo, Manifest, check_labels, describe_file, new_hash
 from fastlab.dataset.originals import Originals, Split
 
@@ -36,6 +36,17 @@ class Source:
     """Folder of the ``array`` format."""
     side: int
     """Side of the images, pixels."""
+    marks: dict[str, list[int]]
+    """Path of each original -> its `mark`, or just its stamp where an earlier conversion decoded
+    it."""
+
+    def original(self, path: str) -> bytes:
+        """The bytes that were decoded. Raises `UserError` where the file changed since."""
+        data, stamp = self.tree.read(path)
+        before = self.marks[path]
+        if [*mark(data, stamp)][: len(before)] != before:
+            raise UserError(f"{printable(path)} changed while it was converted; run again")
+        return data
 
     def pixels(self, split: str) -> np.ndarray:
         """uint8 [images, S, S, 3], mapped into memory."""

@@ -21,7 +21,8 @@ from fastlab.dataset.manifest import Manifest, check_labels
 def write_split(
     source: Source, folder: Path, shard_images: int, name: str, tick: Callable[[], None]
 ) -> None:
-    """Write the shards of split `name`; `tick` is called after each image. Raises OSError."""
+    """Write the shards of split `name`; `tick` is called after each image. Raises OSError, and
+    `UserError` for an original that changed."""
     images = len(source.originals.splits[name].paths)
     for number, start in enumerate(range(0, images, shard_images)):
         path = folder / f"{name}-{number:06d}.tar"
@@ -39,7 +40,7 @@ def _write_shard(
     with path.open("wb") as file, TarWriter(file, encoder=False, mtime=0) as shard:
         for row in rows:
             suffix = split.paths[row].rpartition(".")[2].lower().replace("jpeg", "jpg")
-            data = source.tree.read(split.paths[row])[0]
+            data = source.original(split.paths[row])
             label = str(split.labels[row]).encode()
             shard.write({"__key__": f"{row:08d}", suffix: data, "cls": label})
             tick()
