@@ -1,4 +1,4 @@
-"""Processes that do not outlive the one that started them, and the time this one began."""
+"""How this process lives beside others: how its threads wait, with whom it dies, when it began."""
 
 import ctypes
 import functools
@@ -16,6 +16,14 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
     """Have the kernel send this process the signal `number` when its parent dies (Linux; nothing
     happens elsewhere)."""
     _set_death_signal(os.getpid(), number)
+
+
+def wait_without_spinning() -> None:
+    """Have OpenMP's threads sleep while they wait for each other, unless the environment says
+    otherwise. By default they spin for milliseconds, which takes the cores from the very threads
+    that they wait for as soon as two trainings, or a training and anything else, share a machine.
+    OpenMP reads the policy once, when torch is imported."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def die_with_launcher() -> None:

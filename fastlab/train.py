@@ -3,9 +3,7 @@
 accelerate launch fastlab/train.py --config configs/resnet11.toml    # one or many devices
 fastlab train --config configs/demo.toml --set train.epochs=3        # one process
 fastlab train --resume runs/resnet11                                 # continue where it stopped
-
-# two processes on a CPU (accelerate launch --cpu starts one, whatever --num_processes says)
-ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 fastlab/train.py --config configs/demo.toml
+torchrun --nproc_per_node 2 fastlab/train.py --config FILE           # two processes, also on a CPU
 """
 
 import argparse
@@ -15,10 +13,11 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import partial
 
-from fastlab.processes import die_with_launcher
+from fastlab.processes import die_with_launcher, wait_without_spinning
 
-if __name__ == "__main__":
-    die_with_launcher()  # before the imports, which take seconds
+if __name__ == "__main__":  # before the imports, which take seconds and start OpenMP
+    die_with_launcher()
+    wait_without_spinning()
 
 import torch
 from accelerate import Accelerator

@@ -21,7 +21,7 @@ from fastlab.dataset.manifest import Manifest, check_sizes, read_manifest
 from fastlab.machine import has_bf16
 from fastlab.models.sync_norm import synchronise
 from fastlab.runs import RunDir
-from fastlab.training.distributed import agreed
+from fastlab.training.distributed import agreed, processes_asked_for
 from fastlab.training.optim import make_optimizer
 from pipelines import PipelineSpec, make_pipeline
 from pipelines.base import Pipeline, Shard
@@ -59,19 +59,28 @@ def resolve(args: argparse.Namespace) -> tuple[Config, RunDir]:
 
 
 def make_accelerator(cfg: Config) -> Accelerator:
-    """Collective. Raises `UserError` where precision or batch size do not suit the processes."""
+    """Collective. Raises `UserError` where precision or batch size do not suit the processes, or
+    where the launcher started fewer processes than it was asked for."""
     precision = cfg.train.precision
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError('train.precision = "fp16" needs a GPU; use "bf16" or "fp32" here')
     # Running statistics drift apart a little within an epoch and are averaged at its end;
     # broadcasting them would cost a reduction in every step.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    asked = processes_asked_for()
     accelerator = Accelerator(
+        # Without this, Accelerate makes several processes of a CPU into as many separate trainings.
+        cpu=asked > 1 and not torch.accelerator.is_available(),
         mixed_precision=precision if precision in ("bf16", "fp16") else "no",
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[ddp],
     )
     world = accelerator.num_processes
+    if world < asked:
+        raise UserError(
+            f"the launcher started {asked} processes, but Accelerate takes this one for a training "
+            f"of its own; start them with: torchrun --nproc_per_node {asked} fastlab/train.py"
+        )
     with agreed(accelerator):
         if cfg.train.batch_size % world:
             raise UserError(
