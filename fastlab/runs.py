@@ -27,6 +27,7 @@ EPOCH_KEYS = (
     "seconds",
 )
 """What each epoch records."""
+_MOST_THREADS = 4096  # OpenMP ends the process where it cannot start as many as it is asked for
 _LARGEST = 1e300  # larger metrics might overflow when they are scaled to percent or subtracted
 
 Epoch = dict[str, float | None]
@@ -120,6 +121,15 @@ class RunDir:
                 if not isinstance(section, dict):
                     raise TypeError(f"{name!r} is not a section")
             return settings
+
+    def threads(self) -> int | None:
+        """How many threads each process of the run computed with when it began; None where that
+        was not recorded. Raises `UserError` where the record is damaged."""
+        with _reading(self.environment):
+            count = json.loads(self.environment.read_bytes()).get("threads")
+            if count is not None and not (type(count) is int and 0 < count <= _MOST_THREADS):
+                raise ValueError(f"threads = {count!r}")
+            return count
 
     def check_dataset(self, now: dict[str, Any], form: str, path: str) -> None:
         """Raises `UserError` where `now`, the fingerprint of the dataset at `path`, differs from

@@ -20,7 +20,7 @@ def processes_asked_for() -> int:
     world = get_int_from_env(_WORLD_SIZES, 0)
     if not world and {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys():
         raise UserError(
-            "accelerate launch was asked for several processes or machines and started one process; "
+            "accelerate launch was asked for several processes, but started one on this CPU; "
             "start them with: torchrun --nproc_per_node N fastlab/train.py"
         )
     return world or 1

@@ -94,10 +94,11 @@ def make_accelerator(cfg: Config) -> Accelerator:
 def torch_settings(cfg: Config) -> Generator[None]:
     """Process-wide settings of a run, restored afterwards: the seed of the initial weights; TF32
     for matrix products and convolutions where precision is mixed; cuDNN's algorithms chosen by
-    trial, or deterministic ones."""
+    trial, or deterministic ones; the number of threads, which a resumed run sets to its own."""
     mixed, deterministic = cfg.train.precision not in ("fp32", "fp64"), cfg.train.deterministic
     products = torch.get_float32_matmul_precision()
     algorithms = torch.are_deterministic_algorithms_enabled()
+    count = torch.get_num_threads()
     cudnn = torch.backends.cudnn.flags(
         enabled=True, benchmark=not deterministic, deterministic=deterministic, allow_tf32=mixed
     )
@@ -113,6 +114,7 @@ def torch_settings(cfg: Config) -> Generator[None]:
     finally:
         torch.set_float32_matmul_precision(products)
         torch.use_deterministic_algorithms(algorithms)
+        torch.set_num_threads(count)
 
 
 def open_dataset(cfg: Config) -> Manifest:
@@ -197,8 +199,27 @@ def refuses_capture(accelerator: Accelerator) -> str:
 
 def hints(cfg: Config, device: torch.device) -> list[str]:
     """What to tell a person before the first step."""
-    lines = [_SLOW_BF16] if slow_bf16(device, cfg.train.precision) else []
+    lines = [f"computing with {threads()}"] if device.type == "cpu" else []
+    lines += [_SLOW_BF16] if slow_bf16(device, cfg.train.precision) else []
     return lines + ([_COMPILING] if cfg.train.compile and device.type == "cpu" else [])
+
+
+def threads() -> str:
+    """The threads of this process that compute on the CPU, and how they wait for each other."""
+    count = torch.get_num_threads()
+    if count == 1:
+        return "1 thread"
+    passive = os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE"
+    return f"{count} threads, which wait {'without spinning' if passive else 'by spinning'}"
+
+
+def keep_threads(run: RunDir, accelerator: Accelerator) -> None:
+    """Compute with as many threads as the run began with, since sums on a CPU depend on their
+    number, and report where that changes it. Raises `UserError` where the record is damaged."""
+    count = run.threads()
+    if accelerator.device.type == "cpu" and count and count != torch.get_num_threads():
+        torch.set_num_threads(count)
+        accelerator.print(f"threads: {count}, as at the run's start; another number changes bits")
 
 
 def slow_bf16(device: torch.device, precision: str) -> bool:

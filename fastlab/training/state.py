@@ -12,6 +12,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from fastlab.config import Config
+from fastlab.console import UserError
 from fastlab.processes import STARTED
 from fastlab.runs import RunDir
 from fastlab.training import checkpoint
@@ -19,6 +20,7 @@ from fastlab.training.distributed import agreed, average_over_ranks
 from fastlab.training.failures import failures_explained
 from fastlab.training.metrics import Sums
 from fastlab.training.optim import Rate, WeightAverage
+from fastlab.training.setup import keep_threads
 from pipelines import FORMATS
 
 
@@ -129,7 +131,14 @@ class State:
                         run.create(cfg, dataset, accelerator.num_processes)
                 if resume:
                     run.check_dataset(dataset, FORMATS[cfg.data.pipeline], cfg.data.path)
+                    keep_threads(run, accelerator)
                     self.restore()
+            with agreed(accelerator):
+                if not run.exists():
+                    raise UserError(
+                        f"{run.path}: is not the same directory on every machine; put it into a "
+                        f"file system that they share"
+                    )
             yield
 
     def restore(self) -> None:
