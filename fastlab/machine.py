@@ -63,6 +63,7 @@ def environment(processes: int) -> dict[str, Any]:
         },
         "versions": {"python": platform.python_version(), **_versions()},
         "processes": processes,
+        "threads": torch.get_num_threads(),  # of each process
         "git": _git_revision(),
     }
 

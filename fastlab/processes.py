@@ -1,5 +1,5 @@
-"""Processes that do not outlive the one that started them, signals that end a command in order, and
-the time this process began."""
+"""How this process lives beside others: how its threads wait, which signals end it in order, with
+whom it dies, and when it began."""
 
 import ctypes
 import functools
@@ -80,6 +80,14 @@ def interrupted_by_signals() -> Generator[None]:
         sys.unraisablehook = hook
         for number in caught if not interrupted else ():
             signal.signal(number, before[number])
+
+
+def wait_without_spinning() -> None:
+    """Have OpenMP's threads sleep while they wait for each other, unless the environment says
+    otherwise. By default they spin for milliseconds, which takes the cores from the very threads
+    that they wait for as soon as two trainings, or a training and anything else, share a machine.
+    OpenMP reads the policy once, when torch is imported."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def die_with_launcher() -> None:

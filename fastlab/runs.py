@@ -28,6 +28,7 @@ EPOCH_KEYS = (
     "seconds",
 )
 """What each epoch records."""
+_MOST_THREADS = 4096  # OpenMP ends the process where it cannot start as many as it is asked for
 _LARGEST = 1e300  # larger metrics might overflow when they are scaled to percent or subtracted
 
 Epoch = dict[str, float | None]
@@ -187,6 +188,15 @@ class RunDir:
         self._check_exists()
         with _reading(self.dataset):
             return [str(name) for name in self.fingerprint()["classes"]]
+
+    def threads(self) -> int | None:
+        """How many threads each process of the run computed with when it began; None where that
+        was not recorded. Raises `UserError` where the record is damaged."""
+        with _reading(self.environment):
+            count = json.loads(self.environment.read_bytes()).get("threads")
+            if count is not None and not (type(count) is int and 0 < count <= _MOST_THREADS):
+                raise ValueError(f"threads = {count!r}")
+            return count
 
     def check_dataset(self, now: dict[str, Any], form: str, path: str) -> None:
         """Raises `UserError` where `now`, the fingerprint of the dataset at `path`, differs from

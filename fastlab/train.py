@@ -3,9 +3,7 @@
 accelerate launch fastlab/train.py --config configs/resnet11.toml    # one or many devices
 fastlab train --config configs/demo.toml --set train.epochs=3        # one process
 fastlab train --resume runs/resnet11                                 # continue where it stopped
-
-# two processes on a CPU (accelerate launch --cpu starts one, whatever --num_processes says)
-ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 fastlab/train.py --config configs/demo.toml
+torchrun --nproc_per_node 2 fastlab/train.py --config FILE           # two processes, also on a CPU
 """
 
 import argparse

@@ -116,6 +116,45 @@ def test_a_training_under_nohup_outlives_its_terminal(whole_run, synth_dataset, 
     assert_same_run(out, whole_run)
 
 
+@pytest.mark.slow
+def test_a_run_resumes_with_its_own_number_of_threads(synth_dataset, tmp_path, monkeypatch, capsys):
+    """Sums on a CPU depend on how many threads share them."""
+    whole, run, step, steps = tmp_path / "whole", tmp_path / "run", training.train_step, []
+
+    def stopping(trainer, batch):
+        steps.append(torch.get_num_threads())
+        if len(steps) == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(trainer, batch)
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert main(["train", *command(synth_dataset, whole, "model.width=8")]) == 0
+        assert "computing with 3 threads, which wait" in capsys.readouterr().out
+        monkeypatch.setattr(training, "train_step", stopping)
+        assert main(["train", *command(synth_dataset, run, "model.width=8")]) == 143
+        torch.set_num_threads(1)
+        assert main(["train", "--resume", str(run)]) == 0
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+    assert steps == [3] * 15
+    assert "threads: 3, as at the run's start" in capsys.readouterr().out
+    assert_same_run(run, whole)
+
+
+@pytest.mark.parametrize("threads", ["many", 0, True, 2.5, 10**6])
+def test_a_damaged_number_of_threads_is_refused(threads, whole_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run)
+    record = json.loads((run / "environment.json").read_text())
+    (run / "environment.json").write_text(json.dumps({**record, "threads": threads}))
+    assert main(["train", "--resume", str(run)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "environment.json: damaged" in line
+
+
 @pytest.mark.multiprocess
 @pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(synth_dataset, tmp_path):

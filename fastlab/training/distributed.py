@@ -1,12 +1,29 @@
 """What the processes of a training agree on."""
 
+import os
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import get_int_from_env
 
 from fastlab.console import UserError, tell
+
+_WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Where torchrun and the launchers of MPI say how many processes they started."""
+
+
+def processes_asked_for() -> int:
+    """How many processes the launcher started. Raises `UserError` where it was `accelerate launch`,
+    was asked for several, and started one: on a CPU it leaves their number to MPI."""
+    world = get_int_from_env(_WORLD_SIZES, 0)
+    if not world and {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys():
+        raise UserError(
+            "accelerate launch was asked for several processes, but started one on this CPU; "
+            "start them with: torchrun --nproc_per_node N fastlab/train.py"
+        )
+    return world or 1
 
 
 @contextmanager

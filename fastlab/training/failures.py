@@ -63,7 +63,8 @@ def batch_fits(cfg: Config, model: nn.Module, accelerator: Accelerator) -> Gener
 
 @contextmanager
 def failures_explained(run: RunDir) -> Generator[None]:
-    """A full disk or a dead decoding worker becomes a `UserError` that says how to resume.
+    """A full disk, a dead decoding worker or another process of the training that died becomes a
+    `UserError` that says how to resume.
 
     PyTorch's signal handler reports a dead worker by raising at whatever line runs then.
     """
@@ -77,8 +78,10 @@ def failures_explained(run: RunDir) -> Generator[None]:
             f"{run.resume_hint()}"
         ) from None
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if "DataLoader worker" in str(error):
+            problem = f"a decoding worker failed ({first_line(error)})"
+        elif "gloo/transport" in str(error):
+            problem = "another process of this training ended"
+        else:
             raise
-        raise UserError(
-            f"a decoding worker failed ({first_line(error)}); {run.resume_hint()}"
-        ) from None
+        raise UserError(f"{problem}; {run.resume_hint()}") from None

@@ -19,7 +19,8 @@ from fastlab.console import UserError
 from fastlab.dataset.manifest import Manifest, check_sizes, read_manifest
 from fastlab.machine import has_bf16
 from fastlab.models.sync_norm import synchronise
-from fastlab.training.distributed import agreed
+from fastlab.runs import RunDir
+from fastlab.training.distributed import agreed, processes_asked_for
 from fastlab.training.optim import make_optimizer
 from fastlab.training.warm_start import warm_start
 from pipelines import PipelineSpec, make_pipeline
@@ -41,7 +42,8 @@ _COMPILING = "compiling the first step; this takes minutes on a CPU"
 
 
 def make_accelerator(cfg: Config) -> Accelerator:
-    """Collective. Raises `UserError` where precision or batch size do not suit the processes."""
+    """Collective. Raises `UserError` where precision or batch size do not suit the processes, or
+    where the launcher started fewer processes than it was asked for."""
     precision = cfg.train.precision
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError('train.precision = "fp16" needs a GPU; use "bf16" or "fp32" here')
@@ -50,12 +52,20 @@ def make_accelerator(cfg: Config) -> Accelerator:
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     # Accelerate keeps the precision of the process's first training; a second may have another.
     AcceleratorState._reset_state()
+    asked = processes_asked_for()
     accelerator = Accelerator(
+        # Without this, Accelerate makes several processes of a CPU into as many separate trainings.
+        cpu=asked > 1 and not torch.accelerator.is_available(),
         mixed_precision=precision if precision in ("bf16", "fp16") else "no",
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[ddp],
     )
     world = accelerator.num_processes
+    if world < asked:
+        raise UserError(
+            f"the launcher started {asked} processes, but Accelerate takes this one for a training "
+            f"of its own; start them with: torchrun --nproc_per_node {asked} fastlab/train.py"
+        )
     with agreed(accelerator):
         if cfg.train.batch_size % world:
             raise UserError(
@@ -69,10 +79,11 @@ def make_accelerator(cfg: Config) -> Accelerator:
 def torch_settings(cfg: Config) -> Generator[None]:
     """Process-wide settings of a run, restored afterwards: the seed of the initial weights; TF32
     for matrix products and convolutions where precision is mixed; cuDNN's algorithms chosen by
-    trial, or deterministic ones."""
+    trial, or deterministic ones; the number of threads, which a resumed run sets to its own."""
     mixed, deterministic = cfg.train.precision not in ("fp32", "fp64"), cfg.train.deterministic
     products = torch.get_float32_matmul_precision()
     algorithms = torch.are_deterministic_algorithms_enabled()
+    count = torch.get_num_threads()
     cudnn = torch.backends.cudnn.flags(
         enabled=True, benchmark=not deterministic, deterministic=deterministic, allow_tf32=mixed
     )
@@ -88,6 +99,7 @@ def torch_settings(cfg: Config) -> Generator[None]:
     finally:
         torch.set_float32_matmul_precision(products)
         torch.use_deterministic_algorithms(algorithms)
+        torch.set_num_threads(count)
 
 
 def open_dataset(cfg: Config) -> Manifest:
@@ -183,8 +195,27 @@ def refuses_capture(accelerator: Accelerator) -> str:
 
 def hints(cfg: Config, device: torch.device) -> list[str]:
     """What to tell a person before the first step."""
-    lines = [_SLOW_BF16] if slow_bf16(device, cfg.train.precision) else []
+    lines = [f"computing with {threads()}"] if device.type == "cpu" else []
+    lines += [_SLOW_BF16] if slow_bf16(device, cfg.train.precision) else []
     return lines + ([_COMPILING] if cfg.train.compile and device.type == "cpu" else [])
+
+
+def threads() -> str:
+    """The threads of this process that compute on the CPU, and how they wait for each other."""
+    count = torch.get_num_threads()
+    if count == 1:
+        return "1 thread"
+    passive = os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE"
+    return f"{count} threads, which wait {'without spinning' if passive else 'by spinning'}"
+
+
+def keep_threads(run: RunDir, accelerator: Accelerator) -> None:
+    """Compute with as many threads as the run began with, since sums on a CPU depend on their
+    number, and report where that changes it. Raises `UserError` where the record is damaged."""
+    count = run.threads()
+    if accelerator.device.type == "cpu" and count and count != torch.get_num_threads():
+        torch.set_num_threads(count)
+        accelerator.print(f"threads: {count}, as at the run's start; another number changes bits")
 
 
 def slow_bf16(device: torch.device, precision: str) -> bool:

@@ -5,14 +5,15 @@ import os
 
 from fastlab.console import run_command
 from fastlab.options import add_training_options
-from fastlab.processes import die_with_launcher
+from fastlab.processes import die_with_launcher, wait_without_spinning
 from fastlab.training.resolve import resolve
 
 
 def start_script() -> None:
-    """Die with the launcher, and exit where the options or the configuration hold a mistake. Of
-    several processes, only the first reports it."""
+    """Die with the launcher, choose how threads wait, and exit where the options or the
+    configuration hold a mistake. Of several processes, only the first reports it."""
     die_with_launcher()
+    wait_without_spinning()
     parser = argparse.ArgumentParser(add_help=False)
     add_training_options(parser)
     args, others = parser.parse_known_args()

@@ -21,6 +21,7 @@ from fastlab.training.distributed import agreed, average_over_ranks
 from fastlab.training.failures import failures_explained
 from fastlab.training.metrics import Sums
 from fastlab.training.optim import Rate, WeightAverage, optimizer_tensors, schedule_kinds
+from fastlab.training.setup import keep_threads
 from pipelines import FORMATS
 
 
@@ -144,9 +145,16 @@ class State:
                         self._create(cfg, dataset, overwrite, init)
                 if resume:
                     run.check_dataset(dataset, FORMATS[cfg.data.pipeline], cfg.data.path)
+                    keep_threads(run, accelerator)
                     steps = dataset["images"]["train"] // cfg.train.batch_size
                     self.restore(cfg, steps)
                     self._take(cfg)
+            with agreed(accelerator):
+                if not run.exists():
+                    raise UserError(
+                        f"{run.path}: is not the same directory on every machine; put it into a "
+                        f"file system that they share"
+                    )
             yield
 
     def _create(self, cfg: Config, dataset: dict[str, Any], overwrite: bool, init: str) -> None:

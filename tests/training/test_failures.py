@@ -82,9 +82,15 @@ def test_images_that_do_not_fit_are_reported_in_one_line(
             RuntimeError("DataLoader worker (pid 7) is killed\nby a signal"),
             "worker (pid 7) is killed",
         ),
+        (
+            RuntimeError(
+                "[/gloo/gloo/transport/tcp/pair.cc:545] Read error [10.0.0.2]:3457: reset"
+            ),
+            "another process of this training ended",
+        ),
     ],
 )
-def test_a_full_disk_or_a_dead_worker_is_reported_with_the_command_to_resume(error, message):
+def test_a_full_disk_or_a_dead_process_is_reported_with_the_command_to_resume(error, message):
     with pytest.raises(UserError) as caught, failures_explained(RunDir("runs/a")):
         raise error
     (line,) = str(caught.value).splitlines()

@@ -1,0 +1,37 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import side_by_side
+from benchmarks.measurements import Record, load, new_session
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_times_are_relative_to_one_training_with_sleeping_threads():
+    records = [
+        Record(f"{count} sleeping", "images/s", [rate], {"trainings": count, "threads": "sleeping"})
+        for count, rate in ((1, 300.0), (2, 150.0))
+    ]
+    table = side_by_side.table(new_session("side_by_side", records))
+    assert "| 2 | sleeping | 150 ± 0% | 200.0% (200.0% to 200.0%) |" in table
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_one_and_two_trainings_are_measured(dataset, tmp_path):
+    out = tmp_path / "side-by-side.json"
+    command = [sys.executable, "-m", "benchmarks.side_by_side", "--config", "configs/demo.toml"]
+    sets = (f"data.path={dataset}", "model.width=4", "train.epochs=1", "train.batch_size=16")
+    command += [part for value in sets for part in ("--set", value)]
+    command += ["--rounds", "1", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert [record.case for record in load(out).records] == [
+        "1 sleeping",
+        "2 sleeping",
+        "1 spinning",
+        "2 spinning",
+    ]
