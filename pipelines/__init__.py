@@ -2,6 +2,7 @@
 
 import importlib
 
+from fastlab.processes import report_bus_errors
 from pipelines.base import Pipeline, PipelineSpec
 from pipelines.engine import EnginePipeline
 from pipelines.resident import ResidentPipeline
@@ -17,6 +18,10 @@ def make_pipeline(spec: PipelineSpec) -> Pipeline:
     Raises `UserError` where the dataset lacks the split or the format, the split has no full
     training batch, or the engine is not installed.
     """
+    report_bus_errors(
+        "fastlab: a data file became shorter while it was read, or its disk failed (bus error); "
+        "check it with: fastlab inspect DATASET --verify"
+    )
     if spec.data.pipeline == "resident":
         return ResidentPipeline(spec)
     # Imported only now: an engine needs packages that may be missing.

@@ -15,6 +15,7 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from fastlab import config, models
+from fastlab.compiling import compiled, cpp_compiler
 from fastlab.config import Config
 from fastlab.console import UserError
 from fastlab.dataset.manifest import Manifest, check_sizes, read_manifest
@@ -166,7 +167,7 @@ def compile_forward(model: nn.Module, deterministic: bool) -> None:
         import torch._inductor.config as inductor  # slow to import
 
         inductor.deterministic = True  # no kernel is chosen by trial either
-    model.forward = torch.compile(model.forward, dynamic=False)
+    model.forward = compiled(model.forward, dynamic=False)
 
 
 def captures(cfg: Config, accelerator: Accelerator) -> bool:
@@ -189,7 +190,8 @@ def refuses_capture(accelerator: Accelerator) -> str:
 def hints(cfg: Config, device: torch.device) -> list[str]:
     """What to tell a person before the first step."""
     lines = [_SLOW_BF16] if slow_bf16(device, cfg.train.precision) else []
-    return lines + ([_COMPILING] if cfg.train.compile and device.type == "cpu" else [])
+    compiles = cfg.train.compile and device.type == "cpu" and cpp_compiler()
+    return lines + ([_COMPILING] if compiles else [])
 
 
 def slow_bf16(device: torch.device, precision: str) -> bool:
