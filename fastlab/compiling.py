@@ -42,7 +42,6 @@ def compiled(function: Callable, **options: Any) -> Callable:
 def _prepare() -> bool:
     """Set up torch.compile for this process. False where no compiler is installed."""
     import torch
-    import torch._inductor.config as inductor
 
     gpu = torch.cuda.is_available()
     compiler = c_compiler() if gpu else cpp_compiler()
@@ -53,11 +52,18 @@ def _prepare() -> bool:
         return False
     folder = cache_folder()
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
-    # Inductor keeps these in /tmp/torchinductor_USER, whatever its cache folder is.
-    inductor.cpp_cache_precompile_headers = False
     if not gpu:  # Triton renames what it compiles; and the path would enter the keys of the cache
-        inductor.cpp.cxx = (None, str(_wrapped(compiler, folder)))
+        _set_up_cpp(compiler, folder)
     return True
+
+
+def _set_up_cpp(compiler: str, folder: Path) -> None:
+    from torch._inductor import codecache, config
+
+    config.cpp.cxx = (None, str(_wrapped(compiler, folder)))
+    # Inductor would keep these in /tmp/torchinductor_USER, whatever its cache folder is.
+    codecache._HEADER_DIR = str(folder / "precompiled_headers")
+    codecache._HEADER_LOCK_DIR = str(folder / "precompiled_headers" / "locks")
 
 
 def c_compiler() -> str | None:
@@ -78,8 +84,10 @@ def cache_folder() -> Path:
 
     Raises `UserError` where others could place files in it, which torch.compile would run.
     """
-    chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    folder = Path(chosen or f"{tempfile.gettempdir()}/fastlab-{os.getuid()}").absolute()
+    chosen, temporary = os.environ.get("TORCHINDUCTOR_CACHE_DIR"), tempfile.gettempdir()
+    if chosen and chosen.startswith(f"{temporary}/torchinductor_"):
+        chosen = None  # torch's default, which torch itself sets as soon as it is asked for
+    folder = Path(chosen or f"{temporary}/fastlab-{os.getuid()}").absolute()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.stat() if chosen else folder.lstat()

@@ -53,10 +53,10 @@ def run_command(call: Callable[[argparse.Namespace], int | None], args: argparse
         silence(sys.stdout)  # the reader left
         return 141
     except Exception as error:
-        if _limit_reached(error):
+        if refusal := _refusal(error):
             tell(
-                f"the system refused memory, a thread or a process ({first_line(error)}); raise "
-                f"the limits (ulimit -v, ulimit -u), or free what other programs use"
+                f"the system refused memory, a thread or a process ({refusal}); raise the limits "
+                f"(ulimit -v, ulimit -u), or free what other programs use"
             )
         elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             cause = first_line(getattr(error, "inner_exception", error))
@@ -87,8 +87,8 @@ def _open_streams() -> None:
 
 
 def _check_paths() -> None:
-    """Raises `UserError` where the working directory is gone, or an argument is no UTF-8: manifests,
-    safetensors and TensorBoard could not name such a file."""
+    """Raises `UserError` where the working directory is gone, or an argument is no UTF-8:
+    manifests, safetensors and TensorBoard could not name such a file."""
     try:
         os.getcwd()
     except FileNotFoundError:
@@ -100,14 +100,17 @@ def _check_paths() -> None:
             raise UserError(f"{printable(argument)}: is no UTF-8; give it another name") from None
 
 
-def _limit_reached(error: BaseException | None) -> bool:
-    """Whether the system refused memory, a thread or a process, which libraries raise as exceptions
-    of many types."""
+def _refusal(error: BaseException | None) -> str:
+    """What the system refused, in the words of the library, each of which has its own exceptions
+    for it; empty where it refused nothing."""
     while error is not None:
-        if isinstance(error, MemoryError) or any(text in str(error) for text in _REFUSALS):
-            return True
+        if isinstance(error, MemoryError):
+            return first_line(error)
+        for line in str(error).splitlines():
+            if any(text in line for text in _REFUSALS):
+                return line.strip()
         error = error.__cause__ or error.__context__
-    return False
+    return ""
 
 
 def tell(message: object) -> None:

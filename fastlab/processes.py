@@ -45,7 +45,7 @@ def report_bus_errors(line: str) -> subprocess.Popen | None:
         return None
     script = 'read -r error; case $error in *"Bus error"*) printf "%s\\n" "$0" >&2 ;; esac'
     reader, writer = os.pipe()
-    shell = subprocess.Popen(["sh", "-c", script, line], stdin=reader)
+    shell = subprocess.Popen(["/bin/sh", "-c", script, line], stdin=reader)
     os.close(reader)
     faulthandler.enable(writer)
     return shell

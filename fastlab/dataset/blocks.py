@@ -96,6 +96,9 @@ def decoded_blocks(tree: Tree, originals: Originals, side: int, workers: int) ->
         raise UserError(
             "a conversion worker died (out of memory, or killed); run again with --workers 1"
         ) from None
+    finally:
+        for child in multiprocessing.active_children():  # of a pool of which only a part started
+            child.kill()
 
 
 def _in_order(tasks: list[_Task], pool: ProcessPoolExecutor, slots: np.ndarray) -> Generator[Block]:

@@ -32,6 +32,7 @@ STAGES = {
     "runs": "damaged run directories",
     "kills": "SIGKILL of conversions",
     "trainings": "SIGKILL of trainings, on one and two processes",
+    "compiling": "SIGKILL of trainings and their compilers while they compile",
     "disks": "full disk, unusable output, output removed during training",
     "endurance": "2,000 epochs with resident, 500 with each other engine; only with --full",
 }
@@ -68,6 +69,9 @@ def stages(seed: int, full: bool) -> dict[str, Callable[[Tally, Path, Path], Non
         kills.trainings(tally, base, scratch, seed, times(20, 1), 2)
         kills.ranks(tally, base, scratch, seed, times(6, 1))
 
+    def compiling(tally: Tally, base: Path, scratch: Path) -> None:
+        kills.compilations(tally, base, scratch, seed, times(12, 3))
+
     def unwritable(tally: Tally, base: Path, scratch: Path) -> None:
         disks.full(tally, base, scratch, seed, times(40, 2))
         disks.unusable(tally, base, scratch)
@@ -82,6 +86,7 @@ def stages(seed: int, full: bool) -> dict[str, Callable[[Tally, Path, Path], Non
         **{category: damaged(category) for category in _INPUTS},
         "kills": killed,
         "trainings": stopped,
+        "compiling": compiling,
         "disks": unwritable,
         "endurance": long,
     }
