@@ -133,7 +133,7 @@ def test_batches_that_do_not_fit_into_shared_memory_are_refused(
     )
     small = SimpleNamespace(f_bavail=100, f_frsize=4096)
     monkeypatch.setattr(os, "statvfs", lambda path: small)
-    with pytest.raises(UserError, match="data.workers = 2: .* of /dev/shm"):
+    with pytest.raises(UserError, match=r"data\.workers = 2: .* of /dev/shm"):
         next(engine.batches(np.zeros((1, 10), dtype=np.int64)))
     fitting = next(engine.batches(np.zeros((1, 8), dtype=np.int64)))
     assert len(fitting[1]) == 8
