@@ -1,5 +1,7 @@
 """What the system takes away from a command: streams, memory, its directory, the data it reads."""
 
+import errno
+import multiprocessing
 import os
 import resource
 import subprocess
@@ -88,6 +90,23 @@ def test_a_training_without_address_space_is_reported_in_one_line(synth_dataset,
     done = fastlab("train", *command(synth_dataset, tmp_path / "run"), before=limit)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
     assert "ulimit -v" in done.stderr
+
+
+def test_a_conversion_that_gets_only_some_of_its_processes_ends(
+    synth_source, tmp_path, monkeypatch
+):
+    """The first worker would wait for ever, and the command for it."""
+    fork, results = os.fork, iter([None, BlockingIOError(errno.EAGAIN, "no more processes")])
+
+    def limited() -> int:
+        if error := next(results):
+            raise error
+        return fork()
+
+    monkeypatch.setattr(os, "fork", limited)
+    with pytest.raises(UserError, match="no more processes"):
+        convert(synth_source, tmp_path / "out", Options(workers=2))
+    assert not multiprocessing.active_children() and not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -99,6 +99,7 @@ def decoded_blocks(tree: Tree, originals: Originals, side: int, workers: int) ->
     finally:
         for child in multiprocessing.active_children():  # of a pool of which only a part started
             child.kill()
+            child.join()
 
 
 def _in_order(tasks: list[_Task], pool: ProcessPoolExecutor, slots: np.ndarray) -> Generator[Block]:
