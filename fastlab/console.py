@@ -5,6 +5,7 @@ the user can correct.
 """
 
 import argparse
+import io
 import os
 import re
 import shlex
@@ -24,6 +25,16 @@ _CONTROL = re.compile(
     r"\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 
+# Of the C library, the dynamic linker, Python, torch and oneDNN.
+_REFUSALS = (
+    "Cannot allocate memory",
+    "Resource temporarily unavailable",
+    "failed to map segment",
+    "can't start new thread",
+    "DefaultCPUAllocator",
+    "could not create a primitive",
+)
+
 
 class UserError(Exception):
     """Bad input. Its message is one line: what is wrong, where, and what to do. The command exits
@@ -32,13 +43,15 @@ class UserError(Exception):
 
 def run_command(call: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int:
     """Run `call` and return its exit status. A `UserError` becomes one line on standard error and
-    status 2; so does a full disk under standard output, where control characters are escaped."""
-    out = cast(TextIO, _Escaped(sys.stdout)) if sys.stdout else None  # None: the caller closed it
+    status 2; so do a full disk under standard output and what the system refused. Control
+    characters on standard output are escaped."""
+    _open_streams()
+    out = cast(TextIO, _Escaped(sys.stdout))
     try:
+        _check_paths()
         with redirect_stdout(out):
             status = call(args) or 0
-        if out:
-            out.flush()  # here, where a failure can still be reported
+        out.flush()  # here, where a failure can still be reported
         return status
     except UserError as error:
         tell(error)
@@ -53,11 +66,26 @@ def run_command(call: Callable[[argparse.Namespace], int | None], args: argparse
     except BrokenPipeError:
         silence(sys.stdout)  # the reader left
         return 141
-    except OSError as error:
-        if error.filename is not None:  # a named file that nothing below explained: a defect
+    except Exception as error:
+        if refusal := _refusal(error):
+            tell(
+                f"the system refused memory, a thread or a process ({refusal}); raise the limits "
+                f"(ulimit -v, ulimit -u), or free what other programs use"
+            )
+        elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            cause = first_line(getattr(error, "inner_exception", error))
+            tell(
+                f"torch.compile failed ({cause}); its cache may be damaged: remove "
+                f"{os.environ.get('TORCHINDUCTOR_CACHE_DIR')}, or set train.compile=false"
+            )
+        # A named file that nothing below explained is a defect.
+        elif isinstance(error, OSError) and error.filename is None:
+            tell(
+                f"standard output or a file cannot be written ({error.strerror}); make room for it"
+            )
+            silence(sys.stdout)
+        else:
             raise
-        tell(f"standard output or a file cannot be written ({error.strerror}); make room for it")
-        silence(sys.stdout)
         return 2
 
 
@@ -74,6 +102,44 @@ class _Escaped:
         return getattr(self._stream, name)
 
 
+def _open_streams() -> None:
+    """Open /dev/null in place of the standard streams that the caller closed: the next files would
+    get their descriptors, and what a library prints would go into them. Print what standard output
+    cannot encode with escapes."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # takes the lowest free number
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _check_paths() -> None:
+    """Raises `UserError` where the working directory is gone, or an argument is no UTF-8:
+    manifests, safetensors and TensorBoard could not name such a file."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the working directory no longer exists; change to another one") from None
+    for argument in sys.argv:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{printable(argument)}: is no UTF-8; give it another name") from None
+
+
+def _refusal(error: BaseException | None) -> str:
+    """What the system refused, in the words of the library, each of which has its own exceptions
+    for it; empty where it refused nothing."""
+    while error is not None:
+        if isinstance(error, MemoryError):
+            return first_line(error)
+        for line in str(error).splitlines():
+            if any(text in line for text in _REFUSALS):
+                return line.strip()
+        error = error.__cause__ or error.__context__
+    return ""
+
+
 def tell(message: object) -> None:
     """Print one line to standard error, at once: other processes may write to the same terminal.
     Of `message`, what would not be shown, or not in one line, is escaped."""
@@ -83,10 +149,8 @@ def tell(message: object) -> None:
         silence(sys.stderr)  # the exit status is all that is left to report
 
 
-def silence(stream: TextIO | None) -> None:
+def silence(stream: TextIO) -> None:
     """Send what `stream` still buffers to /dev/null, so that Python's exit does not fail on it."""
-    if stream is None:
-        return
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, stream.fileno())
     os.close(null)

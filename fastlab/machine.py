@@ -3,7 +3,6 @@
 import importlib
 import os
 import platform
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import fastlab
+from fastlab.compiling import c_compiler, cpp_compiler
 from fastlab.console import first_line, public_command
 
 
@@ -171,8 +171,8 @@ def _devices() -> list[Finding]:
     else:
         detail = f"torch is built for CUDA {torch.version.cuda}, but finds no device or driver"
         cuda = Finding("devices", "cuda", False, detail)
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
-    detail = compiler or "needs a C++ compiler: install g++, or set train.compile = false"
+    compiler = c_compiler() if torch.cuda.is_available() else cpp_compiler()
+    detail = compiler or "needs a compiler: install g++; until then, training is eager"
     compiling = Finding("devices", "compile", compiler is not None, f"torch.compile: {detail}")
     bf16 = torch.cuda.is_available() or has_bf16()
     detail = "in hardware" if bf16 else "works, but not in hardware: slower than fp32"

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import stat
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
@@ -207,8 +206,6 @@ def _guesses(model: nn.Module, pixels: np.ndarray, spec: ImageSpec, top: int) ->
 def print_predictions(results: Iterable[tuple[Path, Guesses] | UserError], form: str) -> int:
     """Print `results` as "text", as "json" (a line for each image) or as "csv" (a row for each
     class), and errors on standard error. Returns the exit status: 2 where there was an error."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # None where it is closed
-        sys.stdout.reconfigure(errors="backslashreplace")  # for names that it cannot encode
     write = {"text": _as_text, "json": _as_json, "csv": _as_csv}[form]
     if form == "csv":
         print(_csv_rows([("image", "rank", "class", "name", "probability")]))

@@ -2,10 +2,12 @@
 whom it dies, and when it began."""
 
 import ctypes
+import faulthandler
 import functools
 import os
 import signal
 import stat
+import subprocess
 import sys
 import threading
 import time
@@ -104,3 +106,18 @@ def _set_death_signal(process: int, number: int) -> None:
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
         prctl(_PR_SET_PDEATHSIG, number)
+
+
+@functools.cache
+def report_bus_errors(line: str) -> subprocess.Popen | None:
+    """Have `line` printed to standard error where this process dies of a bus error (SIGBUS), as it
+    does when it reads a mapped file that was made shorter. No Python code can run then, so a shell
+    beside the process waits for what faulthandler writes, and ends with the process."""
+    if faulthandler.is_enabled():  # by the user, for a report of another kind
+        return None
+    script = 'read -r error; case $error in *"Bus error"*) printf "%s\\n" "$0" >&2 ;; esac'
+    reader, writer = os.pipe()
+    shell = subprocess.Popen(["/bin/sh", "-c", script, line], stdin=reader)
+    os.close(reader)
+    faulthandler.enable(writer)
+    return shell

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from fastlab.console import UserError
 from fastlab.dataset.manifest import read_manifest
+from fastlab.processes import report_bus_errors
 from pipelines.base import Pipeline, PipelineSpec
 from pipelines.engine import EnginePipeline
 from pipelines.resident import ResidentPipeline
@@ -21,6 +22,10 @@ def make_pipeline(spec: PipelineSpec) -> Pipeline:
     training batch, the engine is not installed, or another dataset than that of `spec.manifest` has
     taken its place. What a pipeline has opened stays that dataset's, whatever replaces it later.
     """
+    report_bus_errors(
+        "fastlab: a data file became shorter while it was read, or its disk failed (bus error); "
+        "check it with: fastlab inspect DATASET --verify"
+    )
     if spec.data.pipeline == "resident":
         pipeline = ResidentPipeline(spec)
     else:

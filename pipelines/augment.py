@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from fastlab.compiling import compiled
 from fastlab.config import AugmentConfig
 from fastlab.console import UserError
 from fastlab.mixing import GOLDEN, WORD, mix_int, mix_tensor, signed
@@ -111,7 +112,7 @@ def device_augmenter(compile: bool) -> Augment:
     """`augment_on_device`, compiled on request, as a named range in traces."""
     # Static shapes: training and validation share the function, and the second batch size and
     # number of images would otherwise be compiled as symbols.
-    apply = torch.compile(augment_on_device, dynamic=False) if compile else augment_on_device
+    apply = compiled(augment_on_device, dynamic=False) if compile else augment_on_device
 
     def augment(augmenter: Augmenter, *tensors: torch.Tensor) -> torch.Tensor:
         with span("augmentation"):

@@ -31,11 +31,23 @@ from pipelines.augment import (
 
 def _compiled(function: Callable) -> Callable:
     """`function` compiled, and cached on disk where numba finds a place: it finds none in a
-    read-only installation of a user without a home directory."""
+    read-only installation of a user without a home directory. A damaged entry is dropped."""
     try:
-        return numba.njit(nogil=True, cache=True)(function)
+        dispatcher: Any = numba.njit(nogil=True, cache=True)(function)
     except RuntimeError:
         return numba.njit(nogil=True)(function)
+    cache = dispatcher._cache
+    load = cache.load_overload
+
+    def load_or_drop(*arguments):
+        try:
+            return load(*arguments)
+        except Exception:  # unpickling damaged bytes can raise anything
+            cache.flush()
+            return None  # numba then compiles the function
+
+    cache.load_overload = load_or_drop
+    return dispatcher
 
 
 @numba.njit(inline="always")

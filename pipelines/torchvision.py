@@ -7,6 +7,7 @@ decoder.
 """
 
 import itertools
+import os
 from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
@@ -27,6 +28,7 @@ from fastlab.machine import cores
 from pipelines.engine import Decoded, ahead
 
 _UNKNOWN = -1
+_PREFETCHED = 2  # batches that each worker decodes ahead
 _TIMEOUT = 60  # seconds to wait for a worker's batch, which takes milliseconds to decode
 
 
@@ -54,7 +56,7 @@ class TorchvisionEngine:
 
     def __init__(self, shards: Shards, shape: _Shape, workers: int, where: str) -> None:
         self._rows: list[np.ndarray] = []
-        self._where = where
+        self._where, self._side = where, shape.side
         self._loader = DataLoader(
             _Batches(shards, shape),
             batch_size=None,
@@ -62,12 +64,14 @@ class TorchvisionEngine:
             num_workers=workers,
             persistent_workers=True,
             timeout=_TIMEOUT,
+            prefetch_factor=_PREFETCHED,
             multiprocessing_context="fork",
             # Seeds of workers drawn from the global generator would change what dropout draws.
             generator=torch.Generator(),
         )
 
     def batches(self, rows: np.ndarray) -> Generator[Decoded]:
+        self._check_shared_memory(rows.shape[1])
         self._rows[:] = rows
         try:
             for images, labels, problem in self._loader:
@@ -77,6 +81,22 @@ class TorchvisionEngine:
         except (RuntimeError, OSError, EOFError) as error:  # a worker was killed or hangs
             problem = first_line(error)
             raise UserError(f"{self._where}: a decoding worker failed ({problem})") from None
+
+    def _check_shared_memory(self, images: int) -> None:
+        """Raises `UserError` where the batches that the workers decode ahead, of so many images,
+        do not fit: a worker that finds no room dies, and the loader waits for it."""
+        try:
+            disk = os.statvfs("/dev/shm")
+        except OSError:
+            return
+        ahead = self._loader.num_workers * _PREFETCHED
+        needed, free = ahead * images * 3 * self._side**2, disk.f_bavail * disk.f_frsize
+        if needed > free:
+            raise UserError(
+                f"data.workers = {self._loader.num_workers}: their batches take "
+                f"{needed / 2**20:.0f} MiB of /dev/shm, which has {free / 2**20:.0f} free; set it "
+                f"lower, or make /dev/shm larger (docker run --shm-size)"
+            )
 
 
 class NvjpegEngine:

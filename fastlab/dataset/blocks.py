@@ -102,6 +102,10 @@ def decoded_blocks(
         raise UserError(
             "a conversion worker died (out of memory, or killed); run again with --workers 1"
         ) from None
+    finally:
+        for child in multiprocessing.active_children():  # of a pool of which only a part started
+            child.kill()
+            child.join()
 
 
 def _in_order(tasks: list[_Task], pool: ProcessPoolExecutor, slots: np.ndarray) -> Generator[Block]:

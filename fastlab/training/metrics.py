@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
+from fastlab.compiling import compiled
+
 _WARM_UP_STEPS = 5
 
 
@@ -84,7 +86,7 @@ def wait_for_device(device: torch.device) -> None:
 def make_loss(compile: bool) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """`loss_and_sums`, compiled if asked: then it is one kernel a pass, where PyTorch launches some
     thirty."""
-    return torch.compile(loss_and_sums, dynamic=False) if compile else loss_and_sums
+    return compiled(loss_and_sums, dynamic=False) if compile else loss_and_sums
 
 
 def loss_and_sums(

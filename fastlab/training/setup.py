@@ -14,6 +14,7 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from fastlab import models
+from fastlab.compiling import compiled, cpp_compiler
 from fastlab.config import Config
 from fastlab.console import UserError
 from fastlab.dataset.manifest import Manifest, check_sizes, read_manifest
@@ -173,7 +174,7 @@ def compile_forward(model: nn.Module, deterministic: bool) -> None:
     # A process keeps eight compiled variants of a function and runs further ones eagerly: those of
     # earlier trainings must not count.
     torch.compiler.reset()
-    model.forward = torch.compile(model.forward, dynamic=False)
+    model.forward = compiled(model.forward, dynamic=False)
 
 
 def captures(cfg: Config, accelerator: Accelerator) -> bool:
@@ -197,7 +198,8 @@ def hints(cfg: Config, device: torch.device) -> list[str]:
     """What to tell a person before the first step."""
     lines = [f"computing with {threads()}"] if device.type == "cpu" else []
     lines += [_SLOW_BF16] if slow_bf16(device, cfg.train.precision) else []
-    return lines + ([_COMPILING] if cfg.train.compile and device.type == "cpu" else [])
+    compiles = cfg.train.compile and device.type == "cpu" and cpp_compiler()
+    return lines + ([_COMPILING] if compiles else [])
 
 
 def threads() -> str:

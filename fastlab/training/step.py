@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from fastlab.compiling import compiled
 from fastlab.console import first_line
 from fastlab.models.dropout import DropoutKeys
 from fastlab.training.failures import is_out_of_memory
@@ -56,8 +57,8 @@ class Step:
         """`train` trains on a batch and returns the loss (scalar), without reading the device."""
         self._train, self._optimizer = train, optimizer
         self._dropout, self._rate, self.steps_per_epoch = dropout, rate, steps_per_epoch
-        self._begin = torch.compile(_begin) if compile else _begin
-        self._end = torch.compile(_end) if compile else _end
+        self._begin = compiled(_begin) if compile else _begin
+        self._end = compiled(_end) if compile else _end
         self.done = torch.zeros(1, dtype=torch.int64, device=device)
         """int64 [1]: steps of the run so far."""
         self.diverged = torch.zeros(1, dtype=torch.int64, device=device)

@@ -34,6 +34,7 @@ STAGES = {
     "predictions": "damaged images to predict, damaged records of a run's dataset",
     "kills": "SIGKILL, SIGTERM and SIGHUP of conversions",
     "trainings": "SIGKILL of trainings, on one and two processes, and signals that ask for an end",
+    "compiling": "SIGKILL of trainings and their compilers while they compile",
     "disks": "full disk, unusable output, output removed during training",
     "endurance": "2,000 epochs with resident, 500 with each other engine; only with --full",
 }
@@ -74,6 +75,9 @@ def stages(seed: int, full: bool) -> dict[str, Callable[[Tally, Path, Path], Non
         kills.ranks(tally, base, scratch, seed, times(6, 1))
         kills.signals(tally, base, scratch, seed, times(9, 1))
 
+    def compiling(tally: Tally, base: Path, scratch: Path) -> None:
+        kills.compilations(tally, base, scratch, seed, times(12, 3))
+
     def unwritable(tally: Tally, base: Path, scratch: Path) -> None:
         disks.full(tally, base, scratch, seed, times(40, 2))
         disks.unusable(tally, base, scratch)
@@ -88,6 +92,7 @@ def stages(seed: int, full: bool) -> dict[str, Callable[[Tally, Path, Path], Non
         **{category: damaged(category) for category in _INPUTS},
         "kills": killed,
         "trainings": stopped,
+        "compiling": compiling,
         "disks": unwritable,
         "endurance": long,
     }

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from xxhash import xxh3_128
@@ -18,7 +19,7 @@ from tests.faults.outcomes import CLEAR, CORRECT, Tally, same_run
 from tests.packages import has
 from tests.trainings import ROOT, checkpoints, command, launch, wait_until
 
-_SECONDS = 300  # that any command here may take
+_SECONDS = 600  # that any command here may take
 _FORMATS = ["array,tar"] * 4
 if has("ffcv"):
     _FORMATS[3] = "array,tar,ffcv"
@@ -215,6 +216,48 @@ def _stopped_training(base: Path, run: Path, whole: Path, name: int, moment: flo
         return "no checkpoint was written"
     code, errors = ended(launch(["--resume", str(run)]), check=False)
     return same_run(run, whole) or CORRECT if code == 0 else f"resuming: {code} {errors[-3000:]}"
+
+
+def compilations(tally: Tally, base: Path, scratch: Path, seed: int, times: int) -> None:
+    """Kill a training, with its compilers, while they fill an empty cache: each resumed run goes
+    on from there, and the last ends as if nothing had happened."""
+    random = np.random.default_rng([seed, 4])
+    run, whole, cache = scratch / "killed", scratch / "whole", scratch / "cache"
+    sets = ("train.compile=true", "train.epochs=1")
+    with mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=str(cache)):
+        for _ in range(times):
+            moment = random.uniform(0, 2)
+            outcome = _killed_compilation(base, run, cache, sets, moment)
+            what = f"{moment:.3f} s after it wrote a source"
+            tally.add("kill of a training that compiles", outcome, what)
+        code, errors = ended(_started(base, run, sets), check=False)
+        ended(launch(command(base / "dataset", whole, *sets)))
+    outcome = f"resuming: {code} {errors[-3000:]}" if code else same_run(run, whole) or CORRECT
+    tally.add("resumed after kills while it compiled", outcome)
+
+
+def _started(base: Path, run: Path, sets: tuple[str, ...]) -> subprocess.Popen[str]:
+    """A training in a process group of its own, resumed where it had begun."""
+    begun = (run / "config.toml").exists()
+    arguments = ["--resume", str(run)] if begun else command(base / "dataset", run, *sets)
+    return launch(arguments, start_new_session=True)
+
+
+def _killed_compilation(
+    base: Path, run: Path, cache: Path, sets: tuple[str, ...], moment: float
+) -> str:
+    def sources() -> int:
+        return sum(1 for _ in cache.glob("*/*.cpp"))
+
+    before, process = sources(), _started(base, run, sets)
+    if not wait_until(lambda: sources() > before, process, _SECONDS):
+        kill_group(process)
+        return "nothing was compiled"
+    time.sleep(moment)
+    ended_itself = process.poll()
+    if left := kill_group(process):
+        return f"processes that outlive it: {left}"
+    return f"exit status {ended_itself}" if ended_itself else CORRECT
 
 
 def kill_group(process: subprocess.Popen) -> list[int]:

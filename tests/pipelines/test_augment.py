@@ -186,3 +186,19 @@ def test_kernels_compile_where_numba_finds_no_place_for_its_cache(monkeypatch):
     with pytest.raises(RuntimeError, match="cannot cache"):
         numba.njit(cache=True)(twice)
     assert _compiled(twice)(21) == 42
+
+
+@pytest.mark.parametrize("suffix", ["nbi", "nbc"])
+@pytest.mark.parametrize("kept", [0, 0.5])
+def test_a_torn_file_in_the_cache_of_numba_is_replaced(suffix, kept, tmp_path, monkeypatch):
+    """Python writes whole files, but a loss of power or a copy may tear them."""
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+
+    def twice(x):
+        return 2 * x
+
+    assert _compiled(twice)(21) == 42
+    (torn,) = tmp_path.rglob(f"*.{suffix}")
+    whole = torn.read_bytes()
+    torn.write_bytes(whole[: int(kept * len(whole))])
+    assert _compiled(twice)(21) == 42 and torn.stat().st_size == len(whole)
