@@ -67,26 +67,31 @@ def run_command(call: Callable[[argparse.Namespace], int | None], args: argparse
         silence(sys.stdout)  # the reader left
         return 141
     except Exception as error:
-        if refusal := _refusal(error):
-            tell(
-                f"the system refused memory, a thread or a process ({refusal}); raise the limits "
-                f"(ulimit -v, ulimit -u), or free what other programs use"
-            )
-        elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            cause = first_line(getattr(error, "inner_exception", error))
-            tell(
-                f"torch.compile failed ({cause}); its cache may be damaged: remove "
-                f"{os.environ.get('TORCHINDUCTOR_CACHE_DIR')}, or set train.compile=false"
-            )
-        # A named file that nothing below explained is a defect.
-        elif isinstance(error, OSError) and error.filename is None:
-            tell(
-                f"standard output or a file cannot be written ({error.strerror}); make room for it"
-            )
-            silence(sys.stdout)
-        else:
+        message = _explained(error)
+        if not message:
             raise
+        tell(message)
+        if isinstance(error, OSError):
+            silence(sys.stdout)
         return 2
+
+
+def _explained(error: Exception) -> str:
+    """What to report of an error that no part of the project explains; empty for a defect."""
+    if refusal := _refusal(error):
+        return (
+            f"the system refused memory, a thread or a process ({refusal}); raise the limits "
+            f"(ulimit -v, ulimit -u), or free what other programs use"
+        )
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        cause = first_line(getattr(error, "inner_exception", error))
+        return (
+            f"torch.compile failed ({cause}); its cache may be damaged: remove "
+            f"{os.environ.get('TORCHINDUCTOR_CACHE_DIR')}, or set train.compile=false"
+        )
+    if isinstance(error, OSError) and error.filename is None:
+        return f"standard output or a file cannot be written ({error.strerror}); make room for it"
+    return ""
 
 
 class _Escaped:

@@ -7,7 +7,7 @@ import math
 from typing import Any, NamedTuple
 
 from fastlab.report.texts import MISSING, number_text
-from fastlab.runs import Run, epoch_number
+from fastlab.run_records import Run, epoch_number
 
 # Any two differ by 23 or more in CIELAB, for normal sight and simulated deuteranopia, protanopia
 # and tritanopia; contrast on the page is at least 3.2 (light) and 4.5 (dark). Five marker shapes

@@ -19,15 +19,15 @@ from fastlab.report.texts import (
     percent_text,
     setting_text,
 )
-from fastlab.runs import (
+from fastlab.run_records import (
     EPOCH_KEYS,
-    NotYetARun,
     Run,
     best_epoch,
     images_per_second,
     read_run,
     train_seconds,
 )
+from fastlab.runs import NotYetARun
 
 _TEMPLATES = Path(__file__).with_name("templates")
 

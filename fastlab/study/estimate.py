@@ -20,7 +20,8 @@ from fastlab.config import Config
 from fastlab.console import first_line, silence
 from fastlab.processes import die_with_parent
 from fastlab.report.texts import duration_text
-from fastlab.runs import RunDir, train_seconds
+from fastlab.run_records import train_seconds
+from fastlab.runs import RunDir
 from fastlab.study.child import places
 from fastlab.study.folder import State, StudyDir
 from fastlab.study.results import read_result

@@ -16,7 +16,7 @@ from fastlab.report.page import (
     write_whole,
 )
 from fastlab.report.texts import MISSING, formatted
-from fastlab.runs import EPOCH_KEYS, Epoch, Run, images_per_second, train_seconds
+from fastlab.run_records import EPOCH_KEYS, Epoch, Run, images_per_second, train_seconds
 from fastlab.study.folder import StudyDir, read_json
 from fastlab.study.reference import (
     MEAN_OF_PRINTED,

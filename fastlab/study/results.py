@@ -7,7 +7,7 @@ from typing import Literal
 
 from fastlab.console import UserError
 from fastlab.report.page import percent_text
-from fastlab.runs import Epoch, Run, best_epoch, read_run
+from fastlab.run_records import Epoch, Run, best_epoch, read_run
 from fastlab.study.folder import State, StudyDir, look
 from fastlab.study.spec import Finding, Row, Study, Task, tasks_of
 from fastlab.study.statistics import Interval, interval
