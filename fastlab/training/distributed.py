@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import get_int_from_env
+from accelerate.utils import get_int_from_env, parse_flag_from_env
 
 from fastlab.console import UserError, tell
 
@@ -18,7 +18,9 @@ def processes_asked_for() -> int:
     """How many processes the launcher started. Raises `UserError` where it was `accelerate launch`,
     was asked for several, and started one: on a CPU it leaves their number to MPI."""
     world = get_int_from_env(_WORLD_SIZES, 0)
-    if not world and {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys():
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    several = {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys()
+    if on_cpu and several and not world:
         raise UserError(
             "accelerate launch was asked for several processes, but started one on this CPU; "
             "start them with: torchrun --nproc_per_node N fastlab/train.py"
