@@ -61,7 +61,7 @@ def _set_up_cpp(compiler: str, folder: Path) -> None:
     from torch._inductor import codecache, config
 
     config.cpp.cxx = (None, str(_wrapped(compiler, folder)))
-    # Inductor would keep these in /tmp/torchinductor_USER, whatever its cache folder is.
+    # Inductor would keep these in the temporary folder, whatever its cache folder is.
     codecache._HEADER_DIR = str(folder / "precompiled_headers")
     codecache._HEADER_LOCK_DIR = str(folder / "precompiled_headers" / "locks")
 

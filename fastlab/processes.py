@@ -115,7 +115,9 @@ def report_bus_errors(line: str) -> subprocess.Popen | None:
     beside the process waits for what faulthandler writes, and ends with the process."""
     if faulthandler.is_enabled():  # by the user, for a report of another kind
         return None
-    script = 'read -r error; case $error in *"Bus error"*) printf "%s\\n" "$0" >&2 ;; esac'
+    # A second thread that meets the error ends the process before faulthandler has named it.
+    patterns = '*"Bus error"* | "Fatal Python error:"'
+    script = f'read -r error; case $error in {patterns}) printf "%s\\n" "$0" >&2 ;; esac'
     reader, writer = os.pipe()
     shell = subprocess.Popen(["/bin/sh", "-c", script, line], stdin=reader)
     os.close(reader)

@@ -1,11 +1,15 @@
 """Shared fixtures: small generated originals, and the dataset that they are converted to."""
 
+import signal
 from pathlib import Path
 
 import pytest
 
 from fastlab.dataset.convert import Options, convert
 from fastlab.dataset.synth import synthesise
+
+# Under nohup, the commands that tests start would inherit that it is ignored.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

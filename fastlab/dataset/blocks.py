@@ -95,6 +95,7 @@ def decoded_blocks(
     slots = np.frombuffer(mmap.mmap(-1, math.prod(shape)), dtype=np.uint8).reshape(shape)
     fork = multiprocessing.get_context("fork")
     inherited = _Inherited(tree, originals, fit, slots)
+    others = set(multiprocessing.active_children())
     try:
         with ProcessPoolExecutor(workers, fork, _start, (inherited,)) as pool:
             yield from _in_order(tasks, pool, slots)
@@ -103,8 +104,8 @@ def decoded_blocks(
             "a conversion worker died (out of memory, or killed); run again with --workers 1"
         ) from None
     finally:
-        for child in multiprocessing.active_children():  # of a pool of which only a part started
-            child.kill()
+        for child in set(multiprocessing.active_children()) - others:
+            child.kill()  # of a pool of which only a part started
             child.join()
 
 

@@ -159,7 +159,10 @@ def test_a_machine_that_dies_ends_the_other_with_one_line(synth_dataset, tmp_pat
     first, second = two_machines("torchrun", tmp_path, arguments, signalled("SIGKILL"))
     assert second[0] == -signal.SIGKILL
     (line,) = lines(first[2])
-    assert line == (f"fastlab: another process of this training ended; resume with: --resume {run}")
+    assert line == (
+        f"fastlab: another process of this training ended; resume with the launcher as before, "
+        f"and --resume {run}"
+    )
 
 
 @pytest.mark.slow
