@@ -158,6 +158,8 @@ def inject(args: argparse.Namespace) -> int:
     # fastlab's commands in theirs.
     lanes = [[name for name in chosen if (name in _TRAINING) == trains] for trains in (False, True)]
     lanes = [lane for lane in lanes if lane]
+    from tests.faults.__main__ import run as run_lane  # by a name that another process can import
+
     spawn = multiprocessing.get_context("spawn")
     with (
         tempfile.TemporaryDirectory(prefix="fastlab-faults-") as scratch,
@@ -165,7 +167,7 @@ def inject(args: argparse.Namespace) -> int:
     ):
         folders = [Path(scratch) / lane[0] for lane in lanes]
         running = [
-            pool.submit(run, folder, args.seed, args.full, lane)
+            pool.submit(run_lane, folder, args.seed, args.full, lane)
             for folder, lane in zip(folders, lanes, strict=True)
         ]
         tallies = [lane.result() for lane in running]
