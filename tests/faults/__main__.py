@@ -80,7 +80,7 @@ def stages(seed: int, full: bool) -> dict[str, Callable[[Tally, Path, Path], Non
         kills.signals(tally, base, scratch, seed, times(9, 1))
 
     def compiling(tally: Tally, base: Path, scratch: Path) -> None:
-        kills.compilations(tally, base, scratch, seed, times(8, 3))
+        kills.compilations(tally, base, scratch, seed, times(8, 1))
 
     def unwritable(tally: Tally, base: Path, scratch: Path) -> None:
         disks.full(tally, base, scratch, seed, times(30, 2))
