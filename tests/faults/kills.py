@@ -20,6 +20,9 @@ from tests.packages import has
 from tests.trainings import ROOT, checkpoints, command, launch, wait_until
 
 _SECONDS = 600  # that any command here may take
+_LONGER = (
+    "train.epochs=40",
+)  # of a tenth of a second each, so that a signal does not come too late
 _FORMATS = ["array,tar"] * 4
 if has("ffcv"):
     _FORMATS[3] = "array,tar,ffcv"
@@ -189,11 +192,9 @@ def signals(tally: Tally, base: Path, scratch: Path, seed: int, times: int) -> N
     """Stop a training by a signal at a random moment: it loses nothing, and ends after a resume as
     if nothing had happened. Its only checkpoint is that of the stop."""
     random = np.random.default_rng([seed, 4])
-    whole = scratch / "whole-1"
-    if not whole.exists():
-        ended(launch(command(base / "dataset", whole), 1))
+    whole, run = scratch / "whole-signals", scratch / "stopped"
+    ended(launch(command(base / "dataset", whole, *_LONGER)))
     for number in range(times):
-        run = scratch / "stopped"
         name = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)[number % 3]
         moment = random.uniform(0, 1)
         outcome = _stopped_training(base, run, whole, name, moment)
@@ -203,7 +204,7 @@ def signals(tally: Tally, base: Path, scratch: Path, seed: int, times: int) -> N
 
 def _stopped_training(base: Path, run: Path, whole: Path, name: int, moment: float) -> str:
     never = ("train.checkpoint_every=0", "train.checkpoint_seconds=1e9")
-    process = launch(command(base / "dataset", run, *never))
+    process = launch(command(base / "dataset", run, *_LONGER, *never))
     if not wait_until((run / "metrics.jsonl").exists, process, _SECONDS):
         kill_group(process)
         return "no epoch was trained"
