@@ -20,9 +20,7 @@ from tests.packages import has
 from tests.trainings import ROOT, checkpoints, command, launch, wait_until
 
 _SECONDS = 600  # that any command here may take
-_LONGER = (
-    "train.epochs=40",
-)  # of a tenth of a second each, so that a signal does not come too late
+_LONGER = ("train.epochs=40",)  # a second or more, so that no signal comes too late
 _FORMATS = ["array,tar"] * 4
 if has("ffcv"):
     _FORMATS[3] = "array,tar,ffcv"
