@@ -22,12 +22,17 @@ from pipelines import torchvision
 from tests.packages import has
 from tests.trainings import ROOT, command, launch, wait_until
 
+# Measuring coverage takes memory, which some commands here do not have.
+_WITHOUT_COVERAGE = {
+    name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_PROCESS")
+}
+
 
 def fastlab(*arguments: object, cwd: Path = ROOT, before: Callable[[], None] | None = None):
     """Run the command, after `before` in its process."""
     return subprocess.run(
         [sys.executable, "-m", "fastlab", *map(os.fspath, arguments)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**_WITHOUT_COVERAGE, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         cwd=cwd,
         preexec_fn=before,
         capture_output=True,

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -262,15 +263,17 @@ def _killed_compilation(
 def kill_group(process: subprocess.Popen) -> list[int]:
     """Kill what `launch` started, as a scheduler does. Returns the processes of the training that
     outlived that; torchrun's workers are not in its process group."""
-    if os.getpgid(process.pid) == process.pid:
-        os.killpg(process.pid, signal.SIGKILL)
+    with suppress(ProcessLookupError):  # it has ended
+        if os.getpgid(process.pid) == process.pid:
+            os.killpg(process.pid, signal.SIGKILL)
     process.kill()
     assert isinstance(process.args, list)
     words = [str(word) for word in process.args]
     option = "--resume" if "--resume" in words else "--out"
     survivors = _survivors(words[words.index(option) + 1])
     for child in survivors:
-        os.kill(child, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
     process.communicate(timeout=_SECONDS)
     return survivors
 
