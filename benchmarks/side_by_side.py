@@ -3,8 +3,8 @@
     python -m benchmarks.side_by_side --config configs/demo.toml --set data.path=DATASET
 
 A round starts `fastlab train` once, or twice at the same time, and ends when all have ended. Their
-threads sleep while they wait for each other, as fastlab has it, or spin, as OpenMP has it where
-nobody chooses.
+threads spin briefly while they wait for each other, as fastlab has it, or long, as OpenMP has it
+where nobody chooses.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from fastlab.dataset.manifest import read_manifest
 
 _PATIENCE = 900  # seconds for the trainings of a round
 POLICIES = {
-    "sleeping": {},
+    "brief": {},
     "spinning": {"GOMP_SPINCOUNT": "300000"},  # what libgomp takes where no policy is set
 }
 
@@ -85,7 +85,7 @@ def train(args: argparse.Namespace, images: int, policy: str, count: int) -> Rou
 def table(session: Session) -> str:
     """In Markdown: a row for each case. Times are relative to those of one training alone."""
     lines = [
-        "| trainings | threads | images/s of each | time, that of one with sleeping threads = 1 |",
+        "| trainings | threads | images/s of each | time, that of one with brief waits = 1 |",
         "| --- | --- | --- | --- |",
     ]
     alone = session.records[0].rounds

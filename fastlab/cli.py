@@ -12,7 +12,7 @@ from typing import NamedTuple
 import fastlab
 from fastlab.console import UserError, positive_int, printable, run_command
 from fastlab.options import add_set_option, add_training_options
-from fastlab.processes import wait_without_spinning
+from fastlab.processes import spin_briefly
 
 
 class Command(NamedTuple):
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         options = commands.add_parser(name, help=command.help)
         command.add_options(options)
         options.set_defaults(call=command.call)
-    wait_without_spinning()  # here, since the commands import torch
+    spin_briefly()  # here, since the commands import torch
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         args.unknown, args.call = unknown[0], _refuse

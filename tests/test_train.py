@@ -131,7 +131,7 @@ def test_a_run_resumes_with_its_own_number_of_threads(synth_dataset, tmp_path, m
     try:
         torch.set_num_threads(3)
         assert main(["train", *command(synth_dataset, whole, "model.width=8")]) == 0
-        assert "computing with 3 threads, which wait" in capsys.readouterr().out
+        assert "computing with 3 threads, which" in capsys.readouterr().out
         monkeypatch.setattr(training, "train_step", stopping)
         assert main(["train", *command(synth_dataset, run, "model.width=8")]) == 143
         torch.set_num_threads(1)

@@ -20,6 +20,7 @@ from fastlab.console import UserError
 from fastlab.dataset.manifest import Manifest, check_sizes, read_manifest
 from fastlab.machine import has_bf16
 from fastlab.models.sync_norm import synchronise
+from fastlab.processes import SPIN_COUNT
 from fastlab.runs import RunDir
 from fastlab.training.distributed import agreed, processes_asked_for
 from fastlab.training.optim import make_optimizer
@@ -207,8 +208,8 @@ def threads() -> str:
     count = torch.get_num_threads()
     if count == 1:
         return "1 thread"
-    passive = os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE"
-    return f"{count} threads, which wait {'without spinning' if passive else 'by spinning'}"
+    briefly = os.environ.get("GOMP_SPINCOUNT") == SPIN_COUNT
+    return f"{count} threads, which {'spin briefly' if briefly else 'wait as the environment says'}"
 
 
 def keep_threads(run: RunDir, accelerator: Accelerator) -> None:

@@ -5,7 +5,7 @@ import os
 
 from fastlab.console import run_command
 from fastlab.options import add_training_options
-from fastlab.processes import die_with_launcher, wait_without_spinning
+from fastlab.processes import die_with_launcher, spin_briefly
 from fastlab.training.resolve import resolve
 
 
@@ -13,7 +13,7 @@ def start_script() -> None:
     """Die with the launcher, choose how threads wait, and exit where the options or the
     configuration hold a mistake. Of several processes, only the first reports it."""
     die_with_launcher()
-    wait_without_spinning()
+    spin_briefly()
     parser = argparse.ArgumentParser(add_help=False)
     add_training_options(parser)
     args, others = parser.parse_known_args()

@@ -8,13 +8,13 @@ from benchmarks.measurements import Record, load, new_session
 ROOT = Path(__file__).parents[2]
 
 
-def test_times_are_relative_to_one_training_with_sleeping_threads():
+def test_times_are_relative_to_one_training_with_brief_waits():
     records = [
-        Record(f"{count} sleeping", "images/s", [rate], {"trainings": count, "threads": "sleeping"})
+        Record(f"{count} brief", "images/s", [rate], {"trainings": count, "threads": "brief"})
         for count, rate in ((1, 300.0), (2, 150.0))
     ]
     table = side_by_side.table(new_session("side_by_side", records))
-    assert "| 2 | sleeping | 150 ± 0% | 200.0% (200.0% to 200.0%) |" in table
+    assert "| 2 | brief | 150 ± 0% | 200.0% (200.0% to 200.0%) |" in table
 
 
 @pytest.mark.slow
@@ -27,4 +27,4 @@ def test_one_and_two_trainings_are_measured(synth_dataset, tmp_path, monkeypatch
     options = [part for value in sets for part in ("--set", value)]
     options += ["--rounds", "1", "--out", str(out)]
     assert side_by_side.main(["--config", "configs/demo.toml", *options]) == 0
-    assert [record.case for record in load(out).records] == ["1 sleeping", "2 sleeping"]
+    assert [record.case for record in load(out).records] == ["1 brief", "2 brief"]
