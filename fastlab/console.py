@@ -137,7 +137,7 @@ def _refusal(error: BaseException | None) -> str:
     for it; empty where it refused nothing."""
     while error is not None:
         if isinstance(error, MemoryError):
-            return first_line(error)
+            return str(error) or "out of memory"
         for line in str(error).splitlines():
             if any(text in line for text in _REFUSALS):
                 return line.strip()

@@ -5,6 +5,7 @@ import ctypes
 import faulthandler
 import functools
 import os
+import resource
 import signal
 import stat
 import subprocess
@@ -23,6 +24,7 @@ STARTED = time.perf_counter()
 SPIN_COUNT = "1000"
 """How often a thread looks before it sleeps: some microseconds. libgomp's own choice is 300,000."""
 
+_THREAD = 32 << 20  # bytes: the stack of a thread takes 8 MiB, and what it allocates comes on top
 _PR_SET_PDEATHSIG = 1
 
 
@@ -85,6 +87,16 @@ def interrupted_by_signals() -> Generator[None]:
         sys.unraisablehook = hook
         for number in caught if not interrupted else ():
             signal.signal(number, before[number])
+
+
+def check_address_space() -> None:
+    """Raises MemoryError where `ulimit -v` leaves too little for a thread: Python waits for ever
+    for one that finds no memory while it starts."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    with open("/proc/self/statm", encoding="ascii") as file:
+        taken = int(file.read().split()[0]) * resource.getpagesize()
+    if limit != resource.RLIM_INFINITY and limit - taken < _THREAD:
+        raise MemoryError(f"{limit >> 20} MiB of address space are too few")
 
 
 def spin_briefly() -> None:

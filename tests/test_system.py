@@ -78,7 +78,7 @@ def test_a_path_that_is_no_utf8_is_refused_in_one_line(tmp_path):
     assert r"caf\udce9: is no UTF-8" in done.stderr and not run.exists()
 
 
-@pytest.mark.parametrize("mebibytes", [60, 100])
+@pytest.mark.parametrize("mebibytes", [60, 100, 140])
 def test_little_address_space_is_reported_in_one_line(mebibytes, synth_source, tmp_path):
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (mebibytes << 20, mebibytes << 20))
@@ -114,6 +114,27 @@ def test_a_conversion_that_gets_only_some_of_its_processes_ends(
         convert(synth_source, tmp_path / "out", Options(workers=2))
     assert set(multiprocessing.active_children()) <= set(before)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_conversion_without_room_for_its_threads_ends(synth_source, tmp_path):
+    """Python would wait for ever for a thread that finds no memory while it starts."""
+    code = (
+        "import resource, sys; from fastlab import cli; from fastlab.dataset import blocks;"
+        "check = blocks.check_address_space;"
+        "taken = lambda: int(open('/proc/self/statm').read().split()[0]) * 4096;"
+        "limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (taken() + (16 << 20),) * 2);"
+        "blocks.check_address_space = lambda: (limit(), check());"
+        "sys.exit(cli.main(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "convert", synth_source, tmp_path / "out"],
+        env={**_WITHOUT_COVERAGE, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert "MiB of address space are too few" in done.stderr and not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

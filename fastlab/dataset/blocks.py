@@ -18,7 +18,7 @@ from fastlab.console import UserError
 from fastlab.dataset.archives import Tree, mark
 from fastlab.dataset.decode import decode_into
 from fastlab.dataset.originals import Originals
-from fastlab.processes import die_with_parent
+from fastlab.processes import check_address_space, die_with_parent
 
 _BLOCK = 512  # images: some milliseconds of work
 _BLOCK_BYTES = 6 << 20
@@ -96,6 +96,7 @@ def decoded_blocks(
     fork = multiprocessing.get_context("fork")
     inherited = _Inherited(tree, originals, fit, slots)
     others = set(multiprocessing.active_children())
+    check_address_space()  # the pool starts threads
     try:
         with ProcessPoolExecutor(workers, fork, _start, (inherited,)) as pool:
             yield from _in_order(tasks, pool, slots)

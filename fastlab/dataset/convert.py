@@ -5,6 +5,7 @@ Everything is written beside its place and moved there when it is complete.
 """
 
 import contextlib
+import errno
 import itertools
 import os
 import platform
@@ -75,6 +76,8 @@ def convert(source: Path | str, out: Path | str, options: Options) -> tuple[Mani
         with partial_directory(out) as partial:
             return _convert(source, out, options, partial)
     except OSError as error:  # of the output: those of the source were turned into UserErrors
+        if error.errno == errno.ENOMEM:  # of a mapping or a fork
+            raise
         raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
 
 
