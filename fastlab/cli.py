@@ -12,7 +12,7 @@ from typing import NamedTuple
 import fastlab
 from fastlab.console import UserError, positive_int, printable, run_command
 from fastlab.options import add_set_option, add_training_options
-from fastlab.processes import spin_briefly
+from fastlab.processes import interrupted_by_signals, spin_briefly
 
 
 class Command(NamedTuple):
@@ -55,7 +55,6 @@ def _download_options(parser: ArgumentParser) -> None:
 
 def _download(args: Namespace) -> None:
     from fastlab.dataset.download import TINY_IMAGENET_URL, download
-    from fastlab.processes import interrupted_by_signals
 
     with interrupted_by_signals():
         download(args.out, args.url or TINY_IMAGENET_URL, args.sha256, force=args.force)
@@ -73,7 +72,6 @@ def _synth_options(parser: ArgumentParser) -> None:
 
 def _synth(args: Namespace) -> None:
     from fastlab.dataset.synth import synthesise
-    from fastlab.processes import interrupted_by_signals
 
     with interrupted_by_signals():
         synthesise(args.out, args.classes, args.per_class, args.seed, args.force)
@@ -111,7 +109,6 @@ def _convert(args: Namespace) -> None:
     from fastlab.dataset.convert import Options, convert
     from fastlab.dataset.formats import Settings
     from fastlab.dataset.manifest import table
-    from fastlab.processes import interrupted_by_signals
 
     options = Options(
         formats=tuple(args.formats.split(",")),

@@ -37,11 +37,8 @@ def make_pipeline(spec: PipelineSpec) -> Pipeline:
 
 
 def _refuse_replaced(spec: PipelineSpec) -> None:
-    form, before, now = (
-        FORMATS[spec.data.pipeline],
-        spec.manifest,
-        read_manifest(Path(spec.data.path)),
-    )
+    form, before = FORMATS[spec.data.pipeline], spec.manifest
+    now = read_manifest(Path(spec.data.path))
     # Another format may have been added, which changes no file of this one.
     if (now.classes, now.formats.get(form)) != (before.classes, before.formats[form]):
         raise UserError(f"{spec.data.path}: was replaced by another dataset while it was in use")
