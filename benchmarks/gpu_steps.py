@@ -14,7 +14,6 @@ SYNTHETIC, FIRST, DATASET = (LEASE / name for name in ("synthetic", "first", "da
 CEILINGS = RESULTS / "ceilings.json"
 
 _GPU_TESTS = ("tests/models", "tests/test_tracing.py", "tests/test_gpu.py")  # the slowest last
-_OTHER_MODELS = ("resnet15", "resnet19", "cnn8", "resnet18")
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,10 @@ class Sizes:
     classes: int = 200
     savings: tuple[str, ...] = ("--savings",)
     """The option that chooses the variants of the stage `savings`."""
+    other_models: tuple[str, ...] = ("resnet15", "resnet19", "cnn8", "resnet18")
+    """The models of the stage `more`."""
+    test_processes: tuple[int, int] = (6, 12)
+    """In the stages `smoke` and `tests`."""
     overrides: tuple[str, ...] = ()
     """Settings for every training."""
     patience: float = 1.0
@@ -59,6 +62,8 @@ ON_CPU = Sizes(
     loader_batches="8",
     classes=4,
     savings=(),
+    other_models=("cnn8",),
+    test_processes=(1, 1),
     patience=10.0,
     overrides=(
         "train.epochs=2",
@@ -82,7 +87,12 @@ def smoke(sizes: Sizes, _: Path | None) -> list[Step]:
     return [
         Step("synth", synth, 30),
         Step("convert-synthetic", _convert(originals, data), 30),
-        Step("smoke-gpu-tests", _gpu_tests("smoke-gpu-tests"), 90, beside=True),
+        Step(
+            "smoke-gpu-tests",
+            _gpu_tests("smoke-gpu-tests", sizes.test_processes[0]),
+            90,
+            beside=True,
+        ),
         Step("smoke-training", training, 80, beside=True),
         Step("smoke-loaders", loaders, 80, beside=True),
         Step("smoke-race", race, 80),
@@ -151,7 +161,7 @@ def reference(sizes: Sizes, _: Path | None) -> list[Step]:
 
 def tests(sizes: Sizes, _: Path | None) -> list[Step]:
     """If time is left: run the tests marked `gpu`, whose compilations take all cores."""
-    return [Step("gpu-tests", _gpu_tests("gpu-tests", workers=12), 150)]
+    return [Step("gpu-tests", _gpu_tests("gpu-tests", sizes.test_processes[1]), 150)]
 
 
 def loaders(sizes: Sizes, _: Path | None) -> list[Step]:
@@ -169,7 +179,7 @@ def race(sizes: Sizes, _: Path | None) -> list[Step]:
 def more(sizes: Sizes, _: Path | None) -> list[Step]:
     """If time is left: measure the other models, then attempt 66 % once."""
     options = ("--ceilings", CEILINGS, "--rounds", 1, "--steps", 100)
-    names = {f"training-{model}": model for model in _OTHER_MODELS}
+    names = {f"training-{model}": model for model in sizes.other_models}
     limit = ("--runs", 1, "--limit", 90)
     return [
         *_ceilings(),
@@ -227,11 +237,11 @@ def _convert(originals: Path, dataset: Path) -> list[str]:
     return _python("fastlab", "convert", originals, dataset, "--formats", "array,tar")
 
 
-def _gpu_tests(name: str, workers: int = 6) -> list[str]:
+def _gpu_tests(name: str, processes: int) -> list[str]:
     """With a line for each test that ended, so that a step that is cut off shows what passed."""
     # pytest-benchmark, which is installed there, warns of xdist, and warnings are errors here.
     plugins = ("-p", "no:cacheprovider", "-p", "no:benchmark")
-    options = ("-m", "gpu", "-v", *plugins, "--durations", 15, "-n", workers)
+    options = ("-m", "gpu", "-v", *plugins, "--durations", 15, "-n", processes)
     return _python("pytest", *_GPU_TESTS, *options, f"--junitxml={RESULTS / name}.xml")
 
 

@@ -8,18 +8,18 @@ import pytest
 
 from tests.trainings import ROOT, command
 
+COMMAND, SCRIPT = ["-m", "fastlab", "train"], ["fastlab/train.py"]
+BRIEF = "2 threads, which spin briefly"
+CHOSEN = "2 threads, which wait as the environment says"
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start", [["-m", "fastlab", "train"], ["fastlab/train.py"]])
 @pytest.mark.parametrize(
-    ("chosen", "expected", "reported"),
+    ("start", "chosen", "expected", "reported"),
     [
-        ({}, "GOMP_SPINCOUNT = '1000'", "2 threads, which spin briefly"),
-        (
-            {"OMP_WAIT_POLICY": "ACTIVE"},
-            "OMP_WAIT_POLICY = 'ACTIVE'",
-            "2 threads, which wait as the environment says",
-        ),
+        (COMMAND, {}, "GOMP_SPINCOUNT = '1000'", BRIEF),
+        (SCRIPT, {}, "GOMP_SPINCOUNT = '1000'", BRIEF),
+        (SCRIPT, {"OMP_WAIT_POLICY": "ACTIVE"}, "OMP_WAIT_POLICY = 'ACTIVE'", CHOSEN),
     ],
 )
 def test_threads_spin_briefly_unless_the_environment_says_otherwise(

@@ -71,11 +71,12 @@ def stages(seed: int, full: bool) -> dict[str, Callable[[Tally, Path, Path], Non
 
     def killed(tally: Tally, base: Path, scratch: Path) -> None:
         kills.conversions(tally, base, scratch, seed, times(120, 4))
-        kills.signalled(tally, base, scratch, seed, times(40, 4))
+        kills.signalled(tally, base, scratch, seed, times(40, 2))
 
     def stopped(tally: Tally, base: Path, scratch: Path) -> None:
         kills.trainings(tally, base, scratch, seed, times(20, 1), 1)
-        kills.trainings(tally, base, scratch, seed, times(12, 1), 2)
+        if full:  # in the short version, one of the two is killed
+            kills.trainings(tally, base, scratch, seed, 12, 2)
         kills.ranks(tally, base, scratch, seed, times(6, 1))
         kills.signals(tally, base, scratch, seed, times(9, 1))
 
@@ -112,13 +113,12 @@ def _engines() -> dict[str, int]:
     return epochs
 
 
-def run(scratch: Path, seed: int, full: bool, only: list[str]) -> Tally:
-    """Run the stages that are named in `only`, or all, in the new folder `scratch`."""
+def run(base: Path, scratch: Path, seed: int, full: bool, only: list[str]) -> Tally:
+    """Run the stages that are named in `only`, in the folder `scratch`, on what `prepare` wrote to
+    `base`."""
     tally = Tally()
-    base = scratch / "base"
-    prepare(base)
     for name, stage in stages(seed, full).items():
-        if only and name not in only:
+        if name not in only:
             continue
         started = time.monotonic()
         folder = scratch / name
@@ -165,10 +165,10 @@ def inject(args: argparse.Namespace) -> int:
         tempfile.TemporaryDirectory(prefix="fastlab-faults-") as scratch,
         ProcessPoolExecutor(len(lanes), spawn) as pool,
     ):
-        folders = [Path(scratch) / lane[0] for lane in lanes]
+        base = Path(scratch) / "base"
+        prepare(base)
         running = [
-            pool.submit(run_lane, folder, args.seed, args.full, lane)
-            for folder, lane in zip(folders, lanes, strict=True)
+            pool.submit(run_lane, base, Path(scratch), args.seed, args.full, lane) for lane in lanes
         ]
         tallies = [lane.result() for lane in running]
     for tally in tallies:

@@ -1,12 +1,14 @@
 """The short, seeded version of ``python -m tests.faults``; ``make faults`` runs the full one."""
 
 import os
+from pathlib import Path
 
 import pytest
 
 from tests.faults.__main__ import run, stages
 from tests.faults.endurance import Sample, compare
 from tests.faults.outcomes import CLEAR, CORRECT, Tally, judge
+from tests.faults.prepare import prepare
 
 STAGES = [name for name in stages(0, False) if name != "endurance"]
 
@@ -18,12 +20,19 @@ def without_coverage(monkeypatch):
         monkeypatch.delenv(name)
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("faults") / "base"
+    prepare(path)
+    return path
+
+
 @pytest.mark.timeout(900)  # many trainings, on a machine that may be busy
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_fault_leads_to_the_correct_result_or_one_clear_line(stage, tmp_path):
-    tally = run(tmp_path, 0, full=False, only=[stage])
+def test_a_fault_leads_to_the_correct_result_or_one_clear_line(stage, base, tmp_path):
+    tally = run(base, tmp_path, 0, full=False, only=[stage])
     assert tally.counts and not tally.unaccepted, "\n".join(tally.unaccepted)
 
 
