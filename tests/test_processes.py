@@ -17,8 +17,8 @@ CHOSEN = "2 threads, which wait as the environment says"
 @pytest.mark.parametrize(
     ("start", "chosen", "expected", "reported"),
     [
-        (COMMAND, {}, "GOMP_SPINCOUNT = '1000'", BRIEF),
-        (SCRIPT, {}, "GOMP_SPINCOUNT = '1000'", BRIEF),
+        (COMMAND, {}, "GOMP_SPINCOUNT = '5000'", BRIEF),
+        (SCRIPT, {}, "GOMP_SPINCOUNT = '5000'", BRIEF),
         (SCRIPT, {"OMP_WAIT_POLICY": "ACTIVE"}, "OMP_WAIT_POLICY = 'ACTIVE'", CHOSEN),
     ],
 )
