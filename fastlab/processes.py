@@ -22,8 +22,8 @@ STARTED = time.perf_counter()
 """When this process imported fastlab: wall time counts from here."""
 
 SPIN_COUNT = "5000"
-"""How often a thread looks before it sleeps; libgomp's own choice is 300,000. Fewer looks slow down
-a training alone, more the trainings beside it (benchmarks/side_by_side.py)."""
+"""How often a thread looks before it sleeps; libgomp's own choice is 300,000. With fewer, the
+threads of a training alone sleep too often; with more, they take the cores from those beside it."""
 
 _THREAD = 32 << 20  # bytes: the stack of a thread takes 8 MiB, and what it allocates comes on top
 _PR_SET_PDEATHSIG = 1
