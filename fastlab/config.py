@@ -7,57 +7,35 @@ its values whenever one is made, from a file or in Python.
 
 import dataclasses
 import difflib
-import functools
-import math
 import re
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import tomli_w
 
 from fastlab.console import UserError, printable
-
-
-class Bound(NamedTuple):
-    """Which numbers a field takes, in words and as a test."""
-
-    expected: str
-    allows: Callable[[float], bool]
-
-
-Positive = Annotated[int, Bound("at least 1", lambda v: v >= 1)]
-Count = Annotated[int, Bound("at least 0", lambda v: v >= 0)]
-Seed = Annotated[int, Bound("from 0 to 2^31 - 1", lambda v: 0 <= v < 2**31)]
-AboveZero = Annotated[float, Bound("above 0", lambda v: v > 0)]
-NotNegative = Annotated[float, Bound("at least 0", lambda v: v >= 0)]
-Fraction = Annotated[float, Bound("at least 0 and below 1", lambda v: 0 <= v < 1)]
-Share = Annotated[float, Bound("from 0 to 1", lambda v: 0 <= v <= 1)]
-PositiveShare = Annotated[float, Bound("above 0 and at most 1", lambda v: 0 < v <= 1)]
-Factor = Annotated[float, Bound("above 0 and below 1", lambda v: 0 < v < 1)]
+from fastlab.fields import (
+    AboveZero,
+    Count,
+    Factor,
+    Fraction,
+    NotNegative,
+    Positive,
+    PositiveShare,
+    Section,
+    Seed,
+    Share,
+    Stages,
+    checked,
+    field_types,
+    show,
+)
 
 ModelName = Literal["cnn8", "cnn10", "cnn12", "resnet11", "resnet15", "resnet19", "resnet18"]
 """Every name has an entry in `fastlab.models.MODELS`."""
-
-
-class Section:
-    """A section of the configuration: a frozen dataclass whose fields have one of the types above,
-    a `Literal` of strings, or a plain bool, int, float or str."""
-
-    def __post_init__(self) -> None:
-        """Raises `UserError` for a value that its field does not take."""
-        section = type(self).__name__.removesuffix("Config").lower()
-        for key, kind in field_types(type(self)).items():
-            value = checked(f"{section}.{key}", kind, getattr(self, key))
-            object.__setattr__(self, key, value)
-
-
-@functools.cache
-def field_types(section: type) -> dict[str, Any]:
-    """The type of each field of a section, with its bounds."""
-    return get_type_hints(section, include_extras=True)
 
 
 @dataclass(frozen=True)
@@ -111,13 +89,14 @@ class ModelConfig(Section):
 
 @dataclass(frozen=True)
 class OptimConfig(Section):
-    name: Literal["adam", "adamw", "sgd"] = "adam"
+    name: Literal["adam", "adamw", "sgd", "muon"] = "adam"
     lr: AboveZero = 0.015
     """Initial (plateau, constant) or peak (cosine, onecycle) learning rate."""
     weight_decay: NotNegative = 0.0
-    """Coupled for adam and sgd, decoupled for adamw; not applied to biases and norm parameters."""
+    """Coupled for adam and sgd, decoupled for adamw and muon; not applied to biases and norm
+    parameters."""
     momentum: Fraction = 0.9
-    """sgd: Nesterov momentum; 0: plain sgd."""
+    """sgd, muon: Nesterov momentum; 0: none."""
     beta1: Fraction = 0.9
     beta2: Fraction = 0.999
     eps: AboveZero = 1e-8
@@ -157,6 +136,10 @@ class TrainConfig(Section):
     step: Literal["auto", "captured", "eager"] = "auto"
     """How a step is launched: "captured" as one CUDA graph, "eager" kernel by kernel. "auto"
     captures on one GPU, unless precision is fp16 or a trace is being recorded."""
+    image_size: Stages = ()
+    """Progressive resizing: [[0.4, 32], [0.7, 48]] trains on images averaged down to 32 pixels a
+    side until 40 % of the epochs are done, on 48 until 70 %, then on whole ones; validation always
+    takes whole ones."""
     label_smoothing: Fraction = 0.0
     grad_clip: NotNegative = 0.0
     """Largest norm of the gradient; 0: no clipping."""
@@ -272,7 +255,7 @@ def _check_tables(tables: dict[str, Any], where: str) -> dict[str, dict[str, Any
             raise UserError(f"{where}: {printable(section)}: unknown section; {hint}")
         if not isinstance(table, dict):
             raise UserError(
-                f"{where}: {section}: expected a section, [{section}], got {_show(table)}"
+                f"{where}: {section}: expected a section, [{section}], got {show(table)}"
             )
         values[section] = {
             key: _checked_in(where, section, key, value)
@@ -288,57 +271,6 @@ def _checked_in(where: str, section: str, key: str, value: Any) -> Any:
     if key not in kinds:
         raise _unknown_key(where, section, key)
     return checked(f"{where}: {section}.{key}", kinds[key], value)
-
-
-def checked(name: str, kind: Any, value: Any) -> Any:
-    """`value` for the field `name` of the type `kind`; a whole number becomes a float where one is
-    expected. Raises `UserError` where the field does not take it."""
-    choices = get_args(kind) if get_origin(kind) is Literal else ()
-    bounds = get_args(kind)[1:] if get_origin(kind) is Annotated else ()
-    plain = str if choices else get_args(kind)[0] if bounds else kind
-    value = _as_float(value) if plain is float and type(value) is int else value
-    takes = (
-        type(value) is plain
-        and not (plain is float and not math.isfinite(value))
-        and not (plain is int and abs(value) >= 2**63)
-        and not (isinstance(value, str) and not _is_text(value))
-        and (not choices or value in choices)
-        and all(bound.allows(value) for bound in bounds)
-    )
-    if takes:
-        return value
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
-    expected = " ".join([names[plain], *(bound.expected for bound in bounds)])
-    if choices:
-        expected = "one of " + ", ".join(f'"{choice}"' for choice in choices)
-    raise UserError(f"{name}: expected {expected}, got {_show(value)}")
-
-
-def _as_float(value: int) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return f'"{printable(value)}"'
-    try:
-        return repr(value)
-    except (ValueError, RecursionError):  # thousands of digits, or of tables in each other
-        return "a value too long to show"
-
-
-def _is_text(value: str) -> bool:
-    """Whether it can be saved: a shell's argument that is not UTF-8 cannot."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _unknown_key(where: str, section: str, key: str) -> UserError:

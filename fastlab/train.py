@@ -36,6 +36,7 @@ from fastlab.training.guards import Diverged, StopRequested, Watch, divergence_e
 from fastlab.training.journal import Journal
 from fastlab.training.metrics import Figures, Sums, Throughput, make_loss
 from fastlab.training.optim import Rate, WeightAverage
+from fastlab.training.resizing import image_side, resized
 from fastlab.training.resolve import resolve
 from fastlab.training.state import State
 from fastlab.training.step import Step
@@ -50,7 +51,6 @@ class Trainer:
         self.cfg, self.run, self.accelerator = cfg, run, accelerator
         self.device, rank = accelerator.device, accelerator.process_index
 
-        # Data and model
         with agreed(accelerator):
             self.manifest = setup.open_dataset(cfg)
             with data_fits(cfg):
@@ -62,7 +62,6 @@ class Trainer:
             self.model, self.net, self.optimizer = setup.prepare(cfg, model, accelerator)
             self.average = WeightAverage(self.model, cfg.train.ema) if cfg.train.ema else None
 
-        # The step
         steps = cfg.train.epochs * self.train_data.steps()
         self.rate = Rate(cfg.schedule, cfg.optim.lr, steps, self.device)
         self.rate.attach(self.optimizer)
@@ -71,8 +70,8 @@ class Trainer:
         self.loss_and_sums = make_loss(compile=cfg.train.compile)
         self.captures = setup.captures(cfg, accelerator)
         self.step = self.make_step()
+        self.side = image_side(cfg.train, 0, self.manifest.image_size)
 
-        # What is saved, watched and reported
         parts = (self.model, self.optimizer, self.rate, self.average, self.sums)
         self.state = State(run, accelerator, *parts)
         self.progress = self.state.progress
@@ -87,6 +86,7 @@ class Trainer:
             self.optimizer,
             self.dropout,
             self.rate,
+            self.average,
             self.train_data.steps(),
             self.device,
             # On a CPU, compiling its small parts takes longer than it saves.
@@ -95,6 +95,11 @@ class Trainer:
 
     def batches(self, epoch: int, first: int = 0) -> Iterable[Batch | None]:
         """What to call `step` with, from step `first` of `epoch` on."""
+        side = image_side(self.cfg.train, epoch, self.manifest.image_size)
+        if side != self.side:
+            self.side = side
+            self.step.release()  # a captured step has its shapes
+            self.throughput.warm_up_again()
         capture = self.captures and self.tracer.over
         return self.step.batches(self.train_data, epoch, first, capture=capture)
 
@@ -162,9 +167,9 @@ def train_epoch(trainer: Trainer) -> tuple[Figures, float]:
     """The steps that are left of the epoch. Returns its figures, in training mode, weights
     changing; and images/s over all ranks, without the first steps of the process."""
     progress, steps = trainer.progress, trainer.train_data.steps()
-    trainer.throughput.start(steps - progress.step)
     trainer.net.train()
     batches = trainer.batches(progress.epoch, progress.step)
+    trainer.throughput.start(steps - progress.step)
     with trainer.journal.bar() as bar:
         for batch in trainer.tracer.steps(batches, trainer.steps_done()):
             trainer.step(batch)
@@ -184,7 +189,7 @@ def train_step(trainer: Trainer, batch: Batch) -> torch.Tensor:
     differs from one step to the next: on a GPU it is captured, and repeated without Python."""
     settings, optimizer = trainer.cfg.train, trainer.optimizer
     with span("forward"):
-        logits = trainer.net(batch.images)
+        logits = trainer.net(resized(batch.images, trainer.side))
         smoothing = settings.label_smoothing
         loss, sums = trainer.loss_and_sums(logits, batch.labels, batch.mask, smoothing)
     with span("backward"):
@@ -194,8 +199,6 @@ def train_step(trainer: Trainer, batch: Batch) -> torch.Tensor:
             trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), settings.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if trainer.average:
-            trainer.average.update(trainer.step.done)
     trainer.sums.values += sums
     return loss.detach()
 

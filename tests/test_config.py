@@ -32,6 +32,7 @@ NOT_NEGATIVE = st.floats(0, 1e300)
 FRACTION = st.floats(0, 1, exclude_max=True)
 COUNT = st.integers(1, 2**40)
 SIZE = st.integers(0, 2**40)
+STAGES = st.sampled_from([(), ((0.5, 32),), ((0.25, 16), (0.5, 24), (1.0, 32))])
 VALUES = {
     "data": {
         "path": st.text(),
@@ -58,7 +59,7 @@ VALUES = {
         "sync_batch_norm": st.booleans(),
     },
     "optim": {
-        "name": st.sampled_from(["adam", "adamw", "sgd"]),
+        "name": st.sampled_from(["adam", "adamw", "sgd", "muon"]),
         "lr": POSITIVE,
         "weight_decay": NOT_NEGATIVE,
         "momentum": FRACTION,
@@ -84,6 +85,7 @@ VALUES = {
         "channels_last": st.booleans(),
         "compile": st.booleans(),
         "step": st.sampled_from(["auto", "captured", "eager"]),
+        "image_size": STAGES,
         "label_smoothing": FRACTION,
         "grad_clip": NOT_NEGATIVE,
         "ema": FRACTION,

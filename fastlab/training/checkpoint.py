@@ -29,8 +29,9 @@ from safetensors.torch import save as safetensors_bytes
 from torch import nn
 from xxhash import xxh3_128
 
-from fastlab.config import SECTIONS, Config, checked, field_types
+from fastlab.config import SECTIONS, Config
 from fastlab.console import UserError, first_line
+from fastlab.fields import checked, field_types
 from fastlab.files import write_atomically
 
 _HASH = "xxh128"  # a key of the metadata in a safetensors file

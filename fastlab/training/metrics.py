@@ -50,12 +50,16 @@ class Sums:
 
 
 class Throughput:
-    """Images per second of an epoch, without the first steps of the process, which compile, tune
-    and fill caches."""
+    """Images per second of an epoch, without the first steps of the process and of each size of
+    images, which compile, tune and fill caches."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._launched = 0  # by this process, in all epochs
+        self._launched = 0  # by this process with images of this size, in all epochs
+
+    def warm_up_again(self) -> None:
+        """The next steps take images of another size."""
+        self._launched = 0
 
     def start(self, steps: int) -> None:
         """Begin an epoch of which so many steps are left. Where these are few, half of them warm

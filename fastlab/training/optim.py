@@ -3,13 +3,16 @@
 import math
 from collections.abc import Container, Generator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from fastlab.config import AboveZero, Count, OptimConfig, ScheduleConfig, Share
+from fastlab.config import OptimConfig, ScheduleConfig
+from fastlab.fields import AboveZero, Count, Share
+from fastlab.training.muon import Muon, is_hidden
 
 # The rate at the first step of a warm-up, as a share of the peak: OneCycleLR's usual 1/25.
 _WARMUP_START = 1 / 25
@@ -28,7 +31,8 @@ def make_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimiz
         return torch.optim.SGD(
             groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=True
         )
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name]
+    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    kind = kinds.get(config.name) or partial(Muon, momentum=config.momentum)
     betas = (config.beta1, config.beta2)
     return kind(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
 
@@ -47,7 +51,9 @@ def optimizer_tensors(
     if config.name == "sgd":
         return {n: {"momentum_buffer": p} for n, p in listed.items()} if config.momentum else {}
     step = torch.zeros((), dtype=torch.float32, device=parameters[0].device)
-    return {n: {"step": step, "exp_avg": p, "exp_avg_sq": p} for n, p in listed.items()}
+    adam = {n: {"step": step, "exp_avg": p, "exp_avg_sq": p} for n, p in listed.items()}
+    hidden = [n for n, p in listed.items() if config.name == "muon" and is_hidden(p)]
+    return {**adam, **{n: {"momentum_buffer": listed[n]} for n in hidden}}
 
 
 def schedule_factor(config: ScheduleConfig, step: int, steps: int) -> float:
@@ -157,9 +163,13 @@ def _plateau(config: ScheduleConfig, lr: float) -> ReduceLROnPlateau:
 class WeightAverage:
     """Exponential moving average of a model's parameters and floating-point buffers.
 
-    The decay is held down to (1 + t) / (10 + t) at step t, so that the initial weights are
-    forgotten.
+    It takes in the weights after every eighth step and at the end of an epoch, with the decay of
+    all steps since: each time this reads and writes them once, and in between a step costs nothing.
+    The decay of a step is held down to (1 + t) / (10 + t) at step t, so that the initial weights
+    are forgotten.
     """
+
+    _EVERY = 8
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self._live = [t for t in model.state_dict(keep_vars=True).values() if t.is_floating_point()]
@@ -177,13 +187,13 @@ class WeightAverage:
         torch._foreach_copy_(self.average, [t.detach() for t in self._live])
 
     @torch.no_grad()
-    def update(self, step: torch.Tensor) -> None:
-        """Take in the weights after the step with the number `step`: int64 [1] on the device."""
-        decay = ((1 + step).double() / (10 + step)).clamp(max=self._decay)
-        weight = (1 - decay[0]).to(self.average[0].dtype)
-        change = torch._foreach_sub([t.detach() for t in self._live], self.average)
-        torch._foreach_mul_(change, weight)
-        torch._foreach_add_(self.average, change)
+    def update(self, done: int, steps_per_epoch: int) -> None:
+        """Take in the weights, if that is due after `done` steps of the run."""
+        if done % self._EVERY and done % steps_per_epoch:
+            return
+        before = max((done - 1) // every * every for every in (self._EVERY, steps_per_epoch))
+        decays = [min(self._decay, (1 + step) / (10 + step)) for step in range(before, done)]
+        torch._foreach_lerp_(self.average, [t.detach() for t in self._live], 1 - math.prod(decays))
 
     @contextmanager
     def applied(self) -> Generator[None]:

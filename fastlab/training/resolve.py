@@ -7,8 +7,9 @@ from itertools import count
 from pathlib import Path
 
 from fastlab import config
-from fastlab.config import Config, field_types
+from fastlab.config import Config
 from fastlab.console import UserError, printable
+from fastlab.fields import field_types
 from fastlab.runs import RunDir
 
 CHANGEABLE = {

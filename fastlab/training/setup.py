@@ -24,6 +24,7 @@ from fastlab.processes import SPIN_COUNT
 from fastlab.runs import RunDir
 from fastlab.training.distributed import agreed, processes_asked_for
 from fastlab.training.optim import make_optimizer
+from fastlab.training.resizing import schedule_text
 from fastlab.training.warm_start import warm_start
 from pipelines import PipelineSpec, make_pipeline
 from pipelines.base import Pipeline, Shard
@@ -105,8 +106,8 @@ def torch_settings(cfg: Config) -> Generator[None]:
 
 
 def open_dataset(cfg: Config) -> Manifest:
-    """The manifest of `data.path`. Raises `UserError` where files are missing or the model needs
-    larger images."""
+    """The manifest of `data.path`. Raises `UserError` where files are missing, the model needs
+    larger images, or `train.image_size` asks for some that do not exist."""
     manifest = read_manifest(Path(cfg.data.path))
     check_sizes(Path(cfg.data.path), manifest)
     smallest = models.SMALLEST_IMAGE.get(cfg.model.name, 1)
@@ -115,6 +116,12 @@ def open_dataset(cfg: Config) -> Manifest:
             f"{cfg.data.path}: images of {manifest.image_size} pixels a side are too small for "
             f"{cfg.model.name}; convert with --image-size {smallest}, or take another model.name"
         )
+    for _, side in cfg.train.image_size:
+        if not smallest <= side <= manifest.image_size:
+            raise UserError(
+                f"train.image_size: {side} pixels; expected {smallest} (the least that "
+                f"{cfg.model.name} takes) to {manifest.image_size} (those of {cfg.data.path})"
+            )
     return manifest
 
 
@@ -199,6 +206,7 @@ def hints(cfg: Config, device: torch.device) -> list[str]:
     """What to tell a person before the first step."""
     lines = [f"computing with {threads()}"] if device.type == "cpu" else []
     lines += [_SLOW_BF16] if slow_bf16(device, cfg.train.precision) else []
+    lines += [schedule_text(cfg.train)] if cfg.train.image_size else []
     compiles = cfg.train.compile and device.type == "cpu" and cpp_compiler()
     return lines + ([_COMPILING] if compiles else [])
 

@@ -12,8 +12,9 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
-from fastlab.config import AboveZero, Bound, Config, Count, NotNegative, Positive, field_types
+from fastlab.config import Config
 from fastlab.console import UserError
+from fastlab.fields import AboveZero, Bound, Count, NotNegative, Positive, field_types
 from fastlab.processes import STARTED
 from fastlab.runs import RunDir
 from fastlab.training import checkpoint, reruns

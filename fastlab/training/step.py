@@ -15,7 +15,7 @@ from fastlab.compiling import compiled
 from fastlab.console import first_line
 from fastlab.models.dropout import DropoutKeys
 from fastlab.training.failures import is_out_of_memory
-from fastlab.training.optim import Rate
+from fastlab.training.optim import Rate, WeightAverage
 from pipelines.base import Batch, DeviceEpoch, Pipeline
 
 # Uncaptured steps before the capture: they compile, let cuDNN choose its algorithms and allocate
@@ -49,18 +49,20 @@ class Step:
         optimizer: torch.optim.Optimizer,
         dropout: DropoutKeys,
         rate: Rate,
+        average: WeightAverage | None,
         steps_per_epoch: int,
         device: torch.device,
         *,
         compile: bool,
     ) -> None:
         """`train` trains on a batch and returns the loss (scalar), without reading the device."""
-        self._train, self._optimizer = train, optimizer
+        self._train, self._optimizer, self._average = train, optimizer, average
         self._dropout, self._rate, self.steps_per_epoch = dropout, rate, steps_per_epoch
         self._begin = compiled(_begin) if compile else _begin
         self._end = compiled(_end) if compile else _end
         self.done = torch.zeros(1, dtype=torch.int64, device=device)
         """int64 [1]: steps of the run so far."""
+        self._launched = 0  # the same number on the host, which does not wait for the device
         self.diverged = torch.zeros(1, dtype=torch.int64, device=device)
         """int64 [1]: number, from 1, of the epoch's first step whose loss was not finite, or 0."""
         self._source: DeviceEpoch | None = None
@@ -76,7 +78,8 @@ class Step:
     ) -> Iterable[Batch | None]:
         """What to call the step with, from step `first` of `epoch` on. None stands for a batch that
         the step makes itself, from what lies on the device."""
-        self.done.fill_(epoch * data.steps() + first)
+        self._launched = epoch * data.steps() + first
+        self.done.fill_(self._launched)
         self.diverged.zero_()
         if self._refused or not capture:
             self.release()
@@ -97,7 +100,14 @@ class Step:
         if self._graph is None:
             self._body(batch)
             self._uncaptured = self._uncaptured and self._uncaptured - 1
-            return
+        else:
+            self._replay(batch)
+        self._launched += 1
+        if self._average:
+            self._average.update(self._launched, self.steps_per_epoch)
+
+    def _replay(self, batch: Batch | None) -> None:
+        assert self._graph is not None
         if batch is not None and self._fixed is not None:
             for fixed, part in zip(self._fixed, batch, strict=True):
                 fixed.copy_(part)

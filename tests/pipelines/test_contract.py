@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 import torch
 
-from fastlab.config import AugmentConfig, DataConfig, field_types
+from fastlab.config import AugmentConfig, DataConfig
 from fastlab.console import UserError
 from fastlab.dataset.convert import Options, convert
 from fastlab.dataset.manifest import read_manifest
+from fastlab.fields import field_types
 from pipelines import FORMATS, make_pipeline
 from pipelines.base import Batch
 from pipelines.engine import EnginePipeline

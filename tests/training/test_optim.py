@@ -201,7 +201,7 @@ def test_a_plateau_has_the_factor_patience_and_floor_of_its_configuration():
     assert rates == pytest.approx([0.015, 0.0075, 0.004, 0.004, 0.004, 0.004])
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "muon"])
 @pytest.mark.parametrize("model_name", ["resnet11", "cnn8"])
 def test_weight_decay_moves_weights_but_no_bias_and_no_norm_parameter(name, model_name):
     model = build(ModelConfig(name=model_name, width=4), 5)
@@ -273,26 +273,32 @@ def floats(model: nn.Module) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.15, 0.9])
-def test_the_average_is_that_of_a_plain_loop(decay):
+def test_the_average_is_that_of_a_plain_loop_which_looks_every_eighth_step_and_after_each_epoch(
+    decay,
+):
     model = averaged_model()
     average = WeightAverage(model, decay)
     expected = [t.double() for t in floats(model)]
-    for step in range(8):
+    left, looks = 1.0, 0
+    for step in range(40):  # eight epochs of five steps
         move(model, step)
-        average.update(torch.tensor([step]))
-        limited = min(decay, [0.1, 2 / 11, 3 / 12, 4 / 13, 5 / 14, 6 / 15, 7 / 16, 8 / 17][step])
-        pairs = zip(expected, floats(model), strict=True)
-        expected = [limited * old + (1 - limited) * new.double() for old, new in pairs]
+        average.update(step + 1, 5)
+        left *= min(decay, (1 + step) / (10 + step))
+        if step + 1 in (5, 8, 10, 15, 16, 20, 24, 25, 30, 32, 35, 40):
+            pairs = zip(expected, floats(model), strict=True)
+            expected = [left * old + (1 - left) * new.double() for old, new in pairs]
+            left, looks = 1.0, looks + 1
     with average.applied():
         averaged = floats(model)
     torch.testing.assert_close(averaged, [t.float() for t in expected])
+    assert looks == 12
 
 
 def test_the_model_has_its_trained_weights_again_after_the_average_even_after_an_error():
     model = averaged_model()
     average = WeightAverage(model, 0.9)
     move(model, 3)
-    average.update(torch.tensor([3]))
+    average.update(4, 4)
     move(model, 4)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ZeroDivisionError), average.applied():
@@ -308,7 +314,7 @@ def test_an_average_resumes_from_its_saved_state():
     average = WeightAverage(model, 0.9)
     for step in range(3):
         move(model, step)
-        average.update(torch.tensor([step]))
+        average.update(step + 1, 1)
     stored = io.BytesIO()
     torch.save([average.state_dict(), model.state_dict()], stored)
     stored.seek(0)
@@ -320,7 +326,7 @@ def test_an_average_resumes_from_its_saved_state():
     averages = []
     for each, averaging in ((model, average), (resumed_model, resumed)):
         move(each, 5)
-        averaging.update(torch.tensor([3]))
+        averaging.update(4, 1)
         with averaging.applied():
             averages.append(floats(each))
     assert all(torch.equal(a, b) for a, b in zip(*averages, strict=True))

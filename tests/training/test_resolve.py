@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from fastlab.cli import main
-from fastlab.config import SECTIONS, dump, field_types, load
+from fastlab.config import SECTIONS, dump, load
 from fastlab.console import UserError
+from fastlab.fields import field_types
 from fastlab.options import add_training_options
 from fastlab.training.resolve import CHANGEABLE, resolve
 from tests.trainings import ROOT, command

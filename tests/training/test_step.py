@@ -38,6 +38,11 @@ SETTINGS = {
         "augment.cutout=4",
     ),
     "resnet11 without norms": ("model.name=resnet11", "model.batch_norm=false"),
+    "muon, resized": (
+        "model.name=resnet11",
+        "optim.name=muon",
+        "train.image_size=[[0.6,16],[0.9,24]]",
+    ),
 }
 
 
@@ -180,7 +185,8 @@ def test_a_captured_training_that_was_stopped_and_resumed_has_the_weights_of_an_
     stopped = main(["train", *command(synth_dataset, runs["captured"], *sets)])
     assert stopped == 128 + signal.SIGTERM
     assert main(["train", "--resume", str(runs["captured"])]) == 0
-    assert StandIn.replays == 15 - 2 * 3  # each process takes three steps before it captures
+    # Three steps before each capture: in each process, and after the resized images of two epochs.
+    assert StandIn.replays == 15 - 3 * (3 if "resized" in name else 2)
     assert_same_run(runs["eager"], runs["captured"])
 
 
@@ -256,6 +262,7 @@ def test_what_is_compiled_around_a_step_is_one_graph_that_computes_the_same(
             trainer.optimizer,
             trainer.dropout,
             trainer.rate,
+            trainer.average,
             trainer.train_data.steps(),
             trainer.device,
             compile=compiled,
