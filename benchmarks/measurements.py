@@ -31,6 +31,8 @@ from fastlab.files import write_json
 from fastlab.machine import environment
 from fastlab.options import add_set_option
 
+WHOLE_IMAGES = "train.image_size=[]"
+"""An override for measurements of speed: the first epochs may train on smaller images."""
 _PATIENCE = 900  # seconds for a case in a process of its own
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measurements import (
+    WHOLE_IMAGES,
     Results,
     Round,
     Session,
@@ -99,7 +100,8 @@ def measure(args: argparse.Namespace) -> None:
         share = sorted(os.sched_getaffinity(0))[rank * args.cores : (rank + 1) * args.cores]
         os.sched_setaffinity(0, share)
         torch.set_num_threads(args.cores)
-    cfg = configs.load(args.config, [*args.overrides, f"train.batch_size={args.batch * world}"])
+    size = f"train.batch_size={args.batch * world}"
+    cfg = configs.load(args.config, [WHOLE_IMAGES, *args.overrides, size])
     with tempfile.TemporaryDirectory() as scratch, torch_settings(cfg):
         trainer = Trainer(cfg, RunDir(Path(scratch)), make_accelerator(cfg))
         trainer.net.train()

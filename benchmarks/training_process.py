@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState
 from torch._dynamo import config as dynamo
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measurements import public_config
+from benchmarks.measurements import WHOLE_IMAGES, public_config
 from benchmarks.savings import changed
 from benchmarks.timing import step_seconds
 from benchmarks.training import VARIANTS, Request, Variant
@@ -86,7 +86,7 @@ class Answers:
 
     def _start(self, variant: Variant) -> "Measured":
         size = f"train.batch_size={self._batch}"
-        overrides = [*self._args.overrides, *variant.overrides(), size]
+        overrides = [WHOLE_IMAGES, *self._args.overrides, *variant.overrides(), size]
         with changed(variant.change):
             return Measured(configs.load(self._config, overrides), self._run, self._args.steps)
 
