@@ -38,7 +38,9 @@ Share = Annotated[float, Bound("from 0 to 1", lambda v: 0 <= v <= 1)]
 PositiveShare = Annotated[float, Bound("above 0 and at most 1", lambda v: 0 < v <= 1)]
 Factor = Annotated[float, Bound("above 0 and below 1", lambda v: 0 < v < 1)]
 
-ModelName = Literal["cnn8", "cnn10", "cnn12", "resnet11", "resnet15", "resnet19", "resnet18"]
+ModelName = Literal[
+    "cnn8", "cnn10", "cnn12", "resnet11", "resnet15", "resnet19", "resnet18", "speed8"
+]  # fmt: skip
 """Every name has an entry in `fastlab.models.MODELS`."""
 
 
@@ -102,7 +104,7 @@ class ModelConfig(Section):
     dropout_conv: Fraction = 0.2
     """Dropout in the convolutional part."""
     dropout_stem: Fraction = 0.15
-    """Dropout after the stem's convolution (residual networks)."""
+    """Dropout after the stem's convolution (all but the CNNs)."""
     dropout_fc: Fraction = 0.2
     """Dropout before the classifier, and before the hidden layer of a CNN."""
     sync_batch_norm: bool = False

@@ -48,7 +48,7 @@ VALUES = {
         "crop_scale": st.floats(0, 1, exclude_min=True),
     },
     "model": {
-        "name": st.sampled_from([*REFERENCE, "resnet18"]),
+        "name": st.sampled_from([*REFERENCE, "resnet18", "speed8"]),
         "width": COUNT,
         "batch_norm": st.booleans(),
         "shortcuts": st.booleans(),
