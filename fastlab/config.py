@@ -177,6 +177,15 @@ class TrainConfig(Section):
     deterministic."""
 
 
+Tta = Literal["none", "flip"]
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(Section):
+    tta: Tta = "none"
+    """Test-time augmentation: "flip" averages the logits of each image and of its mirror image."""
+
+
 @dataclass(frozen=True)
 class ProfileConfig(Section):
     """A trace of a few training steps, counted from the start of the process."""
@@ -202,7 +211,13 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+
+
+def tta_label(tta: str) -> str:
+    """What follows the name of figures: empty for plain ones."""
+    return "" if tta == "none" else f" (tta={tta})"
 
 
 # Keys of earlier versions, ignored in files: they had no effect on what a run computes.

@@ -92,6 +92,7 @@ VALUES = {
         "checkpoint_every": SIZE,
         "deterministic": st.booleans(),
     },
+    "evaluate": {"tta": st.sampled_from(["none", "flip"])},
     "profile": {
         "enabled": st.booleans(),
         "wait": SIZE,

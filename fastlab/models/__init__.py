@@ -1,11 +1,11 @@
 """Models by name; `build` makes them.
 
-`cnn`, `resnet` and `speed` define the models. `layers` has their convolutions and norms, and the functions
-that run groups of layers: one by one, or when training on a GPU as one fused operator. The fused
-operators are `norm_pool` (dropout, norm, ReLU, max pool) and `norm_relu` (dropout, norm, ReLU and
-the sum of a residual block); their Triton kernels are in `norm_pool_forward`, `norm_pool_backward`
-and `norm_relu_kernels`, and share `norm_kernels`. `dropout` draws masks from counters, and
-`sync_norm` takes batch statistics over all processes.
+`cnn`, `resnet` and `speed` define the models. `layers` has their convolutions and norms, and the
+functions that run groups of layers: one by one, or when training on a GPU as one fused operator.
+The fused operators are `norm_pool` (dropout, norm, ReLU, max pool) and `norm_relu` (dropout, norm,
+ReLU and the sum of a residual block); their Triton kernels are in `norm_pool_forward`,
+`norm_pool_backward` and `norm_relu_kernels`, and share `norm_kernels`. `dropout` draws masks from
+counters, and `sync_norm` takes batch statistics over all processes.
 """
 
 from collections.abc import Callable

@@ -277,7 +277,7 @@ def test_the_forward_pass_follows_the_description_with_each_dropout_in_its_place
         ("cnn8", 0, 7, 2),
         ("cnn12", 0, 11, 2),
         ("speed8", 1, 6, 1),
-    ],  # fmt: skip
+    ],
 )
 def test_each_dropout_setting_reaches_its_own_part(name, stem, conv_part, head):
     config = ModelConfig(name=name, width=8, dropout_stem=0.1, dropout_conv=0.3, dropout_fc=0.7)
