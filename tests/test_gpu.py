@@ -428,8 +428,11 @@ def test_evaluation_counts_each_image_once(compiled, batch_size, make_trainer, d
 
 @both_devices
 def test_test_time_flips_average_the_logits_of_an_image_and_its_mirror_image(make_trainer, dataset):
-    """The last batch of 7 is padded."""
+    """The last batch of 7 is padded. Initial weights hardly tell left from right."""
     trainer = make_trainer(*SMALL, "train.eval_batch_size=7", "train.compile=false")
+    with torch.no_grad():
+        for weight in trainer.model.parameters():
+            weight += 0.2 * torch.randn_like(weight)
     figures = evaluate(trainer.net, trainer.val_data, trainer.accelerator, "flip")
     logits, labels = plain_evaluation(trainer, dataset)
     average = (logits + plain_evaluation(trainer, dataset, mirrored=True)[0]) / 2
@@ -437,7 +440,7 @@ def test_test_time_flips_average_the_logits_of_an_image_and_its_mirror_image(mak
     assert [figures.images, figures.correct1, figures.correct5] == [50, *hits]
     loss, plain = (nn.functional.cross_entropy(each, labels).item() for each in (average, logits))
     assert figures.loss == pytest.approx(loss, rel=1e-5)
-    assert abs(plain - loss) > 1e-4 * loss
+    assert abs(plain - loss) > 1e-3 * loss
 
 
 @both_devices
