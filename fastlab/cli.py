@@ -175,6 +175,8 @@ def _model_options(parser: ArgumentParser) -> None:
 def _evaluate_options(parser: ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("--split", default="val")
+    tta = "average the logits of each image and its mirror image (default: as the run did)"
+    parser.add_argument("--tta", choices=("none", "flip"), help=tta)
     _model_options(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -182,7 +184,8 @@ def _evaluate_options(parser: ArgumentParser) -> None:
 def _evaluate(args: Namespace) -> None:
     from fastlab.predict import evaluate_run
 
-    print(evaluate_run(args.run, args.split, args.checkpoint, args.json, args.data))
+    options = (args.run, args.split, args.checkpoint, args.json, args.data, args.tta)
+    print(evaluate_run(*options))
 
 
 def _predict_options(parser: ArgumentParser) -> None:

@@ -34,7 +34,9 @@ from fastlab.fields import (
     show,
 )
 
-ModelName = Literal["cnn8", "cnn10", "cnn12", "resnet11", "resnet15", "resnet19", "resnet18"]
+ModelName = Literal[
+    "cnn8", "cnn10", "cnn12", "resnet11", "resnet15", "resnet19", "resnet18", "speed8"
+]  # fmt: skip
 """Every name has an entry in `fastlab.models.MODELS`."""
 
 
@@ -80,7 +82,7 @@ class ModelConfig(Section):
     dropout_conv: Fraction = 0.2
     """Dropout in the convolutional part."""
     dropout_stem: Fraction = 0.15
-    """Dropout after the stem's convolution (residual networks)."""
+    """Dropout after the stem's convolution (all but the CNNs)."""
     dropout_fc: Fraction = 0.2
     """Dropout before the classifier, and before the hidden layer of a CNN."""
     sync_batch_norm: bool = False
@@ -158,6 +160,15 @@ class TrainConfig(Section):
     deterministic."""
 
 
+Tta = Literal["none", "flip"]
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(Section):
+    tta: Tta = "none"
+    """Test-time augmentation: "flip" averages the logits of each image and of its mirror image."""
+
+
 @dataclass(frozen=True)
 class ProfileConfig(Section):
     """A trace of a few training steps, counted from the start of the process."""
@@ -183,7 +194,13 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+
+
+def tta_label(tta: str) -> str:
+    """What follows the name of figures: empty for plain ones."""
+    return "" if tta == "none" else f" (tta={tta})"
 
 
 # Keys of earlier versions, ignored in files: they had no effect on what a run computes.

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fastlab import models
-from fastlab.config import Config
+from fastlab.config import Config, Tta, tta_label
 from fastlab.console import UserError, printable, tell
 from fastlab.dataset.decode import MAX_PIXELS, CorruptImage, decode_any_into
 from fastlab.dataset.manifest import ImageSpec, Manifest, fingerprint, image_spec
@@ -78,15 +78,22 @@ def open_run(run: RunDir, data: Path | None) -> tuple[Config, Manifest]:
 
 
 def evaluate_run(
-    directory: Path, split: str, which: str, as_json: bool, dataset: Path | None = None
+    directory: Path,
+    split: str,
+    which: str,
+    as_json: bool,
+    dataset: Path | None = None,
+    tta: Tta | None = None,
 ) -> str:
-    """Figures of a run on every image of a split of its dataset, as a line or as JSON.
+    """Figures of a run on every image of a split of its dataset, as a line or as JSON; `tta`, where
+    given, takes the place of the run's own.
 
     On a CPU they equal the figures of its training to the image, if that ran in one process:
     precision and batches are the same, and what was compiled is compiled (from its cache).
     """
     run = RunDir(directory)
     cfg, manifest = open_run(run, dataset)
+    tta = tta or cfg.evaluate.tta
     model = load_model(run, cfg, len(manifest.classes), which)
     accelerator = setup.make_accelerator(cfg)
     models.set_memory_format(model, cfg.train.channels_last)
@@ -95,18 +102,20 @@ def evaluate_run(
     data = setup.open_split(cfg, manifest, accelerator, split)
     net = accelerator.prepare_model(model, evaluation_mode=True)
     with setup.torch_settings(cfg):
-        figures = evaluate(net, data, accelerator)
+        figures = evaluate(net, data, accelerator, tta)
     values = {
         "loss": figures.loss,
         "top1": figures.top1,
         "top5": figures.top5,
         "images": figures.images,
+        "tta": tta,
     }
     if as_json:
         return json.dumps({"run": str(directory), "split": split, "checkpoint": which, **values})
     return (
-        f"{directory} ({which}) on {split}: loss {figures.loss:.4f}, top-1 {figures.top1:.2%} "
-        f"({figures.correct1} of {figures.images}), top-5 {figures.top5:.2%}"
+        f"{directory} ({which}) on {split}{tta_label(tta)}: loss {figures.loss:.4f}, "
+        f"top-1 {figures.top1:.2%} ({figures.correct1} of {figures.images}), "
+        f"top-5 {figures.top5:.2%}"
     )
 
 

@@ -144,7 +144,8 @@ def epoch(trainer: Trainer) -> None:
     trainer.tracer.end_epoch()
     state.average_buffers()
     with average.applied() if average else nullcontext():
-        val_figures = evaluate(trainer.net, trainer.val_data, trainer.accelerator)
+        tta = trainer.cfg.evaluate.tta
+        val_figures = evaluate(trainer.net, trainer.val_data, trainer.accelerator, tta)
         if not math.isfinite(val_figures.loss):
             raise Diverged("the validation loss is not a finite number at the end")
         if val_figures.top1 > progress.best_top1:

@@ -49,7 +49,7 @@ VALUES = {
         "crop_scale": st.floats(0, 1, exclude_min=True),
     },
     "model": {
-        "name": st.sampled_from([*REFERENCE, "resnet18"]),
+        "name": st.sampled_from([*REFERENCE, "resnet18", "speed8"]),
         "width": COUNT,
         "batch_norm": st.booleans(),
         "shortcuts": st.booleans(),
@@ -94,6 +94,7 @@ VALUES = {
         "checkpoint_every": SIZE,
         "deterministic": st.booleans(),
     },
+    "evaluate": {"tta": st.sampled_from(["none", "flip"])},
     "profile": {
         "enabled": st.booleans(),
         "wait": SIZE,

@@ -399,10 +399,15 @@ def test_the_first_step_whose_loss_is_not_finite_is_reported(make_trainer, devic
 
 
 @torch.no_grad()
-def plain_evaluation(trainer: training.Trainer, dataset: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and labels of the validation images, as one batch that is normalised here."""
+def plain_evaluation(
+    trainer: training.Trainer, dataset: Path, mirrored: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and labels of the validation images, or of their mirror images, as one batch that is
+    normalised here."""
     arrays = open_array(dataset, trainer.manifest, "val")
     images, labels = (torch.from_numpy(np.array(part)).to(trainer.device) for part in arrays)
+    if mirrored:
+        images = images[:, :, torch.arange(images.shape[2] - 1, -1, -1)]
     moments = (trainer.manifest.mean, trainer.manifest.std)
     mean, std = (torch.tensor(value, device=trainer.device) for value in moments)
     pixels = ((images / 255 - mean) / std).permute(0, 3, 1, 2)
@@ -424,6 +429,23 @@ def test_evaluation_counts_each_image_once(compiled, batch_size, make_trainer, d
     loss = nn.functional.cross_entropy(logits, labels).item()
     assert figures.loss == pytest.approx(loss, rel=1e-4)
     assert 0 < figures.correct5 < 50
+
+
+@both_devices
+def test_test_time_flips_average_the_logits_of_an_image_and_its_mirror_image(make_trainer, dataset):
+    """The last batch of 7 is padded. Initial weights hardly tell left from right."""
+    trainer = make_trainer(*SMALL, "train.eval_batch_size=7", "train.compile=false")
+    with torch.no_grad():
+        for weight in trainer.model.parameters():
+            weight += 0.2 * torch.randn_like(weight)
+    figures = evaluate(trainer.net, trainer.val_data, trainer.accelerator, "flip")
+    logits, labels = plain_evaluation(trainer, dataset)
+    average = (logits + plain_evaluation(trainer, dataset, mirrored=True)[0]) / 2
+    hits = [int((average.topk(k).indices == labels[:, None]).any(dim=1).sum()) for k in (1, 5)]
+    assert [figures.images, figures.correct1, figures.correct5] == [50, *hits]
+    loss, plain = (nn.functional.cross_entropy(each, labels).item() for each in (average, logits))
+    assert figures.loss == pytest.approx(loss, rel=1e-5)
+    assert abs(plain - loss) > 1e-3 * loss
 
 
 @both_devices

@@ -1,11 +1,11 @@
 """Models by name; `build` makes them.
 
-`cnn` and `resnet` define the models. `layers` has their convolutions and norms, and the functions
-that run groups of layers: one by one, or when training on a GPU as one fused operator. The fused
-operators are `norm_pool` (dropout, norm, ReLU, max pool) and `norm_relu` (dropout, norm, ReLU and
-the sum of a residual block); their Triton kernels are in `norm_pool_forward`, `norm_pool_backward`
-and `norm_relu_kernels`, and share `norm_kernels`. `dropout` draws masks from counters, and
-`sync_norm` takes batch statistics over all processes.
+`cnn`, `resnet` and `speed` define the models. `layers` has their convolutions and norms, and the
+functions that run groups of layers: one by one, or when training on a GPU as one fused operator.
+The fused operators are `norm_pool` (dropout, norm, ReLU, max pool) and `norm_relu` (dropout, norm,
+ReLU and the sum of a residual block); their Triton kernels are in `norm_pool_forward`,
+`norm_pool_backward` and `norm_relu_kernels`, and share `norm_kernels`. `dropout` draws masks from
+counters, and `sync_norm` takes batch statistics over all processes.
 """
 
 from collections.abc import Callable
@@ -17,6 +17,7 @@ from torch import nn
 from fastlab.config import ModelConfig
 from fastlab.models.cnn import CNN
 from fastlab.models.resnet import ResNet, ResNet18
+from fastlab.models.speed import SpeedNet
 
 MODELS: dict[str, Callable[[ModelConfig, int], nn.Module]] = {
     "cnn8": partial(CNN, stages=3),
@@ -26,10 +27,11 @@ MODELS: dict[str, Callable[[ModelConfig, int], nn.Module]] = {
     "resnet15": partial(ResNet, blocks=7),
     "resnet19": partial(ResNet, blocks=9),
     "resnet18": ResNet18,
+    "speed8": SpeedNet,
 }
 
-# The least height and width, which each stage of a CNN halves. The ResNets take any size.
-SMALLEST_IMAGE = {"cnn8": 16, "cnn10": 32, "cnn12": 64}
+# The least height and width, which each stage of these models halves. The ResNets take any size.
+SMALLEST_IMAGE = {"cnn8": 16, "cnn10": 32, "cnn12": 64, "speed8": 16}
 
 
 def build(config: ModelConfig, classes: int) -> nn.Module:

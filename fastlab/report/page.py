@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import jinja2
 
 from fastlab import __version__
+from fastlab.config import tta_label
 from fastlab.console import UserError, public_text, tell
 from fastlab.files import write_atomically
 from fastlab.report.charts import DRAWING, make_plots
@@ -56,6 +58,7 @@ def write_report(run_dirs: Sequence[Path | str], out: Path | str) -> None:
             },
             "environment": flat_rows(run.environment),
             "predictions": run.predictions,
+            "tta": _tta(run),
         }
         for run in runs
     ]
@@ -67,7 +70,8 @@ def _read_runs(given: dict[Path, Path]) -> list[Run]:
     runs, left_out = [], []
     for path, directory in given.items():
         try:
-            runs.append(read_run(directory, _name(path, list(given))))
+            run = read_run(directory, _name(path, list(given)))
+            runs.append(replace(run, name=run.name + _tta(run)))
         except NotYetARun as error:
             left_out.append(error)
     if not runs and len(left_out) == 1:
@@ -112,6 +116,11 @@ def _result(run: Run) -> dict[str, str]:
 
 def _setting(run: Run, section: str, key: str) -> str:
     return setting_text(run.config.get(section, {}).get(key))
+
+
+def _tta(run: Run) -> str:
+    """The label of the run's validation figures; earlier versions had none."""
+    return tta_label(str(run.config.get("evaluate", {}).get("tta", "none")))
 
 
 def _dataset_text(run: Run) -> str:

@@ -131,7 +131,7 @@ def _test_figures(folder: StudyDir, task: Task) -> dict[str, Any]:
     if done.returncode:
         return {"note": f"The test split could not be evaluated: {last_line(done.stderr)}"}
     figures = json.loads(done.stdout.strip().splitlines()[-1])
-    return {key: figures[key] for key in ("loss", "top1", "top5", "images")}
+    return {key: figures[key] for key in ("loss", "top1", "top5", "images", "tta")}
 
 
 def report(folder: StudyDir, studies: list[Study], tasks: list[Task]) -> int:

@@ -122,7 +122,7 @@ def _study(result: StudyResult) -> dict[str, Any]:
         "about": result.study.about,
         "rows": rows,
         "notes": [f"{row['label']}: {note}" for row in rows for note in row["notes"]],
-        "curves": [row.label for row in curves],
+        "curves": [row.title for row in curves],
         "plots": make_plots([_mean_run(row) for row in curves]) if curves else [],
     }
 
@@ -134,7 +134,7 @@ def _mean_run(row: RowResult) -> Run:
         over_seeds = {key: interval([epoch[key] for epoch in epochs]) for key in EPOCH_KEYS}
         mean = {key: figure.mean if figure else None for key, figure in over_seeds.items()}
         means.append({"epoch": epochs[0]["epoch"], **mean})
-    return Run(row.label, {}, {}, row.finished[0].summary, means, [])
+    return Run(row.title, {}, {}, row.finished[0].summary, means, [])
 
 
 def _row(row: RowResult) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def _row(row: RowResult) -> dict[str, Any]:
         "seeds": f"{len(row.finished)} of {len(row.runs)}",
     }
     return {
-        "label": row.label,
+        "label": row.title,
         "lines": [here, *(_reference_lines(row, reference) if reference else [])],
         "notes": [_note(run) for run in row.runs if not run.run],
         "tasks": row.row.tasks,
@@ -202,6 +202,7 @@ def _run(result: RunResult) -> dict[str, Any]:
     return {
         "name": result.task.name,
         "state": result.state,
+        "tta": configs.tta_label(result.task.config.evaluate.tta),
         "epochs": f"{result.state.epochs} of {result.task.config.train.epochs} epochs",
         "top1": percent_text(result.best["val_top1"] if result.best else None),
         "config": configs.dump(result.task.config),
@@ -214,10 +215,13 @@ def _best(folder: StudyDir, results: list[StudyResult]) -> dict[str, Any]:
     if not (best and best.best):
         return {}
     figures = {key.removeprefix("val_"): value for key, value in best.best.items()}
-    rows = [{"split": "validation", **_cells(figures)}]
+    label = configs.tta_label(best.task.config.evaluate.tta)
+    rows = [{"split": f"validation{label}", **_cells(figures)}]
     tested = read_json(folder.test)
     if tested.get("run") == best.task.name and "top1" in tested:
-        rows.append({"split": "test", **_cells(tested)})
+        rows.append(
+            {"split": f"test{configs.tta_label(tested.get('tta', 'none'))}", **_cells(tested)}
+        )
         reference = reference_figures(reference_table()["test"])
         rows.append({"split": "reference, test", **_cells(reference)})
     of_best = [row for study in results for row in study.rows if best.task in row.row.tasks]

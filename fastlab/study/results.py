@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from fastlab.config import tta_label
 from fastlab.console import UserError
 from fastlab.report.page import percent_text
 from fastlab.run_records import Epoch, Run, best_epoch, read_run
@@ -36,6 +37,11 @@ class RowResult:
     @property
     def label(self) -> str:
         return self.row.label
+
+    @property
+    def title(self) -> str:
+        """The label of the row with that of its figures."""
+        return self.label + tta_label(self.row.config.evaluate.tta)
 
     @property
     def finished(self) -> list[Run]:
@@ -75,7 +81,7 @@ def analyse(folder: StudyDir, studies: list[Study]) -> list[StudyResult]:
     results = []
     for study in studies:
         rows = [RowResult(row, [runs[task.name] for task in row.tasks]) for row in study.rows]
-        verdicts = [decide(finding, rows) for finding in study.findings]
+        verdicts = [_labelled(decide(finding, rows), rows) for finding in study.findings]
         results.append(StudyResult(study, rows, verdicts))
     return results
 
@@ -118,6 +124,16 @@ def decide(finding: Finding, rows: list[RowResult]) -> Verdict:
     if finding.chance:
         return _decide_chance(finding, named, tops)
     return _decide_order(finding, tops)
+
+
+def _labelled(verdict: Verdict, rows: list[RowResult]) -> Verdict:
+    """The verdict, whose sentence also names the rows with test-time augmentation."""
+    finding = verdict.finding
+    about = (finding.better, *finding.worse, *finding.chance)
+    titles = [row.title for row in rows if row.label in about and row.title != row.label]
+    if not titles:
+        return verdict
+    return replace(verdict, sentence=f"{verdict.sentence} Figures are of {listed(titles)}.")
 
 
 def _decide_order(finding: Finding, tops: dict[str, Interval]) -> Verdict:

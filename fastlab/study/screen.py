@@ -5,6 +5,7 @@ import sys
 import time
 from collections import Counter
 
+from fastlab.config import tta_label
 from fastlab.report.texts import duration_text
 from fastlab.study.folder import State, StudyDir, look
 from fastlab.study.spec import Task
@@ -37,7 +38,8 @@ class Screen:
         self.counts[state.status] += 1
         self.seconds_ended += self.seconds.get(task.name, 0.0)
         ended = self.counts.total()
-        top1 = "" if state.top1 is None else f", last top-1 {state.top1:.2%}"
+        label = tta_label(task.config.evaluate.tta)
+        top1 = "" if state.top1 is None else f", last top-1{label} {state.top1:.2%}"
         reason = f": {state.reason}" if state.reason else ""
         self.say(f"{state.status:<10} {task.name} ({ended} of {len(self.tasks)}){top1}{reason}")
 
@@ -82,7 +84,8 @@ class Screen:
 
 
 def _line(task: Task, state: State) -> str:
-    top1 = "" if state.top1 is None else f" top-1 {state.top1:7.2%}"
+    label = tta_label(task.config.evaluate.tta)
+    top1 = "" if state.top1 is None else f" top-1{label} {state.top1:7.2%}"
     rate = "" if state.rate is None else f" {state.rate:>9,.0f} images/s"
     return f"  {task.name:<32} epoch {state.epochs:>3}/{task.config.train.epochs:<4}{top1}{rate}"
 

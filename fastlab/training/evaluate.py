@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
-from fastlab.config import Config
+from fastlab.config import Config, Tta
 from fastlab.dataset.manifest import Manifest
 from fastlab.dataset.originals import ImageClass
 from fastlab.training.metrics import Figures, Sums
@@ -21,13 +21,20 @@ SAMPLES = 12
 
 
 @torch.no_grad()
-def evaluate(net: nn.Module, data: Pipeline, accelerator: Accelerator) -> Figures:
-    """Collective: figures over every image of the split, each counted once."""
+def evaluate(
+    net: nn.Module, data: Pipeline, accelerator: Accelerator, tta: Tta = "none"
+) -> Figures:
+    """Collective: figures over every image of the split, each counted once. With `tta` "flip", the
+    logits of an image are the mean of its own and of its mirror image's (as in airbench94, Jordan,
+    2024)."""
     model = accelerator.unwrap_model(net)
     model.eval()
     sums = Sums(accelerator.device)
     for batch in data.epoch(0):
-        sums.add(model(batch.images), batch.labels, batch.mask)
+        logits = model(batch.images)
+        if tta == "flip":
+            logits = (logits + model(batch.images.flip(3))) / 2
+        sums.add(logits, batch.labels, batch.mask)
     return sums.reduce(accelerator)
 
 

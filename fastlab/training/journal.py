@@ -13,7 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from fastlab import models
-from fastlab.config import Config
+from fastlab.config import Config, tta_label
 from fastlab.console import UserError, printable, tell
 from fastlab.dataset.manifest import Manifest
 from fastlab.runs import RunDir
@@ -95,6 +95,7 @@ class Journal:
         self._main = accelerator.is_main_process
         self._board: SummaryWriter | None = None
         self._bar = Bar(0, 0, 0, disable=True)
+        self._label = tta_label(cfg.evaluate.tta)
 
     def started(self, origin: str, hints: list[str]) -> None:
         """Report what is trained, where and on what, then `hints`, then the head of the table that
@@ -114,7 +115,11 @@ class Journal:
             parts.append(f"weights: {origin}")
         if progress.epoch or progress.step:
             parts.append(f"resumed after epoch {progress.epoch}, step {progress.step}")
-        lines = [printable("; ".join(parts)), *hints, _HEAD]
+        lines = [
+            printable("; ".join(parts)),
+            *hints,
+            _HEAD + (f"  val{self._label}" if self._label else ""),
+        ]
         accelerator.print("\n".join(lines), flush=True)
 
     @contextmanager
@@ -167,10 +172,13 @@ class Journal:
         }
         counts = {"images": val.images, "correct1": val.correct1, "correct5": val.correct5}
         counts = {f"val_{name}": count for name, count in counts.items()}
-        self._run.append_metrics({"epoch": progress.epoch, "step": step, **values, **counts})
+        record = {"epoch": progress.epoch, "step": step, **values, **counts}
+        self._run.append_metrics({**record, "tta": self._cfg.evaluate.tta})
         for name, value in values.items():
             group, _, metric = name.partition("_")
             tag = f"{metric}/{group}" if group in ("train", "val") else name
+            if group == "val" and self._label:
+                tag += f"-{self._cfg.evaluate.tta}"
             if self._board is not None:
                 self._board.add_scalar(tag, value, progress.epoch)
         print(
@@ -197,6 +205,7 @@ class Journal:
                     "counts": counts,
                     "skipped": len(self._manifest.skipped),
                 },
+                "tta": self._cfg.evaluate.tta,
                 "status": status,
                 "train_seconds": self._state.seconds(),
                 "wall_seconds": self._state.wall(),
@@ -225,8 +234,8 @@ class Journal:
             tell(f"{self._run.path}: is trained, but has no sample predictions: {error}")
         progress, path = self._state.progress, self._run.path
         print(
-            f"best validation top-1 {progress.best_top1:.2%} at epoch {progress.best_epoch}, "
-            f"{progress.seconds:.0f} s in all; run directory: {path}\n"
+            f"best validation top-1{self._label} {progress.best_top1:.2%} at epoch "
+            f"{progress.best_epoch}, {progress.seconds:.0f} s in all; run directory: {path}\n"
             f"look at it: fastlab report {shlex.quote(str(path))} --out report.html"
         )
 

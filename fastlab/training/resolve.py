@@ -32,7 +32,8 @@ CHANGEABLE = {
 }
 """Section -> the keys that `--resume` lets `--set` change. With another value of any other key, the
 weights, the optimizer's state or the order of images in a checkpoint would have another meaning.
-`data.path` may change, since resuming compares the dataset."""
+`data.path` may change, since resuming compares the dataset. `evaluate.tta` may not: the best epoch,
+and the rate of a plateau schedule, follow from comparing the figures of all epochs."""
 
 
 def resolve(args: argparse.Namespace) -> tuple[Config, RunDir]:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastlab.config import ModelConfig, ModelName
 from fastlab.models import MODELS, SMALLEST_IMAGE, build, count_parameters
@@ -59,6 +60,13 @@ def resnet_count(name: str, classes: int) -> int:
 def parameters(classes: int = 200, **settings) -> int:
     with torch.device("meta"):
         return count_parameters(build(ModelConfig(**settings), classes))
+
+
+def multiply_accumulates(name: str, width: int) -> int:
+    """Of the forward pass for an image of 64x64 pixels, as PyTorch counts them."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        build(ModelConfig(name=name, width=width), 200).eval()(torch.empty(1, 3, 64, 64))
+    return counter.get_total_flops() // 2
 
 
 def usual_resnet18(classes: int) -> nn.Module:
@@ -144,6 +152,14 @@ def plain_cnn8(plain: Plain, x: torch.Tensor, p: dict[str, float]) -> torch.Tens
     return plain.dense(plain.drop(x, p["fc"]))
 
 
+def plain_speed8(plain: Plain, x: torch.Tensor, p: dict[str, float]) -> torch.Tensor:
+    x = plain.norm(plain.drop(plain.conv(x, 2, 1), p["stem"])).relu()
+    for _ in range(3):
+        x = F.max_pool2d(plain.norm(plain.drop(plain.conv(x, 1, 1), p["conv"])).relu(), 2)
+        x = plain.drop(plain.norm(plain.conv(x, 1, 1)) + x, p["conv"]).relu()
+    return plain.dense(plain.drop(x.mean((2, 3)), p["fc"]))
+
+
 def test_the_configuration_names_exactly_the_models():
     assert set(get_args(ModelName)) == set(MODELS)
 
@@ -178,6 +194,18 @@ def test_resnet18_gives_torchvisions_logits():
         torch.testing.assert_close(ours(images(2, 32)), theirs(images(2, 32)))
 
 
+def test_speed8_costs_what_its_description_says():
+    assert parameters(name="speed8", width=40) == 1_882_840
+    assert multiply_accumulates("speed8", 40) == 134_740_480
+    assert multiply_accumulates("speed8", 64) == 342_986_752
+    assert multiply_accumulates("resnet11", 64) == 376_227_840
+
+
+@pytest.mark.parametrize("side", [32, 48])
+def test_speed8_takes_the_images_of_progressive_resizing(side):
+    assert build(ModelConfig(name="speed8", width=4), 5)(images(2, side)).shape == (2, 5)
+
+
 @pytest.mark.parametrize("classes", [2, 200])
 @pytest.mark.parametrize("name", get_args(ModelName))
 def test_logits_have_a_row_per_image_and_a_column_per_class(name, classes):
@@ -190,7 +218,7 @@ def test_logits_have_a_row_per_image_and_a_column_per_class(name, classes):
 
 
 @pytest.mark.parametrize("name", SMALLEST_IMAGE)
-def test_a_cnn_takes_images_down_to_its_smallest_size(name):
+def test_a_model_takes_images_down_to_its_smallest_size(name):
     model = build(ModelConfig(name=name, width=2), 5)
     smallest = SMALLEST_IMAGE[name]
     assert model(images(2, smallest)).shape == (2, 5)
@@ -221,7 +249,10 @@ def test_a_pointwise_convolution_in_channels_last_has_the_gradients_of_fp64(imag
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
-@pytest.mark.parametrize(("name", "plain"), [("resnet11", plain_resnet11), ("cnn8", plain_cnn8)])
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [("resnet11", plain_resnet11), ("cnn8", plain_cnn8), ("speed8", plain_speed8)],
+)
 def test_the_forward_pass_follows_the_description_with_each_dropout_in_its_place(
     name, plain, training
 ):
@@ -240,7 +271,13 @@ def test_the_forward_pass_follows_the_description_with_each_dropout_in_its_place
 
 @pytest.mark.parametrize(
     ("name", "stem", "conv_part", "head"),
-    [("resnet11", 1, 10, 1), ("resnet19", 1, 18, 1), ("cnn8", 0, 7, 2), ("cnn12", 0, 11, 2)],
+    [
+        ("resnet11", 1, 10, 1),
+        ("resnet19", 1, 18, 1),
+        ("cnn8", 0, 7, 2),
+        ("cnn12", 0, 11, 2),
+        ("speed8", 1, 6, 1),
+    ],
 )
 def test_each_dropout_setting_reaches_its_own_part(name, stem, conv_part, head):
     config = ModelConfig(name=name, width=8, dropout_stem=0.1, dropout_conv=0.3, dropout_fc=0.7)
@@ -270,11 +307,11 @@ def test_resnet18_without_shortcuts_lacks_its_three_projections():
     assert full - parameters(name="resnet18", shortcuts=False) == gone
 
 
-@pytest.mark.parametrize("name", ["resnet11", "resnet18"])
+@pytest.mark.parametrize("name", ["resnet11", "resnet18", "speed8"])
 def test_without_shortcuts_a_block_of_zero_weights_passes_nothing(name):
     for shortcuts in (True, False):
         model = build(ModelConfig(name=name, width=8, shortcuts=shortcuts), 5).eval()
-        for block in model.blocks:
+        for block in model.stages if name == "speed8" else model.blocks:
             nn.init.zeros_(block.conv2.weight)
             if block.conv2.bias is not None:
                 nn.init.zeros_(block.conv2.bias)

@@ -59,6 +59,20 @@ def test_a_single_seed_decides_nothing(tmp_path):
     assert "a single seed of 0.1 and 0.2 has no interval" in verdict.sentence
 
 
+def test_figures_of_test_time_augmentation_are_labelled(tmp_path):
+    body = (
+        'factor = "evaluate.tta"\nvalues = ["none", "flip"]\nseeds = [0, 1]\n'
+        '[[findings]]\nclaim = "flips help"\nbetter = "flip"\nworse = ["none"]'
+    )
+    folder, study, result = make_study(tmp_path, body, ((0.3, 0.31), (0.6, 0.61)))
+    assert result.verdicts[0].sentence.endswith("Figures are of flip (tta=flip).")
+    write_report(folder, [study], "command")
+    for report in (folder.html, folder.markdown):
+        text = report.read_text()
+        assert "flip (tta=flip)" in text and "validation (tta=flip)" in text
+        assert "tta=none" not in text
+
+
 @pytest.mark.parametrize("finding", [{"better": "0.1", "worse": ("0.2",)}, {"chance": ("0.1",)}])
 def test_a_diverged_seed_leaves_a_claim_undecided(finding, tmp_path):
     body = 'factor = "optim.lr"\nvalues = [0.1, 0.2]\nseeds = [0, 1, 2]'
