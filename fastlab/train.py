@@ -136,16 +136,15 @@ def train(trainer: Trainer) -> int:
 
 def epoch(trainer: Trainer) -> None:
     """Train and validate one epoch, or what is left of it; record it; checkpoint."""
-    state, progress, average = trainer.state, trainer.progress, trainer.average
+    state, progress, cfg = trainer.state, trainer.progress, trainer.cfg
     state.epoch_started = started = time.perf_counter()
     if progress.step == 0:
         progress.lr = trainer.rate.at(trainer.steps_done())
     train_figures, images_per_second = train_epoch(trainer)
     trainer.tracer.end_epoch()
     state.average_buffers()
-    with average.applied() if average else nullcontext():
-        tta = trainer.cfg.evaluate.tta
-        val_figures = evaluate(trainer.net, trainer.val_data, trainer.accelerator, tta)
+    with trainer.average.applied() if trainer.average else nullcontext():
+        val_figures = evaluate(trainer.net, trainer.val_data, trainer.accelerator, cfg.evaluate.tta)
         if not math.isfinite(val_figures.loss):
             raise Diverged("the validation loss is not a finite number at the end")
         if val_figures.top1 > progress.best_top1:
@@ -159,8 +158,8 @@ def epoch(trainer: Trainer) -> None:
     progress.seconds, state.epoch_started = progress.seconds + seconds, None
     figures = (train_figures, val_figures, images_per_second, seconds)
     trainer.journal.record(trainer.steps_done(), *figures)
-    due = state.checkpoint_due(trainer.cfg.train.checkpoint_seconds)
-    if progress.epoch == trainer.cfg.train.epochs or largest_int(trainer.accelerator, due):
+    due = state.checkpoint_due(cfg.train.checkpoint_seconds)
+    if progress.epoch == cfg.train.epochs or largest_int(trainer.accelerator, due):
         trainer.save()
 
 
