@@ -92,14 +92,15 @@ def successive_halving(search: Search, results: Results, deadline: float = math.
     first = search.candidates[0].config
     with torch_settings(first), dynamo.patch(recompile_limit=_VARIANTS):
         accelerator = make_accelerator(first)
-        images = open_images(search, accelerator)  # kept: they stay on the device while they are
+        images = open_images(search, accelerator)  # as long as one is open, the device keeps them
         survivors = search.candidates
         for rung, budget in enumerate(search.budgets()):
             for candidate in shapes_together(survivors):
                 if results.rounds(candidate.name) > rung:
                     continue
+                if time.monotonic() > deadline:
+                    return
                 done = train(candidate.trained(*budget), accelerator, deadline)
-                accelerator.free_memory()
                 if done.stopped:
                     return
                 report(results, candidate, budget, done, once(search, candidate))
@@ -143,7 +144,10 @@ def train(config: Config, accelerator: Accelerator, deadline: float = math.inf) 
     shapes has compiled."""
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Trainer(config, RunDir(Path(scratch)), accelerator)
-        return clock.timed(trainer, config.train.seed, math.inf, deadline)
+        done = clock.timed(trainer, config.train.seed, math.inf, deadline)
+    del trainer
+    accelerator.free_memory()  # it refers to the model and the optimizer
+    return done
 
 
 def report(
