@@ -7,8 +7,8 @@ epochs from fresh weights; the best by validation top-1 after the last epoch tra
 so on. `benchmarks.search_spec` documents the file. A training that diverges counts as 0.
 
 What is compiled stays for the whole search, so that candidates of the same shapes compile nothing
-anew, and the images stay on the device. After an interruption or ``--limit``, the same command does
-what is left.
+anew, and the images stay on the device. The seconds of a training include what it was the first to
+compile. After an interruption or ``--limit``, the same command does what is left.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def check_results(search: Search, results: Results) -> None:
     """Raises `UserError` where `results` has trainings of another search."""
     known = {each.name: once(search, each) for each in search.candidates}
     for record in results.session.records:
-        details = {key: record.details[key] for key in known["base"]}
+        details = {key: record.details.get(key) for key in known["base"]}
         if details != known.get(record.case):
             raise UserError("--out: its file holds another search; choose another file")
 

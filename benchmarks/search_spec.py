@@ -25,8 +25,7 @@ from typing import Any
 
 from benchmarks.records.clock import overrides
 from fastlab import config as configs
-from fastlab.config import Config, Positive, Seed, checked
-from fastlab.config import Factor as Share
+from fastlab.config import Config, Factor, Positive, Seed, checked
 from fastlab.console import UserError
 from fastlab.report.texts import setting_text
 
@@ -109,7 +108,7 @@ def _with_defaults(table: dict[str, Any]) -> dict[str, Any]:
 
 def _search(path: Path, table: dict[str, Any], sets: list[str]) -> Search:
     count = checked("candidates", Positive, table["candidates"])
-    keep, seed = checked("keep", Share, table["keep"]), checked("seed", Seed, table["seed"])
+    keep, seed = checked("keep", Factor, table["keep"]), checked("seed", Seed, table["seed"])
     rungs = [checked("rungs", Positive, epochs) for epochs in table["rungs"]]
     seeds = [checked("seeds", Seed, each) for each in table["seeds"]]
     if rungs != sorted(set(rungs)):

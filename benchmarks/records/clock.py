@@ -106,7 +106,13 @@ def race(
     left = range(results.rounds(case), runs)
     if not left:
         return
-    once = {"target": target, "config": public_config(cfg), "rate": rate, "commit": checkout()}
+    once = {
+        "target": target,
+        "evaluation": "plain",
+        "config": public_config(cfg),
+        "rate": rate,
+        "commit": checkout(),
+    }
     with tempfile.TemporaryDirectory() as scratch, torch_settings(cfg):
         trainer = Trainer(cfg, RunDir(Path(scratch)), make_accelerator(cfg))
         warm_up(trainer)
@@ -213,8 +219,8 @@ def cells(record: Record) -> Cells:
 
 
 def evaluation(record: Record) -> str:
-    """How the target was validated: "plain", each image once, as it is."""
-    return record.details.get("evaluation", "plain")
+    """How the target was validated: "plain", each image as it is."""
+    return record.details.get("evaluation", "plain")  # not in records of earlier versions
 
 
 def price_text(seconds: float, rate: float | None) -> str:
