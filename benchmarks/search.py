@@ -163,7 +163,7 @@ def report(
     epochs, seed = budget
     figure = "diverged" if done.diverged else f"{top1:.2%}"
     print(
-        f"{figure:>8}  {epochs} epochs, seed {seed}, {done.seconds:.1f} s: {candidate.label}",
+        f"{figure:>8}  epochs: {epochs}, seed {seed}, {done.seconds:.1f} s: {candidate.label}",
         flush=True,
     )
 
@@ -175,7 +175,7 @@ def table(session: Session) -> str:
     head = [
         "candidate",
         *details["settings"],
-        *(f"{n} epochs" for n in details["rungs"]),
+        *(f"epochs: {n}" for n in details["rungs"]),
         "seconds",
     ]
     rows = [head, ["---"] * len(head)]

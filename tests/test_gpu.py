@@ -591,9 +591,10 @@ def test_a_diverging_training_is_reported_in_one_line(device, dataset, tmp_path,
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "diverged"
 
 
-@both_devices
+@gpu_only
 def test_trainings_of_equal_shapes_compile_nothing_anew(device, dataset):
-    """As `benchmarks.search` trains its candidates: each has a trainer of its own."""
+    """As `benchmarks.search` trains its candidates: each has a trainer of its own. For a CPU there
+    is tests/benchmarks/test_search.py."""
     sets = [f"data.path={dataset}", *TINY, *SMALL, "train.compile=true", precision_for(device)]
     cfg = config.load(ROOT / "configs" / "demo.toml", [*sets, "train.epochs=1"])
     compiled = []
