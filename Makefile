@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml
 extras: $(VENV)/.extras
 
 $(VENV)/.extras: $(VENV)/.installed
-	$(BIN)/pip install --quiet -e ".[dev,dali,ffcv,profile,cluster]"
+	$(BIN)/pip install --quiet -e ".[dev,dali,energy,ffcv,profile,cluster]"
 	$(BIN)/pip install --quiet --no-deps ffcv==1.0.2
 	touch $@
 
@@ -34,7 +34,7 @@ wheels: setup
 	$(BIN)/pip download --quiet --dest wheels --no-deps --only-binary=:all: \
 	  --python-version $(WHEELS_PYTHON) --platform manylinux_2_28_x86_64 \
 	  --platform manylinux2014_x86_64 --platform any \
-	  braceexpand simplejpeg tomli-w webdataset
+	  braceexpand nvidia-ml-py simplejpeg tomli-w webdataset
 
 demo: setup
 	rm -rf $(DEMO)/run

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -86,6 +87,16 @@ def new_session(benchmark: str, records: list[Record], script: str = "") -> Sess
     command = public_command(["python", "-m", f"benchmarks.{script or benchmark}", *sys.argv[1:]])
     here = environment(processes=1)
     return Session(benchmark, records, command, here["date"], here["machine"], here["versions"])
+
+
+def checkout() -> str | None:
+    """The commit of this checkout, marked where files differ from it. A copy without git's data
+    takes it from FASTLAB_COMMIT; None: not known."""
+    if not shutil.which("git"):
+        return os.environ.get("FASTLAB_COMMIT")
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    done = subprocess.run([*command, "--exclude=*"], capture_output=True, text=True)
+    return done.stdout.strip() or os.environ.get("FASTLAB_COMMIT")
 
 
 def public_config(cfg: Config) -> str:

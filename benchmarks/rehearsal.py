@@ -25,9 +25,11 @@ from pathlib import Path
 from fastlab.console import UserError, run_command
 
 ROOT = Path(__file__).parents[1]
-CARRIED = ("braceexpand", "simplejpeg", "tomli-w", "webdataset")
+CARRIED = ("braceexpand", "nvidia-ml-py", "simplejpeg", "tomli-w", "webdataset")
 _PIECES = [f".lease/piece-{number}.tar.xz" for number in (1, 2, 3)]
-_MEASURING = ("ready", "measure", "reference", "race", "savings", "loaders", "tests", "more")
+_MEASURING = (
+    *("ready", "measure", "reference", "race", "savings", "loaders", "tests", "more", "search"),
+)
 COMMANDS = [
     "python3 -m benchmarks.gpu_suite smoke --pack $OUT/smoke",
     f"python3 -m benchmarks.gpu_suite data --piece {_PIECES[0]} --cache $OUT/smoke",

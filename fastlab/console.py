@@ -6,6 +6,7 @@ the user can correct.
 
 import argparse
 import io
+import math
 import os
 import re
 import shlex
@@ -178,6 +179,17 @@ def positive_int(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
     return int(text)
+
+
+def positive_float(text: str) -> float:
+    """For argparse: a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
 
 
 def positive_ints(text: str) -> list[int]:

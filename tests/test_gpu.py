@@ -7,8 +7,10 @@ lines; with a simpler compiler than Inductor, which would take minutes.
 import json
 import re
 import signal
+import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -20,6 +22,8 @@ from PIL import Image
 from torch import nn
 from torch._dynamo.utils import counters
 
+from benchmarks import search
+from benchmarks.records import energy
 from fastlab import config, models
 from fastlab import train as training
 from fastlab.cli import main
@@ -613,3 +617,32 @@ def test_a_diverging_training_is_reported_in_one_line(device, dataset, tmp_path,
     (line,) = capsys.readouterr().err.splitlines()
     assert "not a finite number at step" in line
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "diverged"
+
+
+@gpu_only
+def test_trainings_of_equal_shapes_compile_nothing_anew(device, dataset):
+    """As `benchmarks.search` trains its candidates: each has a trainer of its own. For a CPU there
+    is tests/benchmarks/test_search.py."""
+    sets = [f"data.path={dataset}", *TINY, *SMALL, "train.compile=true", precision_for(device)]
+    cfg = config.load(ROOT / "configs" / "demo.toml", [*sets, "train.epochs=1"])
+    compiled = []
+    with torch_settings(cfg):
+        accelerator = make_accelerator(cfg)
+        for lr, decay in ((0.01, 0.0), (0.02, 0.1)):
+            optim = replace(cfg.optim, lr=lr, weight_decay=decay)
+            done = search.train(replace(cfg, optim=optim), accelerator)
+            assert len(done.top1) == 1 and not done.diverged
+            compiled.append(counters["stats"]["unique_graphs"])
+    assert compiled[0] == compiled[1] > 0
+
+
+@gpu_only
+def test_the_energy_of_a_gpu_is_that_of_a_plausible_power(device):
+    pytest.importorskip("pynvml")
+    matrix = torch.randn(4096, 4096, device=device)
+    joules, started = energy.meter(torch.device(device)), time.perf_counter()
+    while time.perf_counter() - started < 1:
+        matrix @ matrix
+        torch.cuda.synchronize()
+    watts = (joules() or 0) / (time.perf_counter() - started)
+    assert 20 < watts < 2000

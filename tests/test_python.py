@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastlab.training.setup import compile_forward
+from fastlab import config
+from fastlab.training.setup import compile_forward, make_accelerator
 from tests.trainings import ROOT, TINY
 
 
@@ -108,7 +109,7 @@ def test_paths_may_be_strings(folder):
     ).endswith("all of them\n")
 
 
-def test_every_model_of_a_process_is_compiled(monkeypatch):
+def test_the_model_of_every_training_of_a_process_is_compiled(monkeypatch):
     """By itself, torch compiles eight variants of a function, which all models of a class share."""
     graphs = []
 
@@ -118,6 +119,7 @@ def test_every_model_of_a_process_is_compiled(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     for width in range(1, 11):
+        make_accelerator(config.load(None, ["train.precision=fp32"]))
         model = torch.nn.Linear(width, 1)
         compile_forward(model, deterministic=False)
         model(torch.zeros(2, width))

@@ -45,8 +45,9 @@ _COMPILING = "compiling the first step; this takes minutes on a CPU"
 
 
 def make_accelerator(cfg: Config) -> Accelerator:
-    """Collective. Raises `UserError` where precision or batch size do not suit the processes, or
-    where the launcher started fewer processes than it was asked for."""
+    """Collective: begin a training; what earlier ones of this process compiled is forgotten. Raises
+    `UserError` where precision or batch size do not suit the processes, or where the launcher
+    started fewer processes than it was asked for."""
     precision = cfg.train.precision
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError('train.precision = "fp16" needs a GPU; use "bf16" or "fp32" here')
@@ -55,6 +56,10 @@ def make_accelerator(cfg: Config) -> Accelerator:
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     # Accelerate keeps the precision of the process's first training; a second may have another.
     AcceleratorState._reset_state()
+    if cfg.train.compile:
+        # A process keeps eight compiled variants of a function and runs further ones eagerly: those
+        # of earlier trainings must not count.
+        torch.compiler.reset()
     asked = processes_asked_for()
     accelerator = Accelerator(
         # Without this, Accelerate makes several processes of a CPU into as many separate trainings.
@@ -179,9 +184,6 @@ def compile_forward(model: nn.Module, deterministic: bool) -> None:
         import torch._inductor.config as inductor  # slow to import
 
         inductor.deterministic = True  # no kernel is chosen by trial either
-    # A process keeps eight compiled variants of a function and runs further ones eagerly: those of
-    # earlier trainings must not count.
-    torch.compiler.reset()
     model.forward = compiled(model.forward, dynamic=False)
 
 
