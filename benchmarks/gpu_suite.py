@@ -44,7 +44,7 @@ class Stage:
 
 
 # The limits are what each stage took on an H200, with a margin; those of `savings`, `reference`,
-# which has not run to its end there, `loaders`, `more` and `search` are estimates from rates there.
+# which has not run to its end there, `loaders`, `more`, `search` and `recipe` are estimates.
 STAGES = {
     "smoke": Stage(90, gpu_steps.smoke, collects=True),
     "data": Stage(20, gpu_steps.data),
@@ -57,6 +57,7 @@ STAGES = {
     "tests": Stage(160, gpu_steps.tests),
     "more": Stage(185, gpu_steps.more),
     "search": Stage(300, gpu_steps.search),
+    "recipe": Stage(600, gpu_steps.recipe),
 }
 
 
