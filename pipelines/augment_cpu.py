@@ -110,22 +110,19 @@ def _crop(image, out, top, left, crop_h, crop_w):
                 out[y, 3 * x + c] = np.uint8(total // (UNIT * UNIT))
 
 
+@numba.njit(inline="always")
+def _normalise(image, table, out, i):
+    """``out[i]`` = the entries of `image`, uint8 [S, S * 3], in `table`."""
+    for y in range(out.shape[1]):
+        for x in range(0, 3 * out.shape[1], 3):
+            out[i, y, x] = table[image[y, x], 0]
+            out[i, y, x + 1] = table[image[y, x + 1], 1]
+            out[i, y, x + 2] = table[image[y, x + 2], 2]
+
+
 @kernel
 def _augment(
-    images,
-    rows,
-    ids,
-    key,
-    flip,
-    translate,
-    reflect,
-    cutout,
-    sizes,
-    chance,
-    erased,
-    fill,
-    table,
-    out,
+    images, rows, ids, key, flip, translate, reflect, cutout, sizes, chance, boxes, fill, table, out
 ):
     """Augment ``images[rows]`` into `out`: the bytes if `table` is empty, else their entries."""
     side = images.shape[1]
@@ -151,19 +148,15 @@ def _augment(
             for y in range(max(0, top), min(side, top + cutout)):
                 fill_row(target, y, max(0, left), min(side, left + cutout), fill)
         if chance:
-            erase_one(target, base, chance, erased, fill)
+            erase_one(target, base, chance, boxes, fill)
         if len(table):
-            _normalise(target, table, out[i])
+            _normalise(target, table, out, i)
 
 
 @kernel
-def _normalise(image, table, out):
-    """`out` = the entries of `image`, uint8 [H, W * 3], in `table`."""
-    for y in range(len(image)):
-        for x in range(0, image.shape[1], 3):
-            out[y, x] = table[image[y, x], 0]
-            out[y, x + 1] = table[image[y, x + 1], 1]
-            out[y, x + 2] = table[image[y, x + 2], 2]
+def _normalise_all(pixels, table, out):
+    for i in range(len(pixels)):
+        _normalise(pixels[i], table, out, i)
 
 
 _NO_TABLE = np.zeros((0, 3), np.uint8)
@@ -202,7 +195,7 @@ def augment_on_cpu(
             _augment(images, rows, ids, key, *settings, _NO_TABLE, pixels)
             mix_pairs_on_cpu(pixels, ids, key, outcomes)
             if not raw:
-                _normalise(pixels.reshape(-1, side * 3), table, bits.reshape(-1, side * 3))
+                _normalise_all(pixels, table, bits)
         else:
             _augment(images, rows, ids, key, *settings, table, bits)
     return out.permute(0, 3, 1, 2)

@@ -27,11 +27,12 @@ def _mix(own, partner, base, outcomes, out):
     y, x = draw(base, BOX_Y, side), draw(base, BOX_X, side)
     left, right = 3 * max(0, x - half), 3 * min(side, x + half)
     for row in range(max(0, y - half), min(side, y + half)):
-        out[row, left:right] = partner[row, left:right]
+        for i in range(left, right):
+            out[row, i] = partner[row, i]
 
 
 @kernel
 def _blend(own, partner, weight, out):
-    own_weight, partner_weight = np.uint32(weight), np.uint32(WHOLE - weight)
     for i in range(len(out)):
-        out[i] = (own_weight * own[i] + partner_weight * partner[i] + WHOLE // 2) >> 8
+        total = weight * own[i] + (WHOLE - weight) * partner[i] + WHOLE // 2
+        out[i] = np.uint8(total >> 8)

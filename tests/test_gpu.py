@@ -131,6 +131,7 @@ AUGMENTATIONS = [
     AugmentConfig(crop_scale=0.4),
     AugmentConfig(flip=True, translate=4, cutout=7, crop_scale=0.4),
     AugmentConfig(flip=True, translate=4, padding="mean", cutout=7),
+    AugmentConfig(flip=True, mixup=0.4, cutmix=1.0, erasing=0.5),
 ]
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
 

@@ -105,6 +105,15 @@ def test_training_takes_the_batches_of_resident(dataset, engine, world):
 
 
 @engines
+def test_mixed_batches_are_those_of_resident(dataset, engine):
+    mixing = AugmentConfig(flip=True, mixup=0.4, cutmix=1.0, erasing=0.5)
+    data = pipeline(dataset, engine, augment=mixing, rank=1, world=2)
+    expected = copied(pipeline(dataset, "resident", augment=mixing, rank=1, world=2).epoch(1))
+    assert all(batch.partners is not None for batch in expected)
+    assert_equal(copied(data.epoch(1)), expected)
+
+
+@engines
 def test_an_epoch_draws_nothing_from_the_global_generators(dataset, engine):
     """Otherwise dropout would depend on the engine."""
     data = pipeline(dataset, engine, augment=AUGMENT)
