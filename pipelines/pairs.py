@@ -102,17 +102,20 @@ def pair_up(
     pixels = pairs.side * pairs.side
     kept = weight * (pixels - (stop - start).prod(dim=1))
     # A product of doubles is the same on every device, and here as exact as the quotient.
-    return _partners(labels), (kept.double() * (1 / (WHOLE * pixels))).float()
+    partners = labels.view(-1, 2).flip(1).flatten()
+    return partners, (kept.double() * (1 / (WHOLE * pixels))).float()
 
 
 def mix_pairs(pairs: Pairs, base: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
     """`pixels` (uint8 [b, S, S, 3]) mixed as the draws of `base` (int32 [b]) say: int32, the same
     shape, from 0 to 255."""
     weight, start, stop = _mixtures(pairs, base)
-    # A view of bytes in memory: no pixel is augmented a second time for its partner.
-    own = pixels.flatten().view(torch.int16).view(torch.uint8).view(pixels.shape)
+    # Strides need bytes in memory: so no pixel is augmented a second time, for its partner.
+    size = pixels[0].numel()
+    own = pixels.contiguous().as_strided((len(pixels) // 2, 2, size), (2 * size, size, 1))
+    partner = own.flip(1).view(pixels.shape).int()
     weight = torch.where(in_boxes(start, stop, pairs.side), 0, weight[:, None, None, None])
-    total = weight * own.int() + (WHOLE - weight) * _partners(own).int()
+    total = weight * own.view(pixels.shape).int() + (WHOLE - weight) * partner
     return (total + WHOLE // 2) >> 8
 
 
@@ -123,8 +126,3 @@ def _mixtures(pairs: Pairs, base: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     outcome = pairs.outcomes[draws[:, 0]]
     centre, half = draws[:, 1:], outcome[:, 1:]
     return outcome[:, 0], (centre - half).clamp(min=0), (centre + half).clamp(max=pairs.side)
-
-
-def _partners(parts: torch.Tensor) -> torch.Tensor:
-    """Those of positions p XOR 1, along the first dimension."""
-    return parts.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)

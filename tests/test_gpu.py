@@ -184,6 +184,7 @@ def test_batches_do_not_depend_on_the_placement_of_images(split, placement, devi
     # One at a time: a batch is valid until the next is requested.
     for batch in resident(dataset, split, placement, device).epoch(2):
         for part, expected_part in zip(batch, expected[count], strict=True):
+            assert part is not None and expected_part is not None
             assert part.device.type == device and torch.equal(part.cpu(), expected_part)
         count += 1
     assert count == len(expected)
@@ -322,6 +323,7 @@ CAPTURED = {
         "train.grad_clip=1",
     ),
     "cnn8, compiled, streamed": ("model.name=cnn8", "train.compile=true", "data.placement=stream"),
+    "cnn8, mixed": (*SMALL, "augment.mixup=0.4", "augment.cutmix=1.0", "augment.erasing=0.5"),
     "resnet18, compiled, sgd": ("model.name=resnet18", "train.compile=true", "optim.name=sgd"),
 }
 
