@@ -5,6 +5,8 @@ host (`int`), in PyTorch (int32 tensors) and in the kernels of `pipelines.augmen
 `fastlab.models`.
 """
 
+from collections.abc import Iterable
+
 import torch
 
 GOLDEN = 0x9E3779B9
@@ -27,7 +29,7 @@ def mix_tensor(x: torch.Tensor) -> torch.Tensor:
     return x ^ (x >> 16 & 0xFFFF)
 
 
-def draw_offsets(numbers: range, device: torch.device | str) -> torch.Tensor:
+def draw_offsets(numbers: Iterable[int], device: torch.device | str) -> torch.Tensor:
     """What distinguishes the words of the draws of these `numbers`: int32 [k]."""
     words = [signed(number * GOLDEN) for number in numbers]
     return torch.tensor(words, dtype=torch.int32, device=device)
