@@ -22,8 +22,8 @@ from pipelines.erasing import Erasing, erase, make_erasing
 from pipelines.pairs import Pairs, make_pairs, mix_pairs
 
 # Each random draw of an image has a number; `pipelines.erasing` continues them. After a change of a
-# constant here or in `fastlab.mixing`, delete what numba cached of `pipelines.augment_cpu` in
-# __pycache__: it does not notice the change.
+# constant here, or of what several files of kernels use, delete what numba cached in __pycache__
+# (*.nbi, *.nbc): it does not notice the change.
 FLIP, SHIFT_Y, SHIFT_X, HOLE_Y, HOLE_X, SIZE, TOP, LEFT = range(8)
 UNIT = 256  # crop boxes are in 1/256 pixel
 _GRID = 32  # areas, and aspect ratios, of the grid from which a crop's size is drawn
