@@ -176,8 +176,8 @@ def plan_batches(spec: PipelineSpec) -> BatchPlan:
     augment, world = spec.augment or AugmentConfig(), spec.shard.world
     if (augment.mixup or augment.cutmix) and batch_size % (2 * world):
         raise UserError(
-            f"train.batch_size = {batch_size}: augment.mixup and augment.cutmix mix images in "
-            f"pairs, so it must be a multiple of {2 * world} on {world} process(es)"
+            f"train.batch_size = {batch_size}: expected a multiple of {2 * world} (two for each "
+            f"process), since augment.mixup and augment.cutmix mix images in pairs"
         )
     if not spec.train:  # all beyond the split would be padding
         batch_size = min(batch_size, images)
