@@ -50,6 +50,7 @@ from fastlab.dataset.manifest import read_manifest
 from pipelines import PipelineSpec, make_pipeline
 from pipelines.augment import device_augmenter, epoch_key, make_augmenter
 from pipelines.base import Batch
+from pipelines.pairs import pairing
 from pipelines.resident import ResidentEpoch, upload
 
 _ROOF = "copy roof"
@@ -222,7 +223,8 @@ def _resident(augment: AugmentConfig | None) -> Callable[[Data, int], Work]:
         def batches(number: int) -> Iterator[Batch]:
             rows = _rows(len(data.uploaded[0]), number, batch)
             masks, key = np.ones(rows.shape, dtype=bool), epoch_key(0, 0)
-            epoch = ResidentEpoch(data.apply, augmenter, *data.uploaded, rows, masks, key)
+            functions = data.apply, pairing(augmenter.pairs, compile=True)
+            epoch = ResidentEpoch(*functions, augmenter, *data.uploaded, rows, masks, key)
             return epoch.batches()
 
         return Work(batches, data.bytes)

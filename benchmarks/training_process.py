@@ -167,8 +167,7 @@ class Measured:
 
     def _warm_up(self) -> None:
         started = time.perf_counter()
-        batch = next(iter(self.trainer.train_data.epoch(self._epoch)))
-        self._batch = Batch(*(part.clone() for part in batch))
+        self._batch = next(iter(self.trainer.train_data.epoch(self._epoch))).clone()
         self._epoch += 1
         self._held_step = self.trainer.make_step()
         self._seconds(self._held_step, self._held(), 1)

@@ -69,6 +69,14 @@ class AugmentConfig(Section):
     """Side of the square that is set to the channel mean, pixels; 0: off."""
     crop_scale: PositiveShare = 1.0
     """Random resized crop: smallest share of the image's area; 1: off."""
+    mixup: NotNegative = 0.0
+    """MixUp: alpha of the Beta distribution from which each image's share of the mixture is drawn;
+    0: off. With `cutmix`, each image takes one of the two with probability 1/2."""
+    cutmix: NotNegative = 0.0
+    """CutMix: alpha of the Beta distribution from which the share that each image keeps is drawn;
+    0: off."""
+    erasing: Share = 0.0
+    """Probability that a rectangle of 2 to 33 % of the area is set to the channel mean."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ host (`int`), in PyTorch (int32 tensors) and in the kernels of `pipelines.augmen
 `fastlab.models`.
 """
 
+from collections.abc import Iterable
+
 import torch
 
 GOLDEN = 0x9E3779B9
@@ -25,6 +27,22 @@ def mix_tensor(x: torch.Tensor) -> torch.Tensor:
     x = (x ^ (x >> 16 & 0xFFFF)) * signed(M1)
     x = (x ^ (x >> 15 & 0x1FFFF)) * signed(M2)
     return x ^ (x >> 16 & 0xFFFF)
+
+
+def draw_offsets(numbers: Iterable[int], device: torch.device | str) -> torch.Tensor:
+    """What distinguishes the words of the draws of these `numbers`: int32 [k]."""
+    words = [signed(number * GOLDEN) for number in numbers]
+    return torch.tensor(words, dtype=torch.int32, device=device)
+
+
+def draw_tensor(
+    base: torch.Tensor, offsets: torch.Tensor, spans: torch.Tensor | int
+) -> torch.Tensor:
+    """Whole numbers in [0, spans), int32 [b, k]; `base` is int32 [b], `offsets` int32 [k], `spans`
+    [k] or [b, k]. They are a view of products in memory, so that no pixel computes them again."""
+    words = mix_tensor(base[:, None] + offsets)
+    products = (words.long() & WORD) * spans
+    return products.view(torch.int32)[:, 1::2]  # the high halves, on a little-endian machine
 
 
 def signed(word: int) -> int:

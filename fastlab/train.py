@@ -190,8 +190,7 @@ def train_step(trainer: Trainer, batch: Batch) -> torch.Tensor:
     settings, optimizer = trainer.cfg.train, trainer.optimizer
     with span("forward"):
         logits = trainer.net(resized(batch.images, trainer.side))
-        smoothing = settings.label_smoothing
-        loss, sums = trainer.loss_and_sums(logits, batch.labels, batch.mask, smoothing)
+        loss, sums = trainer.loss_and_sums(logits, settings.label_smoothing, *batch[1:])
     with span("backward"):
         trainer.accelerator.backward(loss)
     with span("optimizer"):

@@ -19,8 +19,9 @@ def make_pipeline(spec: PipelineSpec) -> Pipeline:
     """The pipeline that `spec.data.pipeline` names.
 
     Raises `UserError` where the dataset lacks the split or the format, the split has no full
-    training batch, the engine is not installed, or another dataset than that of `spec.manifest` has
-    taken its place. What a pipeline has opened stays that dataset's, whatever replaces it later.
+    training batch, its batches cannot be mixed in pairs, the engine is not installed, or another
+    dataset than that of `spec.manifest` has taken its place. What a pipeline has opened stays that
+    dataset's, whatever replaces it later.
     """
     report_bus_errors(
         "fastlab: a data file became shorter while it was read, or its disk failed (bus error); "

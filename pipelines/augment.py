@@ -1,4 +1,5 @@
 """Batched augmentation: gather, crop, flip, translate, cutout and normalisation in one pass.
+Random erasing, MixUp and CutMix are in `pipelines.erasing` and `pipelines.pairs`.
 
 There are two implementations of one definition: `augment_on_cpu`, in `pipelines.augment_cpu`, is a
 numba kernel over the bytes, and `augment_on_device` is index arithmetic that torch.compile fuses.
@@ -15,12 +16,14 @@ import torch
 from fastlab.compiling import compiled
 from fastlab.config import AugmentConfig
 from fastlab.console import UserError
-from fastlab.mixing import GOLDEN, WORD, mix_int, mix_tensor, signed
+from fastlab.mixing import WORD, draw_offsets, draw_tensor, mix_int, mix_tensor
 from fastlab.tracing import span
+from pipelines.erasing import Erasing, erase, make_erasing
+from pipelines.pairs import Pairs, make_pairs, mix_pairs
 
-# Each random draw of an image has a number. After a change of a constant here or in
-# `fastlab.mixing`, delete what numba cached of `pipelines.augment_cpu` in __pycache__: it does not
-# notice the change.
+# Each random draw of an image has a number; `pipelines.erasing` continues them. After a change of a
+# constant here, or of what several files of kernels use, delete what numba cached in __pycache__
+# (*.nbi, *.nbc): it does not notice the change.
 FLIP, SHIFT_Y, SHIFT_X, HOLE_Y, HOLE_X, SIZE, TOP, LEFT = range(8)
 UNIT = 256  # crop boxes are in 1/256 pixel
 _GRID = 32  # areas, and aspect ratios, of the grid from which a crop's size is drawn
@@ -45,6 +48,8 @@ class Augmenter:
     """int64 [6]: how many values each draw from FLIP to SIZE has."""
     table: torch.Tensor
     """[256, 3], compute dtype: the normalised value of each byte in each channel."""
+    erasing: Erasing
+    pairs: Pairs
 
 
 Augment = Callable[
@@ -75,15 +80,16 @@ def make_augmenter(
     spread = torch.tensor(std, dtype=torch.float64).clamp(min=1e-6)
     levels = torch.arange(256, dtype=torch.float64)[:, None] / 255
     sizes = _crop_sizes(config.crop_scale, side)
-    offsets = [signed(number * GOLDEN) for number in range(8)]
     shifts = 2 * config.translate + 1
     return Augmenter(
         config=config,
         sizes=torch.from_numpy(sizes).int().to(device),
         fill=(centre * 255).round().byte().to(device),
-        offsets=torch.tensor(offsets, dtype=torch.int32, device=device),
+        offsets=draw_offsets(range(8), device),
         spans=torch.tensor([2, shifts, shifts, side, side, len(sizes)], device=device),
         table=((levels - centre) / spread).to(dtype).to(device),
+        erasing=make_erasing(config.erasing, side, device),
+        pairs=make_pairs(config, side, device),
     )
 
 
@@ -138,12 +144,12 @@ def augment_on_device(
     """
     config, side, device = augmenter.config, images.shape[1], images.device
     base = mix_tensor(key.int() ^ ids.int())
-    draws = _draws(base, augmenter.offsets[:TOP], augmenter.spans)
+    draws = draw_tensor(base, augmenter.offsets[:TOP], augmenter.spans)
     line = torch.arange(side, dtype=torch.int32, device=device)[None, :]
     y, x, outside = _sources(config, draws, line)
     if len(augmenter.sizes):
         size = augmenter.sizes[draws[:, SIZE]]
-        start = _draws(base, augmenter.offsets[TOP:], UNIT * side - size + 1)
+        start = draw_tensor(base, augmenter.offsets[TOP:], UNIT * side - size + 1)
         pixels = _crop(images, rows, start, size, y, x)
     else:
         pixels = images[rows[:, None, None], y[:, :, None], x[:, None, :]]
@@ -154,6 +160,10 @@ def augment_on_device(
         in_x = _in_hole(line, draws[:, HOLE_X, None], config.cutout)
         hole = in_y[:, :, None] & in_x[:, None, :]
         pixels = torch.where(hole[..., None], augmenter.fill, pixels)
+    if config.erasing:
+        pixels = erase(augmenter.erasing, base, pixels, augmenter.fill)
+    if config.mixup or config.cutmix:
+        pixels = mix_pairs(augmenter.pairs, base, pixels)
     channels = torch.arange(3, dtype=torch.int32, device=device)
     return augmenter.table[pixels.int(), channels].permute(0, 3, 1, 2)
 
@@ -175,14 +185,6 @@ def _sources(
     if config.flip:
         x = torch.where(draws[:, FLIP, None] == 1, side - 1 - x, x)
     return y, x, outside
-
-
-def _draws(base: torch.Tensor, offsets: torch.Tensor, spans: torch.Tensor) -> torch.Tensor:
-    """Whole numbers in [0, spans), int32 [b, k]; `base` is [b], `offsets` [k], `spans` [k] or
-    [b, k]. They are a view of products in memory, so that no pixel computes them again."""
-    words = mix_tensor(base[:, None] + offsets)
-    products = (words.long() & WORD) * spans
-    return products.view(torch.int32)[:, 1::2]  # the high halves, on a little-endian machine
 
 
 def _reflect(at: torch.Tensor, side: int) -> torch.Tensor:

@@ -3,7 +3,6 @@
 A module of its own, so that training on an accelerator does not import numba.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -13,7 +12,6 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fastlab.mixing import GOLDEN, M1, M2, WORD
 from fastlab.tracing import span
 from pipelines.augment import (
     FLIP,
@@ -27,41 +25,9 @@ from pipelines.augment import (
     UNIT,
     Augmenter,
 )
-
-
-def _compiled(function: Callable) -> Callable:
-    """`function` compiled, and cached on disk where numba finds a place: it finds none in a
-    read-only installation of a user without a home directory. A damaged entry is dropped."""
-    try:
-        dispatcher: Any = numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:
-        return numba.njit(nogil=True)(function)
-    cache = dispatcher._cache
-    load = cache.load_overload
-
-    def load_or_drop(*arguments):
-        try:
-            return load(*arguments)
-        except Exception:  # unpickling damaged bytes can raise anything
-            cache.flush()
-            return None  # numba then compiles the function
-
-    cache.load_overload = load_or_drop
-    return dispatcher
-
-
-@numba.njit(inline="always")
-def _mix_word(x):
-    x = (x ^ (x >> np.uint64(16))) * np.uint64(M1) & np.uint64(WORD)
-    x = (x ^ (x >> np.uint64(15))) * np.uint64(M2) & np.uint64(WORD)
-    return x ^ (x >> np.uint64(16))
-
-
-@numba.njit(inline="always")
-def _draw(base, number, span):
-    """A whole number in [0, span). Its distribution is uniform up to span / 2^32."""
-    word = _mix_word((base + np.uint64(number * GOLDEN)) & np.uint64(WORD))
-    return np.int64((word * np.uint64(span)) >> np.uint64(32))
+from pipelines.erasing_cpu import erase_one
+from pipelines.kernels import draw, fill_row, kernel, mix_word
+from pipelines.pairs_cpu import mix_pairs_on_cpu
 
 
 @numba.njit(inline="always")
@@ -85,21 +51,14 @@ def _memcpy(typing_context, to, source, count):
 _copy: Any = _memcpy  # kernels call it without the typing context, which its type does not say
 
 
-@_compiled
-def _fill(out, y, start, stop, fill):
-    for x in range(start, stop):
-        for c in range(3):
-            out[y, 3 * x + c] = fill[c]
-
-
-@_compiled
+@kernel
 def _shift_flip(image, out, dy, dx, flip, reflect, fill):
     """`out` = `image` moved by (-dy, -dx) and mirrored; uint8 [H, W * 3], both contiguous."""
     height, width = out.shape[0], out.shape[1] // 3
     low, high = max(0, -dx), min(width, width - dx)  # columns that no padding touches
     for y in range(height):
         if not reflect and not 0 <= y + dy < height:
-            _fill(out, y, 0, width, fill)
+            fill_row(out, y, 0, width, fill)
             continue
         to = np.uintp(out.ctypes.data) + np.uintp(y * width * 3)
         row = np.uintp(_reflect(y + dy, height) * width * 3)
@@ -110,7 +69,7 @@ def _shift_flip(image, out, dy, dx, flip, reflect, fill):
             _copy(to + np.uintp(3 * low), source + np.uintp(3 * (low + dx)), 3 * (high - low))
         for start, stop in ((0, low), (high, width)):
             if not reflect:
-                _fill(out, y, start, stop, fill)
+                fill_row(out, y, start, stop, fill)
                 continue
             for x in range(start, stop):
                 at = _reflect(x + dx, width)
@@ -118,7 +77,7 @@ def _shift_flip(image, out, dy, dx, flip, reflect, fill):
                 _copy(to + np.uintp(3 * x), source + np.uintp(3 * at), 3)
 
 
-@_compiled
+@kernel
 def _mirror(to, source, low, high, last):
     """Copy pixel ``last - x`` to x, for x in [low, high). Four bytes at a time, one of which the
     next pixel overwrites; the first and the last pixel take three, to stay within the row."""
@@ -128,7 +87,7 @@ def _mirror(to, source, low, high, last):
     _copy(to + np.uintp(3 * (high - 1)), source + np.uintp(3 * (last - high + 1)), 3)
 
 
-@_compiled
+@kernel
 def _crop(image, out, top, left, crop_h, crop_w):
     """`out` = a box of `image` (uint8 [H, W * 3]), in 1/256 pixel, stretched bilinearly."""
     height, width = out.shape[0], out.shape[1] // 3
@@ -151,37 +110,53 @@ def _crop(image, out, top, left, crop_h, crop_w):
                 out[y, 3 * x + c] = np.uint8(total // (UNIT * UNIT))
 
 
-@_compiled
-def _augment(images, rows, ids, key, flip, translate, reflect, cutout, sizes, fill, table, out):
+@numba.njit(inline="always")
+def _normalise(image, table, out, i):
+    """``out[i]`` = the entries of `image`, uint8 [S, S * 3], in `table`."""
+    for y in range(out.shape[1]):
+        for x in range(0, 3 * out.shape[1], 3):
+            out[i, y, x] = table[image[y, x], 0]
+            out[i, y, x + 1] = table[image[y, x + 1], 1]
+            out[i, y, x + 2] = table[image[y, x + 2], 2]
+
+
+@kernel
+def _augment(
+    images, rows, ids, key, flip, translate, reflect, cutout, sizes, chance, boxes, fill, table, out
+):
     """Augment ``images[rows]`` into `out`: the bytes if `table` is empty, else their entries."""
     side = images.shape[1]
     cropped = np.empty((side, side * 3), np.uint8)
     scratch = np.empty((side, side * 3), np.uint8)
     for i in range(len(rows)):
         image = images[rows[i]]
-        base = _mix_word(np.uint64(key) ^ np.uint64(ids[i]))
+        base = mix_word(np.uint64(key) ^ np.uint64(ids[i]))
         if len(sizes):
-            size = sizes[_draw(base, SIZE, len(sizes))]
-            top = _draw(base, TOP, UNIT * side - size[0] + 1)
-            left = _draw(base, LEFT, UNIT * side - size[1] + 1)
+            size = sizes[draw(base, SIZE, len(sizes))]
+            top = draw(base, TOP, UNIT * side - size[0] + 1)
+            left = draw(base, LEFT, UNIT * side - size[1] + 1)
             _crop(image, cropped, top, left, size[0], size[1])
             image = cropped
-        mirrored = flip and _draw(base, FLIP, 2) == 1
-        dy = _draw(base, SHIFT_Y, 2 * translate + 1) - translate
-        dx = _draw(base, SHIFT_X, 2 * translate + 1) - translate
+        mirrored = flip and draw(base, FLIP, 2) == 1
+        dy = draw(base, SHIFT_Y, 2 * translate + 1) - translate
+        dx = draw(base, SHIFT_X, 2 * translate + 1) - translate
         target = scratch if len(table) else out[i].view(np.uint8)
         _shift_flip(image, target, dy, dx, mirrored, reflect, fill)
         if cutout:
-            top = _draw(base, HOLE_Y, side) - cutout // 2
-            left = _draw(base, HOLE_X, side) - cutout // 2
+            top = draw(base, HOLE_Y, side) - cutout // 2
+            left = draw(base, HOLE_X, side) - cutout // 2
             for y in range(max(0, top), min(side, top + cutout)):
-                _fill(target, y, max(0, left), min(side, left + cutout), fill)
+                fill_row(target, y, max(0, left), min(side, left + cutout), fill)
+        if chance:
+            erase_one(target, base, chance, boxes, fill)
         if len(table):
-            for y in range(side):
-                for x in range(0, 3 * side, 3):
-                    out[i, y, x] = table[target[y, x], 0]
-                    out[i, y, x + 1] = table[target[y, x + 1], 1]
-                    out[i, y, x + 2] = table[target[y, x + 2], 2]
+            _normalise(target, table, out, i)
+
+
+@kernel
+def _normalise_all(pixels, table, out):
+    for i in range(len(pixels)):
+        _normalise(pixels[i], table, out, i)
 
 
 _NO_TABLE = np.zeros((0, 3), np.uint8)
@@ -199,10 +174,10 @@ def augment_on_cpu(
     """``images[rows]`` augmented: [b, 3, S, S], channels-last, compute dtype (uint8 if `raw`).
 
     `images` is uint8 [N, S, S, 3] and `rows` int64 [b]; `ids`, the images' numbers in the split
-    (int64 [b]), and the `key` of the epoch decide the draws. The interpreter lock is released
-    meanwhile.
+    (int64 [b]), and the `key` of the epoch decide the draws. Neighbours are mixed where MixUp or
+    CutMix is on, but for the last of an odd number. The interpreter lock is released meanwhile.
     """
-    config, count, side = augmenter.config, len(rows), images.shape[1]
+    count, side = len(rows), images.shape[1]
     dtype = torch.uint8 if raw else augmenter.table.dtype
     out = torch.empty((count, side, side, 3), dtype=dtype)
     if raw:
@@ -211,19 +186,31 @@ def augment_on_cpu(
         kind, signed = _BITS[dtype.itemsize]
         table = augmenter.table.view(signed).numpy().view(kind)
         bits = out.view(signed).numpy().view(kind)
+    bits = bits.reshape(count, side, side * 3)
+    outcomes, settings = augmenter.pairs.outcomes.numpy(), _settings(augmenter)
+    images = images.reshape(len(images), side, side * 3)
     with span("augmentation"):
-        _augment(
-            images.reshape(len(images), side, side * 3),
-            rows,
-            ids,
-            key,
-            config.flip,
-            config.translate,
-            config.padding == "reflect",
-            config.cutout,
-            augmenter.sizes.numpy(),
-            augmenter.fill.numpy(),
-            table,
-            bits.reshape(count, side, side * 3),
-        )
+        if len(outcomes):
+            pixels = bits if raw else np.empty(bits.shape, np.uint8)
+            _augment(images, rows, ids, key, *settings, _NO_TABLE, pixels)
+            mix_pairs_on_cpu(pixels, ids, key, outcomes)
+            if not raw:
+                _normalise_all(pixels, table, bits)
+        else:
+            _augment(images, rows, ids, key, *settings, table, bits)
     return out.permute(0, 3, 1, 2)
+
+
+def _settings(augmenter: Augmenter) -> tuple:
+    """The arguments of `_augment` from `flip` to `fill`."""
+    config = augmenter.config
+    return (
+        config.flip,
+        config.translate,
+        config.padding == "reflect",
+        config.cutout,
+        augmenter.sizes.numpy(),
+        augmenter.erasing.chance,
+        augmenter.erasing.sizes.numpy(),
+        augmenter.fill.numpy(),
+    )

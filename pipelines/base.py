@@ -27,6 +27,16 @@ class Batch(NamedTuple):
     """[b] int64."""
     mask: torch.Tensor
     """[b] bool; False on padding."""
+    partners: torch.Tensor | None = None
+    """[b] int64: the labels of the images that MixUp or CutMix mixed into `images`; None: nothing
+    is mixed."""
+    weights: torch.Tensor | None = None
+    """[b] float32: the share of each image's own label, 1 minus that of its partner's."""
+
+    def clone(self) -> "Batch":
+        """A copy in memory of its own, of the same memory formats."""
+        mixing = (None if part is None else part.clone() for part in (self.partners, self.weights))
+        return Batch(self.images.clone(), self.labels.clone(), self.mask.clone(), *mixing)
 
 
 @dataclass(frozen=True)
@@ -152,8 +162,8 @@ class BatchPlan:
 
 
 def plan_batches(spec: PipelineSpec) -> BatchPlan:
-    """Raises `UserError` where the dataset has no such split, or the split is smaller than one
-    training batch."""
+    """Raises `UserError` where the dataset has no such split, the split is smaller than one
+    training batch, or images are to be mixed in pairs and a process takes an odd number."""
     if spec.split not in spec.manifest.splits:
         known = ", ".join(spec.manifest.splits)
         raise UserError(f"{spec.data.path}: has no split {spec.split!r}; it has: {known}")
@@ -162,6 +172,12 @@ def plan_batches(spec: PipelineSpec) -> BatchPlan:
         raise UserError(
             f"train.batch_size = {batch_size}: split {spec.split} of {spec.data.path} has only "
             f"{images} images; take a smaller batch"
+        )
+    augment, world = spec.augment or AugmentConfig(), spec.shard.world
+    if (augment.mixup or augment.cutmix) and batch_size % (2 * world):
+        raise UserError(
+            f"train.batch_size = {batch_size}: expected a multiple of {2 * world} (two for each "
+            f"process), since augment.mixup and augment.cutmix mix images in pairs"
         )
     if not spec.train:  # all beyond the split would be padding
         batch_size = min(batch_size, images)

@@ -17,6 +17,7 @@ from fastlab.config import DataConfig
 from fastlab.dataset.manifest import Manifest
 from pipelines.augment import device_augmenter, epoch_key, make_augmenter
 from pipelines.base import Batch, PipelineSpec, plan_batches
+from pipelines.pairs import pairing
 
 Decoded = tuple[torch.Tensor, torch.Tensor]
 """A batch of images, uint8 [b, S, S, 3], contiguous, and their labels, int64 [b]. Both lie on the
@@ -54,6 +55,7 @@ class EnginePipeline:
             spec.augment, manifest.image_size, manifest.mean, manifest.std, spec.dtype, spec.device
         )
         self._augment = device_augmenter(spec.compile)
+        self._pair = pairing(self._augmenter.pairs, spec.compile and spec.device.type != "cpu")
 
     def steps(self) -> int:
         return self._plan.steps()
@@ -73,10 +75,11 @@ class EnginePipeline:
     ) -> Iterator[Batch]:
         from pipelines.augment_cpu import augment_on_cpu  # imports numba: only a CPU needs it
 
-        positions = np.arange(rows.shape[1])
+        positions, key_tensor = np.arange(rows.shape[1]), torch.tensor(key)
         for (images, labels), ids, mask in zip(decoded, rows, masks, strict=True):
             pixels = augment_on_cpu(self._augmenter, images.numpy(), positions, ids, key)
-            yield Batch(pixels, labels.clone(), torch.from_numpy(mask))
+            mixing = self._pair(labels, torch.from_numpy(ids), key_tensor)
+            yield Batch(pixels, labels.clone(), torch.from_numpy(mask), *mixing)
 
     def _on_device(
         self, decoded: Iterable[Decoded], rows: np.ndarray, masks: np.ndarray, key: int
@@ -89,7 +92,7 @@ class EnginePipeline:
         for (images, labels), ids, mask in zip(decoded, all_ids, all_masks, strict=True):
             images, labels = (part.to(device, non_blocking=True) for part in (images, labels))
             pixels = self._augment(self._augmenter, images, positions, ids, key_tensor)
-            yield Batch(pixels, labels.clone(), mask)
+            yield Batch(pixels, labels.clone(), mask, *self._pair(labels, ids, key_tensor))
 
 
 def ahead(job: Callable[..., _Result], threads: int, *arguments: Iterable) -> Generator[_Result]:

@@ -17,6 +17,7 @@ from fastlab.machine import cores
 from pipelines.augment import Augmenter, device_augmenter, epoch_key, make_augmenter
 from pipelines.base import Batch, PipelineSpec, plan_batches
 from pipelines.engine import ahead
+from pipelines.pairs import Mixing, pairing
 
 _SHARE = 0.5  # of the device's free memory: what the images of one split may take
 _THREADS = 4  # at most, which gather and augment
@@ -37,6 +38,7 @@ class ResidentPipeline:
         )
         self._on_device = self._place(spec.data.placement)
         self._augment = device_augmenter(spec.compile)
+        self._pair = pairing(self._augmenter.pairs, spec.compile and spec.device.type != "cpu")
 
     def steps(self) -> int:
         return self._plan.steps()
@@ -53,7 +55,8 @@ class ResidentPipeline:
             return None
         rows, masks = self._plan.rows(epoch, start)
         key = epoch_key(self._spec.seed, epoch)
-        return ResidentEpoch(self._augment, self._augmenter, *self._on_device, rows, masks, key)
+        functions = self._augment, self._pair
+        return ResidentEpoch(*functions, self._augmenter, *self._on_device, rows, masks, key)
 
     def _place(self, placement: str) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(images, labels) on the accelerator, or None where batches come from the host."""
@@ -75,9 +78,13 @@ class ResidentPipeline:
     def _cpu_batches(self, rows: np.ndarray, masks: np.ndarray, key: int) -> Iterator[Batch]:
         from pipelines.augment_cpu import augment_on_cpu  # imports numba: only a CPU needs it
 
+        key_tensor = torch.tensor(key)
+
         def batch(rows: np.ndarray, mask: np.ndarray) -> Batch:
             pixels = augment_on_cpu(self._augmenter, self._images, rows, rows, key)
-            return Batch(pixels, torch.from_numpy(self._labels[rows]), torch.from_numpy(mask))
+            labels = torch.from_numpy(self._labels[rows])
+            mixing = self._pair(labels, torch.from_numpy(rows), key_tensor)
+            return Batch(pixels, labels, torch.from_numpy(mask), *mixing)
 
         yield from ahead(batch, _threads(), rows, masks)
 
@@ -93,7 +100,7 @@ class ResidentPipeline:
         for parts in ahead(pinned, _threads(), rows, masks):
             pixels, ids, labels, mask = (part.to(device, non_blocking=True) for part in parts)
             pixels = self._augment(self._augmenter, pixels, positions, ids, key_tensor)
-            yield Batch(pixels, labels, mask)
+            yield Batch(pixels, labels, mask, *self._pair(labels, ids, key_tensor))
 
 
 def upload(images: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -111,6 +118,7 @@ class ResidentEpoch:
     def __init__(
         self,
         augment: Callable[..., torch.Tensor],
+        pair: Callable[..., Mixing],
         augmenter: Augmenter,
         images: torch.Tensor,
         labels: torch.Tensor,
@@ -118,10 +126,10 @@ class ResidentEpoch:
         masks: np.ndarray,
         key: int,
     ) -> None:
-        """`augment` comes from `device_augmenter`, `images` (uint8 [N, S, S, 3]) from `upload`,
-        `key` from `epoch_key`; `labels` is int64 [N]; `rows` and `masks` are those of
-        `BatchPlan.rows`."""
-        self._augment, self._augmenter = augment, augmenter
+        """`augment` comes from `device_augmenter`, `pair` from `pairing`, `images` (uint8
+        [N, S, S, 3]) from `upload`, `key` from `epoch_key`; `labels` is int64 [N]; `rows` and
+        `masks` are those of `BatchPlan.rows`."""
+        self._augment, self._pair, self._augmenter = augment, pair, augmenter
         self._images, self._labels = images, labels
         # One transfer an epoch, so that no step waits for the host.
         self._rows, self._masks = (torch.from_numpy(p).to(images.device) for p in (rows, masks))
@@ -136,7 +144,8 @@ class ResidentEpoch:
         # Indexing by `step` itself would read the number on the host.
         rows, mask = (part.index_select(0, step)[0] for part in (self._rows, self._masks))
         pixels = self._augment(self._augmenter, self._images, rows, rows, self._key)
-        return Batch(pixels, self._labels[rows], mask)
+        labels = self._labels[rows]
+        return Batch(pixels, labels, mask, *self._pair(labels, rows, self._key))
 
     def batches(self) -> Iterator[Batch]:
         steps = torch.arange(len(self._rows), device=self._images.device)

@@ -47,6 +47,9 @@ VALUES = {
         "padding": st.sampled_from(["reflect", "mean"]),
         "cutout": SIZE,
         "crop_scale": st.floats(0, 1, exclude_min=True),
+        "mixup": NOT_NEGATIVE,
+        "cutmix": NOT_NEGATIVE,
+        "erasing": st.floats(0, 1),
     },
     "model": {
         "name": st.sampled_from([*REFERENCE, "resnet18", "speed8"]),

@@ -94,24 +94,59 @@ def make_loss(compile: bool) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 def loss_and_sums(
-    logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor, smoothing: float
+    logits: torch.Tensor,
+    smoothing: float,
+    labels: torch.Tensor,
+    mask: torch.Tensor,
+    partners: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The training loss (scalar, at least fp32: mean cross-entropy with label `smoothing`) and
-    `batch_sums` of the same logits."""
+    `batch_sums` of the same logits. All from `labels` on is that of a `Batch`."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
-    return loss, batch_sums(logits.detach(), labels, mask)
+    if partners is None or weights is None:
+        loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+    else:
+        loss = mixed_cross_entropy(logits, labels, partners, weights, smoothing).mean()
+    return loss, batch_sums(logits.detach(), labels, mask, partners, weights)
 
 
-def batch_sums(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def mixed_cross_entropy(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    partners: torch.Tensor,
+    weights: torch.Tensor,
+    smoothing: float = 0.0,
+) -> torch.Tensor:
+    """[b]: the cross-entropy of each image's label times its weight, and of its partner's label
+    times the rest."""
+    own, other = (
+        F.cross_entropy(logits, each, reduction="none", label_smoothing=smoothing)
+        for each in (labels, partners)
+    )
+    return weights * own + (1 - weights) * other
+
+
+def batch_sums(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    mask: torch.Tensor,
+    partners: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
+) -> torch.Tensor:
     """float64 [4]: sums of cross-entropy, top-1 hits, top-5 hits and images over one batch.
-    `logits` is [b, classes], `labels` int64 [b], `mask` bool [b]: False on padding.
+    `logits` is [b, classes]; the rest is that of a `Batch`. Of mixed images, it takes the mixed
+    cross-entropy, and hits of the label with the larger weight, or the image's own in a tie.
 
     A label is a top-k hit where fewer than k classes score higher, or as high with a lower index:
     of tied classes, one alone is the first.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    loss = F.cross_entropy(logits, labels, reduction="none")
+    if partners is None or weights is None:
+        loss = F.cross_entropy(logits, labels, reduction="none")
+    else:
+        loss = mixed_cross_entropy(logits, labels, partners, weights)
+        labels = torch.where(weights >= 0.5, labels, partners)
     score = logits.gather(1, labels[:, None])  # of the true class
     index = torch.arange(logits.shape[1], device=logits.device)
     ahead = (logits > score) | ((logits == score) & (index < labels[:, None]))

@@ -110,7 +110,8 @@ class Step:
         assert self._graph is not None
         if batch is not None and self._fixed is not None:
             for fixed, part in zip(self._fixed, batch, strict=True):
-                fixed.copy_(part)
+                if fixed is not None and part is not None:  # a batch that is not mixed
+                    fixed.copy_(part)
         self._graph.replay()
 
     def release(self) -> None:
@@ -120,8 +121,7 @@ class Step:
     def _capture(self, batch: Batch | None) -> None:
         """Capture the step; where that fails, report why and continue without."""
         if batch is not None:
-            parts = (part.clone(memory_format=torch.preserve_format) for part in batch)
-            self._fixed = Batch(*parts)
+            self._fixed = batch.clone()
         self._set_capturable(True)
         try:
             self._graph = CUDAGraph(lambda: self._body(self._fixed))

@@ -23,7 +23,6 @@ from fastlab.dataset.convert import Options, convert
 from fastlab.dataset.manifest import read_manifest
 from fastlab.fields import field_types
 from pipelines import FORMATS, make_pipeline
-from pipelines.base import Batch
 from pipelines.engine import EnginePipeline
 from tests.pipelines.specs import pipeline, spec
 
@@ -63,12 +62,13 @@ def assert_equal(batches, expected):
     for batch, reference in zip(batches, expected, strict=True):
         assert batch.images.is_contiguous(memory_format=torch.channels_last)
         for name, part in batch._asdict().items():
-            assert torch.equal(part, getattr(reference, name)), name
+            same = getattr(reference, name)
+            assert same is None if part is None else torch.equal(part, same), name
 
 
 def copied(batches):
     """Copies of all batches: each is valid only until the next is asked for."""
-    return [Batch(*(part.clone() for part in batch)) for batch in batches]
+    return [batch.clone() for batch in batches]
 
 
 def test_every_configurable_engine_has_a_format_and_a_test():
@@ -103,6 +103,15 @@ def test_training_takes_the_batches_of_resident(dataset, engine, world):
         for epoch, start in ((0, 0), (1, 0), (1, 3)):  # the last resumes within an epoch
             expected = copied(reference.epoch(epoch, start))
             assert_equal(copied(data.epoch(epoch, start)), expected)
+
+
+@engines
+def test_mixed_batches_are_those_of_resident(dataset, engine):
+    mixing = AugmentConfig(flip=True, mixup=0.4, cutmix=1.0, erasing=0.5)
+    data = pipeline(dataset, engine, augment=mixing, rank=1, world=2)
+    expected = copied(pipeline(dataset, "resident", augment=mixing, rank=1, world=2).epoch(1))
+    assert all(batch.partners is not None for batch in expected)
+    assert_equal(copied(data.epoch(1)), expected)
 
 
 @engines

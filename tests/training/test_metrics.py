@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastlab.training import metrics
-from fastlab.training.metrics import Sums, Throughput, batch_sums
+from fastlab.training.metrics import Sums, Throughput, batch_sums, loss_and_sums
 
 ALONE: Any = SimpleNamespace(reduce=lambda values, how: values)
 QUICK = settings(max_examples=80, deadline=None, database=None, derandomize=True)
@@ -104,6 +104,36 @@ def test_nan_on_padding_does_not_reach_the_sums():
 def test_with_fewer_than_five_classes_every_label_is_in_the_top_five(label):
     sums = batch_sums(torch.tensor([[0.3, 0.2, 0.1]]), torch.tensor([label]), torch.tensor([True]))
     assert sums[1:3].tolist() == [label == 0, 1]
+
+
+LOGITS = torch.tensor([[2.0, 0.0, 1.0], [0.0, 3.0, 1.0], [0.5, 0.0, 0.0]])
+LABELS, PARTNERS = torch.tensor([0, 2, 1]), torch.tensor([1, 1, 0])
+WEIGHTS = torch.tensor([0.75, 0.25, 0.5])
+ALL = torch.ones(3, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_mixed_loss_is_that_of_torch_for_shares_of_classes(smoothing):
+    shares = torch.tensor([[0.75, 0.25, 0], [0, 0.75, 0.25], [0.5, 0.5, 0]])
+    loss, sums = loss_and_sums(LOGITS, smoothing, LABELS, ALL, PARTNERS, WEIGHTS)
+    expected = F.cross_entropy(LOGITS, shares, label_smoothing=smoothing)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert sums[0].item() == pytest.approx(3 * F.cross_entropy(LOGITS, shares).item(), rel=1e-6)
+
+
+def test_a_mixed_loss_is_the_one_computed_by_hand():
+    """Two classes whose scores differ by log 3 have the probabilities 3/4 and 1/4."""
+    logits, labels = torch.tensor([[math.log(3), 0.0]]), torch.tensor([0])
+    arguments = torch.tensor([True]), torch.tensor([1]), torch.tensor([0.25])
+    loss, _ = loss_and_sums(logits, 0.0, labels, *arguments)
+    assert loss.item() == pytest.approx(0.25 * math.log(4 / 3) + 0.75 * math.log(4))
+
+
+def test_a_hit_is_that_of_the_label_with_the_larger_weight_and_of_the_own_in_a_tie():
+    """The best class is 0, 1 and 0: the own label, the partner's, and the partner's in a tie."""
+    hit = [batch_sums(LOGITS, LABELS, ALL & (torch.arange(3) == i), PARTNERS, WEIGHTS)[1].item()
+           for i in range(3)]  # fmt: skip
+    assert hit == [1, 1, 0]
 
 
 @pytest.fixture

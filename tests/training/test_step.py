@@ -29,13 +29,15 @@ SETTINGS = {
         "train.grad_clip=1.0",
         "train.label_smoothing=0.1",
     ),
-    "onecycle, adamw, no average, augmented": (
+    "onecycle, adamw, no average, mixed": (
         "schedule.name=onecycle",
         "optim.name=adamw",
         "train.ema=0",
         "augment.flip=true",
         "augment.translate=2",
         "augment.cutout=4",
+        "augment.mixup=0.4",
+        "augment.cutmix=1.0",
     ),
     "resnet11 without norms": ("model.name=resnet11", "model.batch_norm=false"),
     "muon, resized": (
@@ -247,7 +249,7 @@ def test_training_draws_nothing_from_torchs_generator(synth_dataset, tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("name", ["plateau, adam", "onecycle, adamw, no average, augmented"])
+@pytest.mark.parametrize("name", ["plateau, adam", "onecycle, adamw, no average, mixed"])
 def test_what_is_compiled_around_a_step_is_one_graph_that_computes_the_same(
     name, synth_dataset, tmp_path, monkeypatch
 ):
