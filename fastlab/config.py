@@ -89,6 +89,20 @@ class AugmentConfig(Section):
     """Side of the square that is set to the channel mean, pixels; 0: off."""
     crop_scale: PositiveShare = 1.0
     """Random resized crop: smallest share of the image's area; 1: off."""
+    rotation: Annotated[float, Bound("from 0 to 180", lambda v: 0 <= v <= 180)] = 0.0
+    """Largest angle of a rotation either way, degrees; 0: off. The nearest pixels are taken, and
+    the channel mean outside of the image."""
+    brightness: Share = 0.0
+    """Colour jitter: multiply by a factor in [1 - x, 1 + x]; 0: off."""
+    contrast: Share = 0.0
+    """The same for the distance to the image's mean grey value."""
+    saturation: Share = 0.0
+    """The same for the distance to each pixel's grey value."""
+    hue: Annotated[float, Bound("from 0 to 0.5", lambda v: 0 <= v <= 0.5)] = 0.0
+    """Turn hues by a share of the circle in [-x, x]; 0: off."""
+    trivial: bool = False
+    """TrivialAugment "wide" (Müller and Hutter, 2021): one of 14 operations at one of 31 strengths
+    on each image."""
 
 
 @dataclass(frozen=True)

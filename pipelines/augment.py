@@ -17,6 +17,7 @@ from fastlab.config import AugmentConfig
 from fastlab.console import UserError
 from fastlab.mixing import GOLDEN, WORD, mix_int, mix_tensor, signed
 from fastlab.tracing import span
+from pipelines.stages import Stages, apply_stages, make_stages
 
 # Each random draw of an image has a number. After a change of a constant here or in
 # `fastlab.mixing`, delete what numba cached of `pipelines.augment_cpu` in __pycache__: it does not
@@ -45,6 +46,8 @@ class Augmenter:
     """int64 [6]: how many values each draw from FLIP to SIZE has."""
     table: torch.Tensor
     """[256, 3], compute dtype: the normalised value of each byte in each channel."""
+    stages: Stages | None
+    """Rotation, colour jitter and TrivialAugment; None where they are off."""
 
 
 Augment = Callable[
@@ -84,6 +87,7 @@ def make_augmenter(
         offsets=torch.tensor(offsets, dtype=torch.int32, device=device),
         spans=torch.tensor([2, shifts, shifts, side, side, len(sizes)], device=device),
         table=((levels - centre) / spread).to(dtype).to(device),
+        stages=make_stages(config, side, device),
     )
 
 
@@ -149,6 +153,9 @@ def augment_on_device(
         pixels = images[rows[:, None, None], y[:, :, None], x[:, None, :]]
     if outside is not None:
         pixels = torch.where(outside[..., None], augmenter.fill, pixels)
+    if stages := augmenter.stages:
+        drawn = _draws(base, stages.offsets, stages.spans)
+        pixels = apply_stages(stages, drawn, pixels, augmenter.fill)
     if config.cutout:
         in_y = _in_hole(line, draws[:, HOLE_Y, None], config.cutout)
         in_x = _in_hole(line, draws[:, HOLE_X, None], config.cutout)

@@ -27,6 +27,8 @@ from pipelines.augment import (
     UNIT,
     Augmenter,
 )
+from pipelines.stages import FIRST, Stages
+from pipelines.stages_cpu import apply_stages_on_cpu
 
 
 def _compiled(function: Callable) -> Callable:
@@ -152,7 +154,9 @@ def _crop(image, out, top, left, crop_h, crop_w):
 
 
 @_compiled
-def _augment(images, rows, ids, key, flip, translate, reflect, cutout, sizes, fill, table, out):
+def _augment(
+    images, rows, ids, key, flip, translate, reflect, stages, cutout, sizes, fill, table, out
+):
     """Augment ``images[rows]`` into `out`: the bytes if `table` is empty, else their entries."""
     side = images.shape[1]
     cropped = np.empty((side, side * 3), np.uint8)
@@ -171,6 +175,11 @@ def _augment(images, rows, ids, key, flip, translate, reflect, cutout, sizes, fi
         dx = _draw(base, SHIFT_X, 2 * translate + 1) - translate
         target = scratch if len(table) else out[i].view(np.uint8)
         _shift_flip(image, target, dy, dx, mirrored, reflect, fill)
+        if stages is not None:  # numba compiles this where there are stages
+            drawn = np.empty(len(stages.spans), np.int64)
+            for number, count in enumerate(stages.spans):
+                drawn[number] = _draw(base, FIRST + number, count)
+            apply_stages_on_cpu(target, cropped, drawn, stages, fill)
         if cutout:
             top = _draw(base, HOLE_Y, side) - cutout // 2
             left = _draw(base, HOLE_X, side) - cutout // 2
@@ -220,6 +229,7 @@ def augment_on_cpu(
             config.flip,
             config.translate,
             config.padding == "reflect",
+            augmenter.stages and Stages(*(part.numpy() for part in augmenter.stages)),
             config.cutout,
             augmenter.sizes.numpy(),
             augmenter.fill.numpy(),
