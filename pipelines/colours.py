@@ -1,6 +1,6 @@
 """Colour jitter and the colours of TrivialAugment in tensor arithmetic: int32, no branch on data.
 
-The operations are those of torchvision on bytes to within a level (hue: two). `pipelines.stages_cpu`
+The operations are torchvision's on bytes, to within a level (hue: two). `pipelines.stages_cpu`
 computes the same bits. Images are [b, S, S, 3], as uint8 or as levels in int32; a factor is int32
 [b], in 1/`ONE`.
 """

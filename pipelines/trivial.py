@@ -1,7 +1,8 @@
 """The operations of TrivialAugment "wide" (Müller and Hutter, 2021), and their tables.
 
 An image draws one of `CHOICES`: (operation * 2 + sign) * 31 + magnitude. So operation, sign and
-magnitude are each uniform, as in torchvision's `TrivialAugmentWide`.
+magnitude are each uniform, as in torchvision's `TrivialAugmentWide`. The magnitudes are those of
+torchvision, without its rounding to float32, by which 15 pixels become of a translation of 16.
 """
 
 import numpy as np
@@ -44,11 +45,13 @@ def blend_factors() -> np.ndarray:
 
 
 def level_tables() -> np.ndarray:
-    """To which level each choice maps each level, uint8 [`CHOICES`, 256], where that does not depend
-    on the image."""
+    """To which level each choice maps each level: uint8 [`CHOICES`, 256]. Where that depends on the
+    image, the level is its own."""
     levels, step = np.arange(256), np.arange(MAGNITUDES)[:, None]
     table = np.tile(levels, (14, len(SIGNS), MAGNITUDES, 1))
-    table[BRIGHTNESS] = np.clip(levels.astype(np.float32) * np.float32(factors())[..., None], 0, 255)
+    table[BRIGHTNESS] = np.clip(
+        levels.astype(np.float32) * np.float32(factors())[..., None], 0, 255
+    )
     cleared = (2 * step + 5) // 10  # bits: step / 5, rounded
     table[POSTERIZE] = levels >> cleared << cleared
     table[SOLARIZE] = np.where(2 * levels >= 510 - 17 * step, 255 - levels, levels)
