@@ -49,7 +49,7 @@ def make_stages(config: AugmentConfig, side: int, device: torch.device | str) ->
         return None
     maps = affine_maps(config, side)
     trivial = slice(None if config.trivial else 0)
-    stages = Stages(
+    arrays = dict(
         offsets=np.array([signed((FIRST + n) * GOLDEN) for n in range(6)], np.int32),
         spans=np.array([max(1, len(maps)), *[_STEPS] * 4, CHOICES if config.trivial else 1]),
         maps=maps,
@@ -60,7 +60,7 @@ def make_stages(config: AugmentConfig, side: int, device: torch.device | str) ->
         tables=level_tables()[trivial],
         factors=blend_factors()[trivial],
     )
-    return Stages(*(torch.from_numpy(table).to(device) for table in stages))
+    return Stages(**{name: torch.from_numpy(each).to(device) for name, each in arrays.items()})
 
 
 def _grid(largest: float, centre: int, one: int) -> np.ndarray:

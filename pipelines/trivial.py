@@ -49,9 +49,8 @@ def level_tables() -> np.ndarray:
     image, the level is its own."""
     levels, step = np.arange(256), np.arange(MAGNITUDES)[:, None]
     table = np.tile(levels, (14, len(SIGNS), MAGNITUDES, 1))
-    table[BRIGHTNESS] = np.clip(
-        levels.astype(np.float32) * np.float32(factors())[..., None], 0, 255
-    )
+    scale = factors()[..., None].astype(np.float32)  # torchvision multiplies and rounds float32
+    table[BRIGHTNESS] = np.clip(levels.astype(np.float32) * scale, 0, 255)
     cleared = (2 * step + 5) // 10  # bits: step / 5, rounded
     table[POSTERIZE] = levels >> cleared << cleared
     table[SOLARIZE] = np.where(2 * levels >= 510 - 17 * step, 255 - levels, levels)

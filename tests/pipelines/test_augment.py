@@ -22,8 +22,6 @@ CONFIGS = [
     AugmentConfig(cutout=5),
     AugmentConfig(crop_scale=0.3),
     AugmentConfig(flip=True, translate=3, cutout=7, crop_scale=0.5),
-    AugmentConfig(rotation=20, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1),
-    AugmentConfig(flip=True, translate=3, cutout=7, trivial=True),
 ]
 
 
