@@ -93,7 +93,8 @@ class AugmentConfig(Section):
     """Largest angle of a rotation either way, degrees; 0: off. The nearest pixels are taken, and
     the channel mean outside of the image."""
     brightness: Share = 0.0
-    """Colour jitter: multiply by a factor in [1 - x, 1 + x]; 0: off."""
+    """Colour jitter: multiply by a factor in [1 - x, 1 + x]; 0: off. The four parts of the jitter
+    are applied in this order; torchvision's ColorJitter draws the order for each image."""
     contrast: Share = 0.0
     """The same for the distance to the image's mean grey value."""
     saturation: Share = 0.0

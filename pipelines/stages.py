@@ -14,7 +14,7 @@ from pipelines.colours import CIRCLE, apply_choice, blend, grey, mean_product, s
 from pipelines.trivial import CHOICES, ONE, blend_factors, level_tables
 from pipelines.warp import affine_maps, warp
 
-# The numbers of the draws of an image go on from those of `pipelines.augment`.
+# The random draws of these stages have the numbers from 20 on; `pipelines.augment` has the others.
 FIRST = 20
 ROTATION, BRIGHTNESS, CONTRAST, SATURATION, HUE, CHOICE = range(6)
 _STEPS = 256  # of the grid from which a factor, or a shift of the hue, is drawn
