@@ -137,11 +137,19 @@ def _inspect_options(parser: ArgumentParser) -> None:
     parser.add_argument("--verify", action="store_true", help="read every file, check its hash")
     show = "draw training images, and below each the same one augmented: flip, shift, cutout, crop"
     parser.add_argument("--show", type=Path, metavar="FILE.png", help=show)
+    config = "draw them as [augment] of this configuration augments them instead"
+    parser.add_argument("--config", type=Path, help=config)
+    add_set_option(parser, "override one value of the configuration; may be repeated")
 
 
 def _inspect(args: Namespace) -> None:
+    from fastlab.config import load
     from fastlab.dataset.manifest import check_hashes, check_sizes, read_manifest, table
 
+    configured = args.config or args.overrides
+    if configured and not args.show:
+        raise UserError("inspect: --config and --set say what --show FILE.png draws; add --show")
+    augment = load(args.config, args.overrides).augment if configured else None
     manifest = read_manifest(args.directory)
     check_sizes(args.directory, manifest)
     verified = check_hashes(args.directory, manifest) if args.verify else 0
@@ -151,7 +159,7 @@ def _inspect(args: Namespace) -> None:
     if args.show:
         from pipelines.samples import draw_samples  # imports torch and numba, which take seconds
 
-        draw_samples(args.directory, manifest, args.show)
+        draw_samples(args.directory, manifest, args.show, augment)
         print(f"samples: {printable(str(args.show))}", file=sys.stderr)
 
 

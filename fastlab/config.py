@@ -19,9 +19,11 @@ import tomli_w
 from fastlab.console import UserError, printable
 from fastlab.fields import (
     AboveZero,
+    Angle,
     Count,
     Factor,
     Fraction,
+    HalfTurn,
     NotNegative,
     Positive,
     PositiveShare,
@@ -77,6 +79,21 @@ class AugmentConfig(Section):
     0: off."""
     erasing: Share = 0.0
     """Probability that a rectangle of 2 to 33 % of the area is set to the channel mean."""
+    rotation: Angle = 0.0
+    """Largest angle of a rotation either way, degrees; 0: off. The nearest pixels are taken, and
+    the channel mean outside of the image."""
+    brightness: Share = 0.0
+    """Colour jitter: multiply by a factor in [1 - x, 1 + x]; 0: off. The four parts of the jitter
+    are applied in this order; torchvision's ColorJitter draws the order for each image."""
+    contrast: Share = 0.0
+    """The same for the distance to the image's mean grey value."""
+    saturation: Share = 0.0
+    """The same for the distance to each pixel's grey value."""
+    hue: HalfTurn = 0.0
+    """Turn hues by a share of the circle in [-x, x]; 0: off."""
+    trivial: bool = False
+    """TrivialAugment "wide" (Müller and Hutter, 2021): one of 14 operations at one of 31 strengths
+    on each image."""
 
 
 @dataclass(frozen=True)

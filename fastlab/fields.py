@@ -26,6 +26,8 @@ Fraction = Annotated[float, Bound("at least 0 and below 1", lambda v: 0 <= v < 1
 Share = Annotated[float, Bound("from 0 to 1", lambda v: 0 <= v <= 1)]
 PositiveShare = Annotated[float, Bound("above 0 and at most 1", lambda v: 0 < v <= 1)]
 Factor = Annotated[float, Bound("above 0 and below 1", lambda v: 0 < v < 1)]
+Angle = Annotated[float, Bound("from 0 to 180", lambda v: 0 <= v <= 180)]
+HalfTurn = Annotated[float, Bound("from 0 to 0.5", lambda v: 0 <= v <= 0.5)]
 
 
 class Stage(NamedTuple):

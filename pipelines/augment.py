@@ -18,8 +18,9 @@ from fastlab.config import AugmentConfig
 from fastlab.console import UserError
 from fastlab.mixing import WORD, draw_offsets, draw_tensor, mix_int, mix_tensor
 from fastlab.tracing import span
-from pipelines.erasing import Erasing, erase, make_erasing
+from pipelines.erasing import Erasing, erase, in_boxes, make_erasing
 from pipelines.pairs import Pairs, make_pairs, mix_pairs
+from pipelines.stages import Stages, apply_stages, draw_stages, make_stages
 
 # Each random draw of an image has a number; `pipelines.erasing` continues them. After a change of a
 # constant here, or of what several files of kernels use, delete what numba cached in __pycache__
@@ -50,6 +51,8 @@ class Augmenter:
     """[256, 3], compute dtype: the normalised value of each byte in each channel."""
     erasing: Erasing
     pairs: Pairs
+    stages: Stages | None
+    """Rotation, colour jitter and TrivialAugment; None where they are off."""
 
 
 Augment = Callable[
@@ -90,6 +93,7 @@ def make_augmenter(
         table=((levels - centre) / spread).to(dtype).to(device),
         erasing=make_erasing(config.erasing, side, device),
         pairs=make_pairs(config, side, device),
+        stages=make_stages(config, side, device),
     )
 
 
@@ -142,10 +146,10 @@ def augment_on_device(
     Each pixel is computed in int32, the type that GPUs compute fast. Only `rows` stays int64, so
     that addresses in more than 2^31 bytes of images do not wrap.
     """
-    config, side, device = augmenter.config, images.shape[1], images.device
+    config, fill, side = augmenter.config, augmenter.fill, images.shape[1]
     base = mix_tensor(key.int() ^ ids.int())
     draws = draw_tensor(base, augmenter.offsets[:TOP], augmenter.spans)
-    line = torch.arange(side, dtype=torch.int32, device=device)[None, :]
+    line = torch.arange(side, dtype=torch.int32, device=images.device)[None, :]
     y, x, outside = _sources(config, draws, line)
     if len(augmenter.sizes):
         size = augmenter.sizes[draws[:, SIZE]]
@@ -154,17 +158,18 @@ def augment_on_device(
     else:
         pixels = images[rows[:, None, None], y[:, :, None], x[:, None, :]]
     if outside is not None:
-        pixels = torch.where(outside[..., None], augmenter.fill, pixels)
+        pixels = torch.where(outside[..., None], fill, pixels)
+    if stages := augmenter.stages:
+        pixels = apply_stages(stages, draw_stages(base, stages), pixels, fill)
     if config.cutout:
-        in_y = _in_hole(line, draws[:, HOLE_Y, None], config.cutout)
-        in_x = _in_hole(line, draws[:, HOLE_X, None], config.cutout)
-        hole = in_y[:, :, None] & in_x[:, None, :]
-        pixels = torch.where(hole[..., None], augmenter.fill, pixels)
+        start = draws[:, HOLE_Y : HOLE_X + 1] - config.cutout // 2
+        hole = in_boxes(start, start + config.cutout, side)
+        pixels = torch.where(hole, fill, pixels)
     if config.erasing:
-        pixels = erase(augmenter.erasing, base, pixels, augmenter.fill)
+        pixels = erase(augmenter.erasing, base, pixels, fill)
     if config.mixup or config.cutmix:
         pixels = mix_pairs(augmenter.pairs, base, pixels)
-    channels = torch.arange(3, dtype=torch.int32, device=device)
+    channels = torch.arange(3, dtype=torch.int32, device=images.device)
     return augmenter.table[pixels.int(), channels].permute(0, 3, 1, 2)
 
 
@@ -190,11 +195,6 @@ def _sources(
 def _reflect(at: torch.Tensor, side: int) -> torch.Tensor:
     at = at.abs()
     return torch.where(at >= side, 2 * side - 2 - at, at)
-
-
-def _in_hole(line: torch.Tensor, centre: torch.Tensor, size: int) -> torch.Tensor:
-    start = centre - size // 2
-    return (line >= start) & (line < start + size)
 
 
 def _crop(

@@ -28,6 +28,8 @@ from pipelines.augment import (
 from pipelines.erasing_cpu import erase_one
 from pipelines.kernels import draw, fill_row, kernel, mix_word
 from pipelines.pairs_cpu import mix_pairs_on_cpu
+from pipelines.stages import Stages
+from pipelines.stages_cpu import apply_stages_on_cpu, draw_stages
 
 
 @numba.njit(inline="always")
@@ -122,7 +124,7 @@ def _normalise(image, table, out, i):
 
 @kernel
 def _augment(
-    images, rows, ids, key, flip, translate, reflect, cutout, sizes, chance, boxes, fill, table, out
+    images, rows, ids, key, flip, shift, reflect, stages, cutout, sizes, erasing, fill, table, out
 ):
     """Augment ``images[rows]`` into `out`: the bytes if `table` is empty, else their entries."""
     side = images.shape[1]
@@ -138,15 +140,18 @@ def _augment(
             _crop(image, cropped, top, left, size[0], size[1])
             image = cropped
         mirrored = flip and draw(base, FLIP, 2) == 1
-        dy = draw(base, SHIFT_Y, 2 * translate + 1) - translate
-        dx = draw(base, SHIFT_X, 2 * translate + 1) - translate
+        dy = draw(base, SHIFT_Y, 2 * shift + 1) - shift
+        dx = draw(base, SHIFT_X, 2 * shift + 1) - shift
         target = scratch if len(table) else out[i].view(np.uint8)
         _shift_flip(image, target, dy, dx, mirrored, reflect, fill)
+        if stages is not None:  # numba compiles this where there are stages
+            apply_stages_on_cpu(target, cropped, draw_stages(base, stages), stages, fill)
         if cutout:
             top = draw(base, HOLE_Y, side) - cutout // 2
             left = draw(base, HOLE_X, side) - cutout // 2
             for y in range(max(0, top), min(side, top + cutout)):
                 fill_row(target, y, max(0, left), min(side, left + cutout), fill)
+        chance, boxes = erasing
         if chance:
             erase_one(target, base, chance, boxes, fill)
         if len(table):
@@ -208,9 +213,9 @@ def _settings(augmenter: Augmenter) -> tuple:
         config.flip,
         config.translate,
         config.padding == "reflect",
+        augmenter.stages and Stages(*(part.numpy() for part in augmenter.stages)),
         config.cutout,
         augmenter.sizes.numpy(),
-        augmenter.erasing.chance,
-        augmenter.erasing.sizes.numpy(),
+        (augmenter.erasing.chance, augmenter.erasing.sizes.numpy()),
         augmenter.fill.numpy(),
     )

@@ -19,19 +19,21 @@ _ROWS, _COLUMNS = 4, 6  # tiles in the picture
 _SCALE, _CAPTION, _GAP = 2, 16, 6  # magnification; height of a caption and the gap, pixels
 
 
-def draw_samples(directory: Path, manifest: Manifest, out: Path) -> None:
-    """Write a PNG of training images with their labels: each unchanged, and below it augmented by
-    flip, translation, cutout and crop.
+def draw_samples(
+    directory: Path, manifest: Manifest, out: Path, augment: AugmentConfig | None = None
+) -> None:
+    """Write a PNG of training images with their labels: each unchanged, and below it as `augment`
+    changes it in the first epoch of seed 0; without one, by flip, translation, cutout and crop.
 
-    Raises `UserError` where `out` is no .png or cannot be written.
+    Raises `UserError` where `out` is no .png or cannot be written, and as `make_augmenter` does.
     """
     if out.suffix.lower() != ".png":
         raise UserError(f"--show {out}: expected a file name that ends in .png")
     images, labels = open_array(directory, manifest, "train")
     rows = np.unique(np.linspace(0, len(images) - 1, _ROWS * _COLUMNS).astype(np.int64))
     side = manifest.image_size
-    config = AugmentConfig(flip=True, translate=side // 10, cutout=side // 4, crop_scale=0.5)
-    augmenter = make_augmenter(config, side, manifest.mean, manifest.std, torch.float32)
+    usual = AugmentConfig(flip=True, translate=side // 10, cutout=side // 4, crop_scale=0.5)
+    augmenter = make_augmenter(augment or usual, side, manifest.mean, manifest.std, torch.float32)
     augmented = augment_on_cpu(augmenter, images, rows, rows, epoch_key(0, 0), raw=True)
     pairs = zip(images[rows], augmented.permute(0, 2, 3, 1).numpy(), labels[rows], strict=True)
     tiles = [_tile(a, b, manifest.classes[label].words) for a, b, label in pairs]

@@ -136,6 +136,18 @@ AUGMENTATIONS = [
     AugmentConfig(flip=True, translate=4, cutout=7, crop_scale=0.4),
     AugmentConfig(flip=True, translate=4, padding="mean", cutout=7),
     AugmentConfig(flip=True, crop_scale=0.4, mixup=0.4, cutmix=1.0, erasing=0.5),
+    AugmentConfig(
+        flip=True,
+        translate=4,
+        cutout=3,
+        crop_scale=0.4,
+        rotation=30,
+        brightness=0.4,
+        contrast=0.4,
+        saturation=0.4,
+        hue=0.1,
+        trivial=True,
+    ),
 ]
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
 

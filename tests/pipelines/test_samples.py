@@ -2,6 +2,7 @@
 
 import os
 import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +24,46 @@ def test_the_picture_shows_images_of_the_dataset_above_augmented_ones(synth_data
     assert not np.array_equal(below, plain)
     last = picture[-(6 + 16 + 256) : -(6 + 16 + 128), -(6 + 128) : -6]
     assert np.array_equal(last, images[-1].repeat(2, 0).repeat(2, 1))
+
+
+def tiles(picture: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The images of the first tile, the unchanged and the augmented: uint8 [64, 64, 3]."""
+    pixels = np.asarray(Image.open(picture))[6 : 6 + 256 : 2, 6 : 6 + 128 : 2]
+    return pixels[:64], pixels[64:]
+
+
+def test_a_configuration_says_how_images_are_augmented(synth_dataset, tmp_path):
+    file, out = tmp_path / "plain.toml", tmp_path / "samples.png"
+    file.write_text("[augment]\ncutout = 9\n")
+    show = ["inspect", str(synth_dataset), "--show", str(out), "--config", str(file)]
+    assert main([*show, "--set", "augment.cutout=0"]) == 0
+    plain, augmented = tiles(out)
+    assert np.array_equal(plain, augmented)
+    assert main(show) == 0
+    plain, augmented = tiles(out)
+    assert 0 < (plain != augmented).any(axis=-1).sum() <= 81
+    assert main([*show, "--set", "augment.rotation=90", "--set", "augment.hue=0.5"]) == 0
+    plain, augmented = tiles(out)
+    assert (plain != augmented).any(axis=-1).mean() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "configs/demo.toml"], "add --show"),
+        (["--set", "augment.hue=0.1"], "add --show"),
+        (["--show", "a.png", "--config", "no.toml"], "no.toml: cannot be read"),
+        (["--show", "a.png", "--set", "augment.hue=1"], "augment.hue: expected a number from 0"),
+        (["--show", "a.png", "--set", "augment.translate=32"], "less than half of the 64 pixels"),
+    ],
+)
+def test_a_mistake_in_the_configuration_is_an_error_of_one_line(
+    arguments, message, synth_dataset, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(["inspect", str(synth_dataset), *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line and not os.listdir(tmp_path)
 
 
 def test_a_picture_that_cannot_be_written_is_an_error_of_one_line(synth_dataset, tmp_path, capsys):

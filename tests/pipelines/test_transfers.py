@@ -17,6 +17,7 @@ from pipelines.engine import EnginePipeline
 from pipelines.resident import ResidentPipeline
 from tests.pipelines.specs import spec
 from tests.pipelines.test_augment import CONFIGS, MEAN, SIDE, STD
+from tests.pipelines.test_stages import EVERYTHING
 
 META = torch.device("meta")
 
@@ -64,7 +65,7 @@ def test_a_copy_is_noticed():
     assert copies(lambda: torch.tensor(3, device=META)) == ["tensor"]
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", [*CONFIGS, EVERYTHING])
 def test_augmentation_copies_nothing(config):
     augmenter = make_augmenter(config, SIDE, MEAN, STD, torch.bfloat16, META)
     images = torch.empty((40, SIDE, SIDE, 3), dtype=torch.uint8, device=META)
