@@ -32,6 +32,7 @@ from fastlab.study.results import (
     analyse,
     best_run,
     listed,
+    paired_difference,
 )
 from fastlab.study.spec import Study
 from fastlab.study.statistics import Interval, interval
@@ -61,6 +62,7 @@ _COLUMNS = (
     ("rate", "images/s"),
     ("time", "time"),
     ("seeds", "seeds"),
+    ("paired", "top-1 against the first"),
 )
 
 
@@ -115,7 +117,7 @@ def _scale_note(runs: list[RunResult]) -> str:
 
 def _study(result: StudyResult) -> dict[str, Any]:
     curves = [row for row in result.rows if row.finished]
-    rows = [_row(row) for row in result.rows]
+    rows = [_row(row, result.rows[0]) for row in result.rows]
     return {
         "name": result.study.name,
         "title": result.study.title,
@@ -137,7 +139,7 @@ def _mean_run(row: RowResult) -> Run:
     return Run(row.title, {}, {}, row.finished[0].summary, means, [])
 
 
-def _row(row: RowResult) -> dict[str, Any]:
+def _row(row: RowResult, first: RowResult) -> dict[str, Any]:
     """The lines of a row in its study's table, each cell as text, with notes and links. Rate and
     time are medians over the finished seeds."""
     rates = [rate for run in row.finished if (rate := images_per_second(run)) is not None]
@@ -149,6 +151,7 @@ def _row(row: RowResult) -> dict[str, Any]:
         "rate": number_text(statistics.median(rates) if rates else None),
         "time": duration_text(statistics.median(times) if times else None),
         "seeds": f"{len(row.finished)} of {len(row.runs)}",
+        "paired": "" if row is first else _paired_cell(paired_difference(row, first)),
     }
     return {
         "label": row.title,
@@ -156,6 +159,13 @@ def _row(row: RowResult) -> dict[str, Any]:
         "notes": [_note(run) for run in row.runs if not run.run],
         "tasks": row.row.tasks,
     }
+
+
+def _paired_cell(difference: Interval | None) -> str:
+    if difference is None:
+        return MISSING
+    sign = "+" if difference.mean > 0 else ""
+    return sign + difference.text(100)
 
 
 def _note(run: RunResult) -> str:
@@ -170,7 +180,7 @@ def _reference_lines(row: RowResult, reference: dict[str, float]) -> list[dict[s
         here = row.figures[metric.figure]
         distance = metric.scale * (here.mean - reference[metric.figure]) if here else None
         differences[metric.key] = formatted(distance, f"+.{metric.decimals}f")
-    untimed = {"rate": MISSING, "time": MISSING, "seeds": "1"}
+    untimed = {"rate": MISSING, "time": MISSING, "seeds": "1", "paired": ""}
     return [
         {"who": "reference", **_cells(reference), **untimed},
         {"who": "difference", **differences, **dict.fromkeys(untimed, "")},

@@ -61,6 +61,18 @@ class RowResult:
         return [f"seed {r.task.seed} ({r.state.status})" for r in self.runs if not r.run]
 
 
+def paired_difference(row: RowResult, first: RowResult) -> Interval | None:
+    """By how much the top-1 of `row` lies above that of `first`, seed by seed, over the seeds that
+    both have finished; None without any."""
+    firsts = {run.task.seed: run.best["val_top1"] for run in first.runs if run.best}
+    pairs = [
+        (run.best["val_top1"], firsts[run.task.seed])
+        for run in row.runs
+        if run.best and run.task.seed in firsts
+    ]
+    return interval([a - b if a is not None and b is not None else None for a, b in pairs])
+
+
 @dataclass(frozen=True)
 class Verdict:
     finding: Finding

@@ -27,6 +27,9 @@ def test_the_page_of_a_partial_study_shows_figures_references_and_gaps(partial):
     assert cells["0.1", "seeds"][0] == "3 of 3" and cells["0.1", "rate"][0] == "100"
     assert cells["0.5", "top1"][0] == "49.00" and cells["0.5", "seeds"][0] == "1 of 3"
     assert cells["0.99", "top1"] == ["—", "39.25", "—"]
+    # Seed by seed 20 points below the first row; of the third row, seed 0 alone is finished.
+    paired = [cells[row, "paired"][0] for row in ("0.1", "0.2", "0.5", "0.99")]
+    assert paired == ["", "-20.00 ± 0.00", "-1.00", "—"]
     notes = " ".join(p["text"] for p in page.all("p") if p.get("class") == "note")
     assert "seed 1 failed: out of <memory>; seed 2 interrupted" in notes
     assert "Not at the reference’s scale" in text and "classes 10 (reference: 200)" in text
