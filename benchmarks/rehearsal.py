@@ -27,7 +27,10 @@ from fastlab.console import UserError, run_command
 ROOT = Path(__file__).parents[1]
 CARRIED = ("braceexpand", "nvidia-ml-py", "simplejpeg", "tomli-w", "webdataset")
 _PIECES = [f".lease/piece-{number}.tar.xz" for number in (1, 2, 3)]
-_MEASURING = "ready measure reference race savings loaders tests more search recipe".split()
+_MEASURING = [
+    *("ready", "measure", "reference", "race", "savings"),
+    *("loaders", "tests", "more", "search", "recipe"),
+]
 COMMANDS = [
     "python3 -m benchmarks.gpu_suite smoke --pack $OUT/smoke",
     f"python3 -m benchmarks.gpu_suite data --piece {_PIECES[0]} --cache $OUT/smoke",
