@@ -90,7 +90,6 @@ MODELS = [
     ("resnet18", {}, 17),
     ("resnet18", {"dropout_conv": 0.3, "dropout_stem": 0.1}, 17),
     ("speed8", {}, 7),
-    ("speed8", {"shortcuts": False, "dropout_conv": 0.0}, 7),
 ]
 
 
