@@ -107,14 +107,14 @@ def _as_float(value: int) -> float:
 
 
 def _as_stages(value: Any) -> Any:
-    """`value` with a `SizeStage` for each pair of numbers, or unchanged where it is another thing
-    than a list of pairs."""
+    """A tuple with a `SizeStage` for each pair of numbers in `value`; what is no list of such pairs
+    becomes no tuple, which `checked` refuses."""
     if not isinstance(value, list | tuple):
         return value
     pairs = [stage for stage in value if isinstance(stage, list | tuple) and len(stage) == 2]
     whole = all(type(until) in (int, float) and type(side) is int for until, side in pairs)
     if len(pairs) < len(value) or not whole:
-        return value if isinstance(value, list) else list(value)
+        return list(value)
     return tuple(SizeStage(_as_float(until), side) for until, side in pairs)
 
 
