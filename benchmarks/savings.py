@@ -8,7 +8,7 @@ from unittest import mock
 import torch._inductor.config as inductor
 from torch import nn
 
-from fastlab.models import cnn, layers, norm_pool, norm_relu, resnet
+from fastlab.models import cnn, layers, norm_pool, norm_relu, resnet, speed
 
 
 class _Patch(NamedTuple):
@@ -19,7 +19,8 @@ class _Patch(NamedTuple):
 
 
 def _in_models(name: str, value: object) -> list[_Patch]:
-    return [_Patch(module, name, value) for module in (cnn, resnet)]
+    modules = (module for module in (cnn, resnet, speed) if hasattr(module, name))
+    return [_Patch(module, name, value) for module in modules]
 
 
 _POOL = _Patch(norm_pool, "supported", lambda x: False)

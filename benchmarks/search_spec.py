@@ -25,8 +25,9 @@ from typing import Any
 
 from benchmarks.records.clock import overrides
 from fastlab import config as configs
-from fastlab.config import Config, Factor, Positive, Seed, checked
+from fastlab.config import Config
 from fastlab.console import UserError
+from fastlab.fields import Factor, Positive, Seed, checked
 from fastlab.report.texts import setting_text
 
 # The keys of a file, with defaults of the type that each takes.

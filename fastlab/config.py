@@ -30,7 +30,7 @@ from fastlab.fields import (
     Section,
     Seed,
     Share,
-    Stages,
+    SizeStages,
     checked,
     field_types,
     show,
@@ -163,7 +163,7 @@ class TrainConfig(Section):
     step: Literal["auto", "captured", "eager"] = "auto"
     """How a step is launched: "captured" as one CUDA graph, "eager" kernel by kernel. "auto"
     captures on one GPU, unless precision is fp16 or a trace is being recorded."""
-    image_size: Stages = ()
+    image_size: SizeStages = ()
     """Progressive resizing: [[0.4, 32], [0.7, 48]] trains on images averaged down to 32 pixels a
     side until 40 % of the epochs are done, on 48 until 70 %, then on whole ones; validation always
     takes whole ones."""

@@ -30,7 +30,7 @@ Angle = Annotated[float, Bound("from 0 to 180", lambda v: 0 <= v <= 180)]
 HalfTurn = Annotated[float, Bound("from 0 to 0.5", lambda v: 0 <= v <= 0.5)]
 
 
-class Stage(NamedTuple):
+class SizeStage(NamedTuple):
     """A stage of progressive resizing: the side of training images, pixels, until a share of all
     epochs is done."""
 
@@ -38,14 +38,14 @@ class Stage(NamedTuple):
     side: int
 
 
-def _are_stages(stages: tuple[Stage, ...]) -> bool:
+def _are_stages(stages: tuple[SizeStage, ...]) -> bool:
     shares = [0.0, *(stage.until for stage in stages), math.nextafter(1, 2)]
     rise = all(before < after for before, after in itertools.pairwise(shares))
     return len(stages) <= 3 and rise and all(stage.side >= 8 for stage in stages)
 
 
-Stages = Annotated[
-    tuple[Stage, ...],
+SizeStages = Annotated[
+    tuple[SizeStage, ...],
     Bound(
         "at most three pairs [share of the epochs, side], such as [[0.4, 32], [0.7, 48]]: shares "
         "rise from above 0 to at most 1, sides are at least 8",
@@ -56,7 +56,7 @@ Stages = Annotated[
 
 class Section:
     """A section of the configuration: a frozen dataclass whose fields have one of the types above,
-    `Stages`, a `Literal` of strings, or a plain bool, int, float or str."""
+    `SizeStages`, a `Literal` of strings, or a plain bool, int, float or str."""
 
     def __post_init__(self) -> None:
         """Raises `UserError` for a value that its field does not take."""
@@ -79,7 +79,7 @@ def checked(name: str, kind: Any, value: Any) -> Any:
     bounds = get_args(kind)[1:] if get_origin(kind) is Annotated else ()
     given, plain = value, str if choices else get_args(kind)[0] if bounds else kind
     value = _as_float(value) if plain is float and type(value) is int else value
-    if kind is Stages:
+    if kind is SizeStages:
         plain, value = tuple, _as_stages(value)
     takes = (
         type(value) is plain
@@ -107,14 +107,15 @@ def _as_float(value: int) -> float:
 
 
 def _as_stages(value: Any) -> Any:
-    """`value` with a `Stage` for each pair of numbers, or unchanged where it is no list of such."""
+    """A tuple with a `SizeStage` for each pair of numbers in `value`; what is no list of such pairs
+    becomes no tuple, which `checked` refuses."""
     if not isinstance(value, list | tuple):
         return value
     pairs = [stage for stage in value if isinstance(stage, list | tuple) and len(stage) == 2]
     whole = all(type(until) in (int, float) and type(side) is int for until, side in pairs)
     if len(pairs) < len(value) or not whole:
-        return value if isinstance(value, list) else list(value)
-    return tuple(Stage(_as_float(until), side) for until, side in pairs)
+        return list(value)
+    return tuple(SizeStage(_as_float(until), side) for until, side in pairs)
 
 
 def show(value: Any) -> str:

@@ -2,7 +2,7 @@
 
 An image draws one of `CHOICES`: (operation * 2 + sign) * 31 + magnitude. So operation, sign and
 magnitude are each uniform, as in torchvision's `TrivialAugmentWide`. The magnitudes are those of
-torchvision, without its rounding to float32, by which 15 pixels become of a translation of 16.
+torchvision, without its rounding to float32, which turns a translation of 16 pixels into one of 15.
 """
 
 import numpy as np

@@ -154,8 +154,7 @@ MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
 
 @both_devices
 @pytest.mark.parametrize("settings", AUGMENTATIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("dtype", "compiled"), [(torch.float32, False), (torch.bfloat16, True)])
 def test_augmentation_on_a_device_gives_the_bits_of_the_cpu_kernel(
     settings, dtype, compiled, device
 ):

@@ -42,7 +42,7 @@ from fastlab.runs import RunDir
 from fastlab.train import Trainer
 from fastlab.training.evaluate import evaluate
 from fastlab.training.metrics import wait_for_device
-from fastlab.training.resizing import image_side
+from fastlab.training.resizing import epochs_by_side
 from fastlab.training.setup import make_accelerator, open_split, torch_settings
 
 _WARM = 5  # steps: a captured step is captured in the fourth
@@ -129,10 +129,8 @@ def warm_up(trainer: Trainer) -> None:
     """Do everything that compiles or tunes, on the shapes to come. (A step is captured anew for
     each size of images, which counts in the time of a run.)"""
     trainer.net.train()
-    settings, full = trainer.cfg.train, trainer.manifest.image_size
-    by_side = {image_side(settings, epoch, full): epoch for epoch in range(settings.epochs)}
-    for epoch in by_side.values():
-        for batch in itertools.islice(trainer.batches(epoch), _WARM):
+    for epochs in epochs_by_side(trainer.cfg.train, trainer.manifest.image_size).values():
+        for batch in itertools.islice(trainer.batches(epochs[0]), _WARM):
             trainer.step(batch)
     validate(trainer)
 

@@ -8,7 +8,7 @@ arithmetic of the convolution that follows; mixing a counter takes a tenth of th
 import torch
 from torch import nn
 
-from fastlab.mixing import GOLDEN, M1, M2, WORD, mix_int, mix_tensor, signed
+from fastlab.mixing import M1, M2, WORD, draw_offsets, mix_int, mix_tensor, signed
 
 # Elements that a CPU draws at a time, so that their words stay in its cache between operations.
 _BLOCK = 1 << 17
@@ -88,9 +88,8 @@ class DropoutKeys:
 
     def __init__(self, model: nn.Module, seed: int, rank: int, device: torch.device) -> None:
         layers = [module for module in model.modules() if isinstance(module, Dropout)]
-        offsets = [signed(number * GOLDEN) for number in range(2 * len(layers))]
         self._rank = rank
-        self._offsets = torch.tensor(offsets, dtype=torch.int32, device=device).view(len(layers), 2)
+        self._offsets = draw_offsets(range(2 * len(layers)), device).view(len(layers), 2)
         self._stream = torch.zeros((), dtype=torch.int32, device=device)
         self._keys = torch.zeros_like(self._offsets)
         self.reseed(seed)

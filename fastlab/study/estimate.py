@@ -81,6 +81,7 @@ def _cost(task: Task) -> tuple[Any, ...]:
         *(data.path, data.pipeline, data.placement),
         *(model.name, model.width, model.batch_norm, model.shortcuts),
         *(train.batch_size, train.precision, train.channels_last, train.compile),
+        *(train.image_size, task.config.optim.name, task.config.evaluate.tta),
     )
 
 
@@ -121,11 +122,13 @@ def _begin(environment: dict[str, str]) -> None:
 
 
 def epoch_seconds(cfg: Config) -> float:
-    """Seconds of an epoch's training and validation, from the median step of each."""
+    """Seconds of the mean epoch's training and validation, from the median step of each size of
+    images."""
     import torch  # a study's own process, which imports this module, does without it
 
     from fastlab.train import Trainer
     from fastlab.training.metrics import wait_for_device
+    from fastlab.training.resizing import epochs_by_side
     from fastlab.training.setup import make_accelerator, torch_settings
 
     cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, compile=False))
@@ -133,12 +136,19 @@ def epoch_seconds(cfg: Config) -> float:
         trainer = Trainer(cfg, RunDir(Path(os.devnull)), make_accelerator(cfg))
         wait = partial(wait_for_device, trainer.device)
         trainer.model.train()
-        training = step_seconds(trainer.batches(0), trainer.step, wait)
+        training = sum(
+            len(epochs) * step_seconds(trainer.batches(epochs[0]), trainer.step, wait)
+            for epochs in epochs_by_side(cfg.train, trainer.manifest.image_size).values()
+        )
         trainer.model.eval()
         with torch.no_grad():
             batches = trainer.val_data.epoch(0)
             validation = step_seconds(batches, lambda batch: trainer.net(batch.images), wait)
-    return training * trainer.train_data.steps() + validation * trainer.val_data.steps()
+    passes = 2 if cfg.evaluate.tta == "flip" else 1
+    return (
+        training / cfg.train.epochs * trainer.train_data.steps()
+        + passes * validation * trainer.val_data.steps()
+    )
 
 
 def step_seconds(

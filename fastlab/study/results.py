@@ -145,7 +145,8 @@ def _labelled(verdict: Verdict, rows: list[RowResult]) -> Verdict:
     titles = [row.title for row in rows if row.label in about and row.title != row.label]
     if not titles:
         return verdict
-    return replace(verdict, sentence=f"{verdict.sentence} Figures are of {listed(titles)}.")
+    flipped = f"Test-time augmentation is part of {listed(titles)}."
+    return replace(verdict, sentence=f"{verdict.sentence} {flipped}")
 
 
 def _decide_order(finding: Finding, tops: dict[str, Interval]) -> Verdict:

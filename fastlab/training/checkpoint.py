@@ -206,7 +206,7 @@ def conforming(value: Any, like: Any, name: str = "") -> Any:
 
     In `like`, a dict stands for the same keys and a list for the same length; a tensor for one of
     its shape and dtype without NaN or infinities; None for nothing; anything else is a type that
-    `fastlab.config.checked` takes.
+    `fastlab.fields.checked` takes.
     """
     if isinstance(like, dict):
         held = value if isinstance(value, dict) else {}

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fastlab.config import TrainConfig
-from fastlab.fields import Stage
+from fastlab.fields import SizeStage
 
 
 def image_side(config: TrainConfig, epoch: int, full: int) -> int:
@@ -18,7 +18,15 @@ def image_side(config: TrainConfig, epoch: int, full: int) -> int:
     return next((s.side for s in stages if epoch < _epochs_until(s, config.epochs)), full)
 
 
-def _epochs_until(stage: Stage, epochs: int) -> int:
+def epochs_by_side(config: TrainConfig, full: int) -> dict[int, list[int]]:
+    """The epochs of a training by the side of their images, both in the order of the training."""
+    by_side: dict[int, list[int]] = {}
+    for epoch in range(config.epochs):
+        by_side.setdefault(image_side(config, epoch, full), []).append(epoch)
+    return by_side
+
+
+def _epochs_until(stage: SizeStage, epochs: int) -> int:
     return math.ceil(round(stage.until * epochs, 6))  # 0.7 x 10 is above 7
 
 

@@ -67,3 +67,8 @@ def test_a_change_has_exactly_its_effect_and_none_afterwards(name, model):
 def test_without_a_change_nothing_differs():
     with changed(None):
         assert traits("resnet11") == set()
+
+
+def test_the_dropout_of_speed8_is_changed_too():
+    with changed("nothing fused, torch's dropout"):
+        assert traits("speed8") >= {"pool", "blocks", "dropout"}

@@ -90,7 +90,6 @@ MODELS = [
     ("resnet18", {}, 17),
     ("resnet18", {"dropout_conv": 0.3, "dropout_stem": 0.1}, 17),
     ("speed8", {}, 7),
-    ("speed8", {"shortcuts": False, "dropout_conv": 0.0}, 7),
 ]
 
 
@@ -104,13 +103,11 @@ def test_single_precision_equals_that_of_plain_layers(fused, name, settings, ope
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "settings", "operators"), (MODELS[0], MODELS[4]))
-def test_half_precision_is_about_as_good_as_that_of_plain_layers(
-    fused, monkeypatch, name, settings, operators
-):
-    """Rounding moves elements across the kink of ReLU, so the errors of one such small model are
-    anywhere between half and twice those of another: several models are averaged."""
-    seeds, half = 4, torch.bfloat16
+def test_half_precision_is_about_as_good_as_that_of_plain_layers(fused, monkeypatch):
+    """Of speed8, which is small and has all fused operators. Rounding moves elements across the
+    kink of ReLU, so the errors of one such small model are anywhere between half and twice those of
+    another: several models are averaged."""
+    (name, settings, operators), seeds, half = MODELS[-1], 4, torch.bfloat16
     exact = [trained(make_model(name, torch.float64, settings, seed), 1) for seed in range(seeds)]
     ours = [trained(make_model(name, torch.float32, settings, n), 1, half) for n in range(seeds)]
     assert len(fused) == seeds * operators

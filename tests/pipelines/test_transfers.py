@@ -85,7 +85,7 @@ class OnDevice:
 
 def steps(dataset, kind: str):
     """The batches of an epoch."""
-    augment = AugmentConfig(flip=True, translate=4, cutout=8)
+    augment = AugmentConfig(flip=True, translate=4, cutout=8, mixup=0.4)
     on_device = replace(spec(dataset, "resident", augment=augment), device=META)
     if kind == "engine":
         return EnginePipeline(on_device, lambda *_: OnDevice()).epoch(0)

@@ -65,7 +65,9 @@ def test_figures_of_test_time_augmentation_are_labelled(tmp_path):
         '[[findings]]\nclaim = "flips help"\nbetter = "flip"\nworse = ["none"]'
     )
     folder, study, result = make_study(tmp_path, body, ((0.3, 0.31), (0.6, 0.61)))
-    assert result.verdicts[0].sentence.endswith("Figures are of flip (tta=flip).")
+    assert result.verdicts[0].sentence.endswith(
+        "Test-time augmentation is part of flip (tta=flip)."
+    )
     write_report(folder, [study], "command")
     for report in (folder.html, folder.markdown):
         text = report.read_text()

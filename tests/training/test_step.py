@@ -21,6 +21,7 @@ from tests.trainings import ROOT, TINY, assert_same_run, command, same_weights
 
 # For these operators the host would wait for the device, or send it data.
 READS = ("_local_scalar_dense", "item", "nonzero", "equal", "masked_select", "lift_fresh")
+MIXED = "onecycle, adamw, no average, mixed"
 SETTINGS = {
     "plateau, adam": ("schedule.name=plateau", "schedule.patience=0", "optim.lr=0.01"),
     "cosine, sgd, clipped, smoothed": (
@@ -29,7 +30,7 @@ SETTINGS = {
         "train.grad_clip=1.0",
         "train.label_smoothing=0.1",
     ),
-    "onecycle, adamw, no average, mixed": (
+    MIXED: (
         "schedule.name=onecycle",
         "optim.name=adamw",
         "train.ema=0",
@@ -119,7 +120,7 @@ def place(self: ResidentPipeline, placement: str) -> tuple[torch.Tensor, torch.T
     return torch.from_numpy(self._images.copy()), torch.from_numpy(self._labels)
 
 
-@pytest.fixture(params=["made by the step", "given"])
+@pytest.fixture
 def batches(request, monkeypatch) -> str:
     if request.param == "made by the step":
         monkeypatch.setattr(ResidentPipeline, "_place", place)
@@ -167,7 +168,11 @@ def test_the_recorder_notices_constants_that_change_and_values_that_are_read():
     assert reads(recorder.calls) == ["aten._local_scalar_dense.default"]
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    ("name", "batches"),
+    [*((name, "made by the step") for name in SETTINGS), (MIXED, "given")],
+    indirect=["batches"],
+)
 def test_a_captured_training_that_was_stopped_and_resumed_has_the_weights_of_an_eager_one(
     name, batches, capturing, synth_dataset, tmp_path, monkeypatch
 ):
@@ -249,7 +254,7 @@ def test_training_draws_nothing_from_torchs_generator(synth_dataset, tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("name", ["plateau, adam", "onecycle, adamw, no average, mixed"])
+@pytest.mark.parametrize("name", ["plateau, adam", MIXED])
 def test_what_is_compiled_around_a_step_is_one_graph_that_computes_the_same(
     name, synth_dataset, tmp_path, monkeypatch
 ):
