@@ -193,7 +193,8 @@ def augment_on_cpu(
         bits = out.view(signed).numpy().view(kind)
     bits = bits.reshape(count, side, side * 3)
     outcomes, settings = augmenter.pairs.outcomes.numpy(), _settings(augmenter)
-    images = images.reshape(len(images), side, side * 3)
+    images = images.reshape(len(images), side, side * 3)  # a view
+    images.flags.writeable = False  # as mapped files are: numba would compile both kinds
     with span("augmentation"):
         if len(outcomes):
             pixels = bits if raw else np.empty(bits.shape, np.uint8)

@@ -122,11 +122,16 @@ def _fitted(pixels: torch.Tensor, table: torch.Tensor, operation: torch.Tensor) 
 
 
 def _counts_below(pixels: torch.Tensor) -> torch.Tensor:
-    """How many pixels of each channel are below each level: int32 [b, 256, 3]."""
+    """How many pixels of each channel are below each level: int32 [b, 256, 3].
+
+    They are counted in one dimension: in two, deterministic algorithms of some versions of torch
+    copy strides from the host.
+    """
     count = len(pixels)
+    image = torch.arange(count, device=pixels.device)[:, None, None, None]
     channels = torch.arange(3, device=pixels.device)
-    index = (pixels.long() * 3 + channels).reshape(count, -1)
-    zeros = torch.zeros((count, 256 * 3), dtype=torch.int32, device=pixels.device)
+    index = ((image * 256 + pixels) * 3 + channels).flatten()
+    zeros = torch.zeros(count * 256 * 3, dtype=torch.int32, device=pixels.device)
     ones = torch.ones((), dtype=torch.int32, device=pixels.device).expand(index.shape)
-    counts = zeros.scatter_add(1, index, ones).view(count, 256, 3)
+    counts = zeros.scatter_add(0, index, ones).view(count, 256, 3)
     return counts.cumsum(1, dtype=torch.int32) - counts

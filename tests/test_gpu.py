@@ -346,6 +346,7 @@ CAPTURED = {
         "augment.mixup=0.4",
         "augment.cutmix=1.0",
         "augment.erasing=0.5",
+        "augment.trivial=true",
     ),
     "resnet18, compiled, sgd": ("model.name=resnet18", "train.compile=true", "optim.name=sgd"),
     "resnet11, muon, resized": (

@@ -71,7 +71,8 @@ def main(script: str, target: float, recipe: Mapping[str, object], config: str) 
     parser = command_line(f"Time to {target:.2%} validation top-1.", overrides=True)
     parser.add_argument("--data", required=True, help="dataset directory")
     parser.add_argument("--runs", type=positive_int, default=5)
-    parser.add_argument("--limit", type=float, default=math.inf, help="seconds for all runs")
+    limit = "seconds for all runs"
+    parser.add_argument("--limit", type=positive_float, default=math.inf, help=limit)
     parser.add_argument("--rate", type=positive_float, help="price of the machine, $ an hour")
     started = time.monotonic()
 

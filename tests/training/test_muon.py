@@ -123,3 +123,23 @@ def test_muon_resumes_from_its_saved_state():
         stepping.step()
     pairs = zip(model.parameters(), resumed_model.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_scaled_loss_gives_the_same_weights_and_an_overflow_skips_the_step():
+    """As fp16 trains: a power of two scales without rounding."""
+    plain, scaled = small_model(), small_model()
+    optimizers = optimizer_of(plain), optimizer_of(scaled)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.zeros(()))  # it makes the scale
+    for name, gradient in gradients(plain, 0).items():
+        plain.get_parameter(name).grad = gradient
+        scaled.get_parameter(name).grad = 1024 * gradient
+    optimizers[0].step()
+    scaler.step(optimizers[1])
+    scaler.update()
+    pairs = list(zip(plain.parameters(), scaled.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in pairs)
+    for name, gradient in gradients(scaled, 1).items():
+        scaled.get_parameter(name).grad = gradient / 0
+    scaler.step(optimizers[1])
+    assert all(torch.equal(a, b) for a, b in pairs)

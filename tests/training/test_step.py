@@ -39,6 +39,7 @@ SETTINGS = {
         "augment.cutout=4",
         "augment.mixup=0.4",
         "augment.cutmix=1.0",
+        "augment.trivial=true",
     ),
     "resnet11 without norms": ("model.name=resnet11", "model.batch_norm=false"),
     "muon, resized": (
