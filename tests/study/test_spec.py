@@ -26,8 +26,9 @@ def test_rows_that_shipped_studies_share_are_trained_once():
 
 def test_every_shipped_study_names_the_command_that_runs_it():
     for path in SHIPPED:
-        name = path.relative_to(ROOT)
-        assert f"#   fastlab study {name} --out studies/{path.stem}\n" in path.read_text()
+        command = f"#   fastlab study {path.relative_to(ROOT)} --out studies/{path.stem}"
+        _, _, rest = path.read_text().partition(command)
+        assert rest.startswith(("\n", " --"))
 
 
 def test_all_rows_come_with_their_first_seed_before_any_with_its_second():
