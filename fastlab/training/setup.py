@@ -124,7 +124,7 @@ def open_dataset(cfg: Config) -> Manifest:
     for _, side in cfg.train.image_size:
         if not smallest <= side <= manifest.image_size:
             raise UserError(
-                f"train.image_size: {side} pixels; expected {smallest} (the least that "
+                f"train.image_size: {side} pixels; expected {max(smallest, 8)} (the least that "
                 f"{cfg.model.name} takes) to {manifest.image_size} (those of {cfg.data.path})"
             )
     return manifest
