@@ -4,8 +4,9 @@
 
 What differs from `records.reference`, and why:
 - speed8 of width 32 takes 23 % of ResNet-11's multiply-accumulates;
-- Muon: at a small scale it gave the largest gain of all additions (benchmarks/README.md);
-- the first half of the epochs trains on images of 32 pixels a side, which cost a quarter.
+- Muon, and 32 pixels a side in the first half of the epochs: both gained most at a small scale
+  (benchmarks/README.md, "Additions at a small scale");
+- validation averages the logits of mirror images, and its time counts; tables label it.
 """
 
 from benchmarks.records import clock
