@@ -252,6 +252,8 @@ def _study_options(parser: ArgumentParser) -> None:
     seeds = "number of seeds (default: those of the study)"
     add("--seeds", type=positive_int, default=0, metavar="N", help=seeds)
     add("--jobs", type=positive_int, default=1, metavar="N", help="trainings side by side")
+    only = "train only the runs of these names, such as '*-dropout-*' or '*-seed0'"
+    add("--only", action="append", default=[], metavar="PATTERN", help=only)
     add_set_option(parser, "change the base configurations; a study's own rows come after")
     add("--dry-run", action="store_true", help="print the plan, train nothing")
     add("--no-calibration", action="store_true", help="estimate from finished runs alone")

@@ -2,7 +2,7 @@
 
     fastlab study configs/ablations/*.toml --out studies/all --jobs 4
     fastlab study configs/ablations/cnn-dropout.toml --out studies/narrow \\
-        --epochs 2 --seeds 2 --set data.path=data/tiny-imagenet-10 --set model.width=8
+        --epochs 2 --seeds 2 --only '*-seed0' --set data.path=data/tiny-imagenet-10 --set model.width=8
 
 After a stop by Ctrl-C, SIGTERM or SIGKILL the same command resumes the study: a run that ended is
 not run again, one that was stopped resumes from its checkpoint. `fastlab.study.spec` describes the
@@ -25,6 +25,7 @@ from fastlab.study.child import last_line, places, stop_signals
 from fastlab.study.cluster import Cluster, cluster_settings
 from fastlab.study.estimate import estimate, estimate_text
 from fastlab.study.folder import State, StudyDir, look, read_json
+from fastlab.study.names import selected, with_names
 from fastlab.study.pool import Pool
 from fastlab.study.report import write_report
 from fastlab.study.results import analyse, best_run
@@ -36,16 +37,19 @@ _MARKS = {"finished": " ✓", "failed": " ✗", "interrupted": " ■"}
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command. The exit status is 0 where every run is finished, 1 where some are not, and
-    128 plus its number after a signal."""
+    """Run the command. The exit status is 0 where every run that it is to train is finished, 1 where
+    some are not, and 128 plus its number after a signal."""
     studies, settings = _read_studies(args), cluster_settings(args.cluster_set)
-    tasks, folder = tasks_of(studies), StudyDir(args.out)
+    folder = StudyDir(args.out)
+    studies = with_names(folder, studies)
+    tasks = tasks_of(studies)
+    chosen = selected(tasks, args.only)
     if args.report_only:
         if not args.out.is_dir():
             raise UserError(f"{args.out}: no such directory; leave --report-only out to train")
-        return report(folder, studies, tasks)
+        return report(folder, studies, chosen)
     states = {task.name: look(folder, task) for task in tasks}
-    todo = [task for task in tasks if is_wanted(states[task.name], args.retry)]
+    todo = [task for task in chosen if is_wanted(states[task.name], args.retry)]
     print(plan(studies, tasks, states), flush=True)
     if not args.dry_run:
         check_datasets(todo)
@@ -63,12 +67,12 @@ def run(args: argparse.Namespace) -> int:
         else:
             Pool(folder, lock, args.jobs).run(todo, stop, screen)
     if stop:
-        report(folder, studies, tasks)
+        report(folder, studies, chosen)
         print("stopped; the same command resumes the study")
         return 128 + stop[-1]
     with folder.resumable():
         evaluate_best(folder, studies)
-    return report(folder, studies, tasks)
+    return report(folder, studies, chosen)
 
 
 def _read_studies(args: argparse.Namespace) -> list[Study]:

@@ -41,7 +41,9 @@ class Screen:
         label = tta_label(task.config.evaluate.tta)
         top1 = "" if state.top1 is None else f", last top-1{label} {state.top1:.2%}"
         reason = f": {state.reason}" if state.reason else ""
-        self.say(f"{state.status:<10} {task.name} ({ended} of {len(self.tasks)}){top1}{reason}")
+        left = "" if self.live else self._left_text([], time.monotonic() - self.started)
+        count = f"{ended} of {len(self.tasks)}{left}"
+        self.say(f"{state.status:<10} {task.name} ({count}){top1}{reason}")
 
     def show(self, running: list[Task]) -> None:
         """Redraw the live table, at most once a second and on a terminal only."""
@@ -59,11 +61,13 @@ class Screen:
         """The live table's lines, `elapsed` seconds after the start."""
         waiting = len(self.tasks) - self.counts.total() - len(running)
         counts = ", ".join(f"{count} {name}" for name, count in self.counts.items())
-        left = self._seconds_left(running, elapsed)
-        rest = f", about {duration_text(left)} left" if left else ""
         head = f"{counts or 'none ended'}, {len(running)} running, {waiting} waiting; "
-        head += f"{duration_text(elapsed)} elapsed{rest}"
+        head += f"{duration_text(elapsed)} elapsed{self._left_text(running, elapsed)}"
         return [head, *(_line(task, state) for task, state in running)]
+
+    def _left_text(self, running: list[tuple[Task, State]], elapsed: float) -> str:
+        left = self._seconds_left(running, elapsed)
+        return f", about {duration_text(left)} left" if left else ""
 
     def _seconds_left(self, running: list[tuple[Task, State]], elapsed: float) -> float:
         """The estimates of what is left, scaled by how long the estimated work took so far; 0:
@@ -87,7 +91,7 @@ def _line(task: Task, state: State) -> str:
     label = tta_label(task.config.evaluate.tta)
     top1 = "" if state.top1 is None else f" top-1{label} {state.top1:7.2%}"
     rate = "" if state.rate is None else f" {state.rate:>9,.0f} images/s"
-    return f"  {task.name:<32} epoch {state.epochs:>3}/{task.config.train.epochs:<4}{top1}{rate}"
+    return f"  {task.name:<40} epoch {state.epochs:>3}/{task.config.train.epochs:<4}{top1}{rate}"
 
 
 def counted(number: int, noun: str) -> str:
