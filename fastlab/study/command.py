@@ -2,7 +2,8 @@
 
     fastlab study configs/ablations/*.toml --out studies/all --jobs 4
     fastlab study configs/ablations/cnn-dropout.toml --out studies/narrow \\
-        --epochs 2 --seeds 2 --only '*-seed0' --set data.path=data/tiny-imagenet-10 --set model.width=8
+        --epochs 2 --seeds 2 --only '*-seed0' \\
+        --set data.path=data/tiny-imagenet-10 --set model.width=8
 
 After a stop by Ctrl-C, SIGTERM or SIGKILL the same command resumes the study: a run that ended is
 not run again, one that was stopped resumes from its checkpoint. `fastlab.study.spec` describes the
@@ -37,8 +38,8 @@ _MARKS = {"finished": " ✓", "failed": " ✗", "interrupted": " ■"}
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command. The exit status is 0 where every run that it is to train is finished, 1 where
-    some are not, and 128 plus its number after a signal."""
+    """Run the command. The exit status is 0 where every run that it is asked for is finished, 1
+    where some are not, and 128 plus its number after a signal."""
     studies, settings = _read_studies(args), cluster_settings(args.cluster_set)
     folder = StudyDir(args.out)
     studies = with_names(folder, studies)
