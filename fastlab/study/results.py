@@ -1,17 +1,29 @@
 """The figures of a study's rows over their seeds, and what they decide about its findings."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 from fastlab.config import tta_label
 from fastlab.console import UserError
 from fastlab.report.page import percent_text
-from fastlab.run_records import Epoch, Run, best_epoch, read_run
+from fastlab.run_records import EPOCH_KEYS, Epoch, Run, best_epoch, read_run
 from fastlab.study.folder import State, StudyDir, look
+from fastlab.study.screen import counted
 from fastlab.study.spec import Finding, Row, Study, Task, tasks_of
-from fastlab.study.statistics import Interval, interval
+from fastlab.study.statistics import (
+    LEVEL,
+    Holm,
+    Interval,
+    Margins,
+    Tested,
+    claim_test,
+    interval,
+    more_seeds,
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +70,17 @@ class RowResult:
     @property
     def lacking(self) -> list[str]:
         """The seeds without figures, and why they have none."""
-        return [f"seed {r.task.seed} ({r.state.status})" for r in self.runs if not r.run]
+        return [
+            f"seed {run.task.seed} ({'no figures' if run.run else run.state.status})"
+            for run in self.runs
+            if run.task.seed not in self.tops
+        ]
+
+    @property
+    def tops(self) -> dict[int, float]:
+        """Validation top-1 at the best epoch, by finished seed."""
+        best = {run.task.seed: run.best["val_top1"] for run in self.runs if run.best}
+        return {seed: top1 for seed, top1 in best.items() if top1 is not None}
 
 
 def paired_difference(row: RowResult, first: RowResult) -> Interval | None:
@@ -74,11 +96,32 @@ def paired_difference(row: RowResult, first: RowResult) -> Interval | None:
 
 
 @dataclass(frozen=True)
+class Effect:
+    """The difference in top-1 between the two rows of a comparison, seed by seed."""
+
+    better: str
+    """Label of the row; of a claim about chance: the row's."""
+    worse: str
+    """Label of the row; of a claim about chance: "guessing"."""
+    difference: Interval | None
+    """Of top-1 (0 to 1), better minus worse, over the seeds that all rows of the claim have
+    finished. None without such seeds, or where the rows never differed."""
+    seeds: int
+    """Number of pairs."""
+    p: float | None
+    """Corrected by Holm over all claims of the command. Two-sided; of a claim about chance
+    one-sided, of top-1 against the upper limit of guessing. None without a test."""
+
+
+@dataclass(frozen=True)
 class Verdict:
     finding: Finding
     decision: Literal["holds", "does not hold", "undecided"]
     sentence: str
-    """Why."""
+    """Why, with effects and intervals, and what would decide it."""
+    effects: list[Effect]
+    more_seeds: int | None = None
+    """How many more would probably decide it; None: it is decided, or seeds do not decide it."""
 
 
 @dataclass(frozen=True)
@@ -89,13 +132,22 @@ class StudyResult:
 
 
 def analyse(folder: StudyDir, studies: list[Study]) -> list[StudyResult]:
+    """The studies' results; their findings are decided together, as one family of claims."""
     runs = {task.name: read_result(folder, task) for task in tasks_of(studies)}
-    results = []
-    for study in studies:
-        rows = [RowResult(row, [runs[task.name] for task in row.tasks]) for row in study.rows]
-        verdicts = [_labelled(decide(finding, rows), rows) for finding in study.findings]
-        results.append(StudyResult(study, rows, verdicts))
-    return results
+    rows = [
+        [RowResult(row, [runs[task.name] for task in row.tasks]) for row in study.rows]
+        for study in studies
+    ]
+    claims = [
+        Claim(finding, of_study, study.planned)
+        for study, of_study in zip(studies, rows, strict=True)
+        for finding in study.findings
+    ]
+    verdicts = iter(decide(claims))
+    return [
+        StudyResult(study, of_study, list(itertools.islice(verdicts, len(study.findings))))
+        for study, of_study in zip(studies, rows, strict=True)
+    ]
 
 
 def read_result(folder: StudyDir, task: Task) -> RunResult:
@@ -117,72 +169,201 @@ def best_run(results: list[StudyResult]) -> RunResult | None:
 # Findings
 
 
-def decide(finding: Finding, rows: list[RowResult]) -> Verdict:
-    """Decide a finding by the 95 % intervals of validation top-1."""
-    named = {row.label: row for row in rows}
-    labels = [label for label in (finding.better, *finding.worse, *finding.chance) if label]
-    tops = {label: top1 for label in labels if (top1 := named[label].figures["top1"])}
-    if missing := [label for label in labels if label not in tops]:
-        return Verdict(finding, "undecided", f"no finished run of {listed(missing)}.")
-    figures = _figures(labels, tops)
-    # A seed that diverged speaks against its row, and the interval of the other seeds hides that.
-    partial = [label for label in labels if named[label].lacking]
-    if partial:
-        lacking = "; ".join(f"{listed(named[label].lacking)} of {label}" for label in partial)
-        return Verdict(finding, "undecided", f"{figures}, without {lacking}.")
-    if single := [label for label in labels if tops[label].half is None]:
-        sentence = f"{figures}; a single seed of {listed(single)} has no interval."
-        return Verdict(finding, "undecided", sentence)
-    if finding.chance:
-        return _decide_chance(finding, named, tops)
-    return _decide_order(finding, tops)
+@dataclass(frozen=True)
+class Claim:
+    """A finding with the rows of its study."""
+
+    finding: Finding
+    rows: list[RowResult]
+    planned: int | None = None
+    """As in `Study`."""
+
+    @cached_property
+    def about(self) -> list[RowResult]:
+        """The rows that the finding names, `better` first."""
+        named = {row.label: row for row in self.rows}
+        labels = (self.finding.better, *self.finding.worse, *self.finding.chance)
+        return [named[label] for label in labels if label]
+
+    @cached_property
+    def seeds(self) -> list[int]:
+        """Those that all rows of the claim have finished, in the order of the study."""
+        first, *others = (row.tops for row in self.about)
+        return [seed for seed in first if all(seed in tops for tops in others)]
+
+    @cached_property
+    def same(self) -> list[RowResult]:
+        """The worse rows that gave the better one's figures in every epoch of every shared seed."""
+        if self.finding.chance or not self.seeds:
+            return []
+        first, *others = self.about
+        return [row for row in others if self._curves(row) == self._curves(first)]
+
+    def _curves(self, row: RowResult) -> list[list[list[float | None]]]:
+        keys = [key for key in EPOCH_KEYS if key.startswith(("train_", "val_"))]
+        runs = [run.run for run in row.runs if run.run and run.task.seed in self.seeds]
+        return [[[epoch[key] for key in keys] for epoch in run.epochs] for run in runs]
+
+    @cached_property
+    def pairs(self) -> list[tuple[RowResult, list[float]]]:
+        """Each row that another is compared with, or that is claimed to be at chance, with the
+        difference of top-1 for each of `seeds`; rows that never differed are left out."""
+        if self.finding.chance:
+            guess = _guessing(self.about[0])[0]
+            return [(row, [row.tops[seed] - guess for seed in self.seeds]) for row in self.about]
+        first, *others = self.about
+        return [
+            (row, [first.tops[seed] - row.tops[seed] for seed in self.seeds])
+            for row in others
+            if row not in self.same
+        ]
+
+    @cached_property
+    def least(self) -> float:
+        """The standard deviation of a difference that comes of rounding to one image alone:
+        uniform, of variance 1/12 of an image for each figure that was counted."""
+        figures = 1 if self.finding.chance else 2
+        return math.sqrt(figures / 12) / min(_images(row) for row in self.about)
+
+    @cached_property
+    def margins(self) -> Margins | None:
+        """What speaks for the claim, seed by seed; None where nothing can be tested."""
+        if self.lacking or not self.pairs:
+            return None
+        if not self.finding.chance:
+            return Margins([of for _, of in self.pairs], self.least, 2, self.planned)
+        chance, limit = _guessing(self.about[0])
+        of = [[limit - chance - top1 for top1 in above] for _, above in self.pairs]
+        return Margins(of, self.least, 1, self.planned)
+
+    @cached_property
+    def lacking(self) -> str:
+        """Why the claim cannot be tested yet; empty where it can."""
+        if missing := [row for row in self.about if not row.tops]:
+            labels = _quoted(missing)
+            failures = {(run.state.status, run.state.reason) for row in missing for run in row.runs}
+            status, reason = next(iter(failures))
+            if len(failures) == 1 and status == "failed":
+                return f"every run of {labels} failed: {reason}"
+            return f"there is no finished run of {labels}"
+        # A seed that diverged speaks against its row, and the mean of the others hides that.
+        if partial := [row for row in self.about if row.lacking]:
+            each = [f"{listed(row.lacking)} of {_quoted([row])}" for row in partial]
+            return f"figures are missing for {'; '.join(each)}"
+        return "a single seed has no interval" if len(self.seeds) == 1 else ""
 
 
-def _labelled(verdict: Verdict, rows: list[RowResult]) -> Verdict:
-    """The verdict, whose sentence also names the rows with test-time augmentation."""
-    finding = verdict.finding
-    about = (finding.better, *finding.worse, *finding.chance)
-    titles = [row.title for row in rows if row.label in about and row.title != row.label]
-    if not titles:
-        return verdict
-    flipped = f"Test-time augmentation is part of {listed(titles)}."
-    return replace(verdict, sentence=f"{verdict.sentence} {flipped}")
+def decide(claims: Sequence[Claim]) -> list[Verdict]:
+    """Decide claims about validation top-1 with a chance of at most 5 % of any false decision, in
+    either direction, among them all: each by `claim_test` over the seeds that its rows share, then
+    Holm's correction. Rows that never differed are not compared."""
+    tests = [_test(claim) for claim in claims]
+    holm = Holm([test.p for test in tests if test])
+    open_claims = sum(holm.corrected(test.p, test.p) > LEVEL for test in tests if test)
+    return [
+        _verdict(claim, test, holm, open_claims) for claim, test in zip(claims, tests, strict=True)
+    ]
 
 
-def _decide_order(finding: Finding, tops: dict[str, Interval]) -> Verdict:
-    better, figure = tops[finding.better], _figures([finding.better], tops)
-    if above := [label for label in finding.worse if tops[label].low > better.high]:
-        return Verdict(finding, "does not hold", f"{figure} lies below {_figures(above, tops)}.")
-    if overlapping := [label for label in finding.worse if tops[label].high >= better.low]:
-        sentence = f"the interval of {figure} overlaps {_figures(overlapping, tops)}."
-        return Verdict(finding, "undecided", sentence)
-    return Verdict(finding, "holds", f"{figure} lies above {_figures(finding.worse, tops)}.")
+def _test(claim: Claim) -> Tested | None:
+    """The test before the correction; None where nothing can be tested."""
+    if claim.margins is None:
+        return None
+    test = claim_test(claim.margins)
+    # A row that never differed from the better one keeps the claim from being true.
+    return replace(test, p=1.0) if test.holds and claim.same else test
 
 
-def _decide_chance(
-    finding: Finding, named: dict[str, RowResult], tops: dict[str, Interval]
-) -> Verdict:
-    """A row is at chance unless it lies above it by more than three standard errors of guessing."""
-    bounds = [(tops[label], *_chance(named[label])) for label in finding.chance]
-    sentence = (
-        f"{_figures(finding.chance, tops)}, where chance is {percent_text(bounds[0][1])} % and "
-        f"guessing gives up to {percent_text(max(limit for _, _, limit in bounds))} %."
-    )
-    if any(top1.low > limit for top1, _, limit in bounds):
-        return Verdict(finding, "does not hold", sentence)
-    below = all(top1.high <= limit for top1, _, limit in bounds)
-    return Verdict(finding, "holds" if below else "undecided", sentence)
+def _verdict(claim: Claim, test: Tested | None, holm: Holm, open_claims: int) -> Verdict:
+    effects = _effects(claim, test, holm)
+    p = holm.corrected(test.p, test.p) if test else 1.0
+    count = counted(len(claim.seeds), "seed") + (f", {_p_text(p)}" if test else "")
+    parts = [f"{_figures(claim, effects)} ({count})"] if claim.seeds and claim.pairs else []
+    decision, more = "undecided", None
+    if test and p <= LEVEL:
+        decision = "holds" if test.holds else "does not hold"
+    elif claim.lacking:
+        more = 1 if len(claim.seeds) == 1 else None
+        parts.append(claim.lacking)
+    elif claim.same:
+        parts.append(
+            f"{_quoted(claim.about[:1])} gave the same figures as {_quoted(claim.same)} in every "
+            f"epoch of every seed, so what sets them apart was never used"
+        )
+    elif claim.margins:
+        more = more_seeds(claim.margins, open_claims)
+        parts.append(_more_text(more))
+    return Verdict(claim.finding, decision, "; ".join(parts) + "." + _tta(claim), effects, more)
 
 
-def _chance(row: RowResult) -> tuple[float, float]:
+def _effects(claim: Claim, test: Tested | None, holm: Holm) -> list[Effect]:
+    chance, count = bool(claim.finding.chance), len(claim.seeds)
+    pairs = claim.pairs if count else []
+    ps = [holm.corrected(p, test.p) for p in test.each] if test else [None] * len(pairs)
+    known = {
+        row.label: (interval(of, claim.least), count, p)
+        for (row, of), p in zip(pairs, ps, strict=True)
+    }
+    return [
+        Effect(
+            row.label if chance else claim.finding.better,
+            "guessing" if chance else row.label,
+            *known.get(row.label, (None, count, None)),
+        )
+        for row in (claim.about if chance else claim.about[1:])
+    ]
+
+
+def _figures(claim: Claim, effects: list[Effect]) -> str:
+    """The effects in words."""
+    if claim.finding.chance:
+        chance, limit = _guessing(claim.about[0])
+        tops = [
+            f"“{effect.better}” has {Interval(chance + d.mean, d.half).text(100)} %"
+            for effect in effects
+            if (d := effect.difference)
+        ]
+        return (
+            f"{listed(tops)}, where guessing gives {percent_text(chance)} % and by luck up to "
+            f"{percent_text(limit)} %"
+        )
+    differences = [
+        f"{Interval(abs(d.mean), d.half).text(100)} percentage points "
+        f"{'above' if d.mean >= 0 else 'below'} “{effect.worse}”"
+        for effect in effects
+        if (d := effect.difference)
+    ]
+    return f"“{claim.finding.better}” lies {listed(differences)}"
+
+
+def _more_text(more: int | None) -> str:
+    if more is None:
+        return "even 100 seeds would probably not decide it"
+    return f"about {counted(more, 'more seed')} would decide it"
+
+
+def _p_text(p: float) -> str:
+    return "p < 0.001" if p < 0.001 else f"p = {p:.{3 if p < 0.1 else 2}f}"
+
+
+def _tta(claim: Claim) -> str:
+    """A sentence that names the rows with test-time augmentation; empty without any."""
+    titles = [row.title for row in claim.about if row.title != row.label]
+    return f" Test-time augmentation is part of {listed(titles)}." if titles else ""
+
+
+def _images(row: RowResult) -> float:
+    return row.finished[0].summary["counts"]["val"]
+
+
+def _guessing(row: RowResult) -> tuple[float, float]:
     """Top-1 of guessing, and that plus three standard errors over the validation images."""
-    summary = row.finished[0].summary
-    chance = 1 / summary["classes"]
-    return chance, chance + 3 * math.sqrt(chance * (1 - chance) / summary["counts"]["val"])
+    chance = 1 / row.finished[0].summary["classes"]
+    return chance, chance + 3 * math.sqrt(chance * (1 - chance) / _images(row))
 
 
-def _figures(labels: Sequence[str], tops: dict[str, Interval]) -> str:
-    return listed([f"“{label}” ({tops[label].text(100)} %)" for label in labels])
+def _quoted(rows: list[RowResult]) -> str:
+    return listed([f"“{row.label}”" for row in rows])
 
 
 def listed(parts: list[str]) -> str:
