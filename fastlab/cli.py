@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import fastlab
-from fastlab.console import UserError, positive_int, printable, run_command
+from fastlab.console import UserError, positive_duration, positive_int, printable, run_command
 from fastlab.options import add_set_option, add_training_options
 from fastlab.processes import interrupted_by_signals, spin_briefly
 
@@ -254,6 +254,10 @@ def _study_options(parser: ArgumentParser) -> None:
     add("--jobs", type=positive_int, default=1, metavar="N", help="trainings side by side")
     only = "train only the runs of these names, such as '*-dropout-*' or '*-seed0'"
     add("--only", action="append", default=[], metavar="PATTERN", help=only)
+    until = "after the planned runs, add seeds one by one to the claims that they decide soonest"
+    add("--until-decided", action="store_true", help=until)
+    budget = "time for the seeds that --until-decided adds, such as 90m or 2h (default: no limit)"
+    add("--budget", type=positive_duration, metavar="TIME", help=budget)
     add_set_option(parser, "change the base configurations; a study's own rows come after")
     add("--dry-run", action="store_true", help="print the plan, train nothing")
     add("--no-calibration", action="store_true", help="estimate from finished runs alone")
@@ -273,6 +277,8 @@ def _study_options(parser: ArgumentParser) -> None:
 def _study(args: Namespace) -> int:
     from fastlab.study.command import run
 
+    if args.budget and not args.until_decided:
+        raise UserError("--budget: limits the seeds that --until-decided adds; give both")
     return run(args)
 
 

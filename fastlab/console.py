@@ -192,6 +192,15 @@ def positive_float(text: str) -> float:
     return value
 
 
+def positive_duration(text: str) -> int:
+    """For argparse: the seconds of a time such as 90m, 2h or 1h30m."""
+    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
+    hours, minutes, seconds = (int(part or 0) for part in match.groups()) if match else (0, 0, 0)
+    if not (total := 3600 * hours + 60 * minutes + seconds):
+        raise argparse.ArgumentTypeError(f"expected a time such as 90m, 2h or 1h30m, got {text!r}")
+    return total
+
+
 def positive_ints(text: str) -> list[int]:
     """For argparse: whole numbers from 1, such as 1,2."""
     return [positive_int(part) for part in text.split(",")]

@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from fastlab.study.pool import Pool
 from fastlab.study.report import write_report
 from fastlab.study.results import analyse, best_run
 from fastlab.study.screen import Screen, counted
+from fastlab.study.sequential import add_seeds, with_added
 from fastlab.study.spec import Study, Task, read_study, tasks_of
 
 _STATUSES = ("finished", "interrupted", "failed", "waiting")
@@ -42,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     where some are not, and 128 plus its number after a signal."""
     studies, settings = _read_studies(args), cluster_settings(args.cluster_set)
     folder = StudyDir(args.out)
-    studies = with_names(folder, studies)
+    studies = (with_added if args.until_decided else with_names)(folder, studies)
     tasks = tasks_of(studies)
     chosen = selected(tasks, args.only)
     if args.report_only:
@@ -62,11 +64,16 @@ def run(args: argparse.Namespace) -> int:
     with folder.resumable(), folder.locked() as lock, stop_signals() as stop:
         # Another command, or trainings that outlived one, may have finished some runs meanwhile.
         todo = [task for task in todo if is_wanted(look(folder, task), args.retry)]
-        screen = Screen(folder, todo, seconds, args.jobs)
-        if args.cluster:
-            Cluster(folder, args.jobs, args.cluster, settings).run(todo, stop, screen)
-        else:
-            Pool(folder, lock, args.jobs).run(todo, stop, screen)
+        place = (
+            Cluster(folder, args.jobs, args.cluster, settings)
+            if args.cluster
+            else Pool(folder, lock, args.jobs)
+        )
+        train = partial(_train, folder, place, stop, args.jobs)
+        train(todo, seconds)
+        if args.until_decided and not stop:
+            studies = add_seeds(folder, studies, train, args.jobs, args.budget)
+            chosen = selected(tasks_of(studies), args.only)
     if stop:
         report(folder, studies, chosen)
         print("stopped; the same command resumes the study")
@@ -74,6 +81,17 @@ def run(args: argparse.Namespace) -> int:
     with folder.resumable():
         evaluate_best(folder, studies)
     return report(folder, studies, chosen)
+
+
+def _train(
+    folder: StudyDir,
+    place: Pool | Cluster,
+    stop: list[int],
+    jobs: int,
+    tasks: list[Task],
+    seconds: dict[str, float],
+) -> None:
+    place.run(tasks, stop, Screen(folder, tasks, seconds, jobs))
 
 
 def _read_studies(args: argparse.Namespace) -> list[Study]:

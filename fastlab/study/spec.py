@@ -159,8 +159,13 @@ def _seeds(listed: list[Any], count: int) -> list[int]:
     """The listed seeds, cut or continued with the smallest unused numbers to `count`; 0: all."""
     if not listed or any(type(seed) is not int for seed in listed) or len({*listed}) < len(listed):
         raise UserError(f"seeds: expected different whole numbers, got {listed!r}")
-    unused = [seed for seed in range(count + len(listed)) if seed not in listed]
-    return [*listed, *unused][: count or len(listed)]
+    return next_seeds(listed, count or len(listed))
+
+
+def next_seeds(seeds: list[int], count: int) -> list[int]:
+    """`seeds`, cut or continued with the smallest unused numbers to `count`."""
+    unused = [seed for seed in range(count + len(seeds)) if seed not in seeds]
+    return [*seeds, *unused][:count]
 
 
 def _row_settings(table: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
