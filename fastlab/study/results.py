@@ -76,7 +76,7 @@ class RowResult:
             if run.task.seed not in self.tops
         ]
 
-    @property
+    @cached_property
     def tops(self) -> dict[int, float]:
         """Validation top-1 at the best epoch, by finished seed."""
         best = {run.task.seed: run.best["val_top1"] for run in self.runs if run.best}

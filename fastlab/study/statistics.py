@@ -1,5 +1,6 @@
 """Tests over seeds by Student's t: intervals of means, p values of claims, and their correction."""
 
+import bisect
 import math
 import statistics
 from collections.abc import Sequence
@@ -86,8 +87,8 @@ def interval(values: Sequence[float | None], least: float = 0.0) -> Interval | N
         return None
     if len(numbers) == 1:
         return Interval(numbers[0], None)
-    error = max(statistics.stdev(numbers), least) / math.sqrt(len(numbers))
-    return Interval(statistics.fmean(numbers), t_quantile(0.025, len(numbers) - 1) * error)
+    mean, error = _mean_and_error(numbers, least)
+    return Interval(mean, t_quantile(0.025, len(numbers) - 1) * error)
 
 
 # Claims
@@ -169,8 +170,9 @@ def _one_look(margins: Margins, seeds: int, share: float) -> Tested:
 
 
 def _mean_and_error(values: Sequence[float], least: float) -> tuple[float, float]:
-    spread = max(statistics.stdev(values), least)
-    return statistics.fmean(values), spread / math.sqrt(len(values))
+    count, mean = len(values), statistics.fmean(values)
+    spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
+    return mean, max(spread, least) / math.sqrt(count)
 
 
 class Holm:
@@ -204,9 +206,12 @@ def more_seeds(margins: Margins, claims: int) -> int | None:
 
 def _seeds_needed(values: Sequence[float], margins: Margins, tail: float) -> int | None:
     mean, error = _mean_and_error(values, margins.least)
-    for seeds in range(len(values) + 1, _MOST_SEEDS + 1):
+
+    def decide(seeds: int) -> bool:
         t = abs(mean) / error * math.sqrt(seeds / len(values))
         share = look_share(seeds, margins.planned) if margins.planned is not None else 1
-        if t_tail(t - t_quantile(1 - _POWER, seeds - 1), seeds - 1) <= tail * share:
-            return seeds - len(values)
-    return None
+        return t_tail(t - t_quantile(1 - _POWER, seeds - 1), seeds - 1) <= tail * share
+
+    numbers = range(len(values) + 1, _MOST_SEEDS + 1)
+    index = bisect.bisect_left(numbers, True, key=decide)
+    return numbers[index] - len(values) if index < len(numbers) else None

@@ -36,7 +36,7 @@ def test_the_page_of_a_partial_study_shows_figures_references_and_gaps(partial):
     assert "pixels a side 32 (reference: 64)" in text
     assert "training images 100 (reference: 100,000)" in text
     assert "Mine & <more>" in next(h["text"] for h in page.all("h2") if "Mine" in h["text"])
-    assert sum("lies above" in li["text"] and "holds" in li["text"] for li in page.all("li")) == 1
+    assert sum("points above" in li["text"] and "holds" in li["text"] for li in page.all("li")) == 1
 
 
 def test_the_page_is_self_contained_and_accessible(partial):
