@@ -1,5 +1,8 @@
+import argparse
+
 import pytest
 
+from fastlab.console import positive_duration
 from fastlab.study import command
 from fastlab.study.folder import StudyDir, look
 from fastlab.study.names import with_names
@@ -22,7 +25,7 @@ claim = "first beats third"
 better = "0.1"
 worse = ["0.3"]
 """
-_NOISE = (0.0, 0.03, -0.02, 0.05, -0.04, 0.01, 0.02)
+_NOISE = (0.02, 0.03, -0.02, 0.05, -0.04, 0.01, 0.02, -0.03)
 _MEANS = {0.1: 0.5, 0.2: 0.5, 0.3: 0.42}  # of top-1; the first two never differ
 
 
@@ -132,5 +135,10 @@ def test_a_budget_needs_until_decided(tmp_path, capsys):
     path = write_study(tmp_path, _BODY)
     assert run_command(path, "--out", tmp_path / "out", "--budget", "2h") == 2
     assert "--until-decided" in capsys.readouterr().err
-    assert run_command(path, "--out", tmp_path / "out", "--until-decided", "--budget", "2x") == 2
-    assert "such as 90m, 2h or 1h30m" in capsys.readouterr().err
+
+
+def test_a_budget_is_a_time():
+    assert [positive_duration(text) for text in ("90m", "2h", "1h30m")] == [5400, 7200, 5400]
+    for text in ("", "2", "0m", "2x", "30m1h"):
+        with pytest.raises(argparse.ArgumentTypeError, match="such as 90m"):
+            positive_duration(text)
