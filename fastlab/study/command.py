@@ -64,12 +64,8 @@ def run(args: argparse.Namespace) -> int:
     with folder.resumable(), folder.locked() as lock, stop_signals() as stop:
         # Another command, or trainings that outlived one, may have finished some runs meanwhile.
         todo = [task for task in todo if is_wanted(look(folder, task), args.retry)]
-        place = (
-            Cluster(folder, args.jobs, args.cluster, settings)
-            if args.cluster
-            else Pool(folder, lock, args.jobs)
-        )
-        train = partial(_train, folder, place, stop, args.jobs)
+        cluster = Cluster(folder, args.jobs, args.cluster, settings) if args.cluster else None
+        train = partial(_train, cluster or Pool(folder, lock, args.jobs), stop)
         train(todo, seconds)
         if args.until_decided and not stop:
             studies = add_seeds(folder, studies, train, args.jobs, args.budget)
@@ -84,14 +80,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(
-    folder: StudyDir,
-    place: Pool | Cluster,
-    stop: list[int],
-    jobs: int,
-    tasks: list[Task],
-    seconds: dict[str, float],
+    place: Pool | Cluster, stop: list[int], tasks: list[Task], seconds: dict[str, float]
 ) -> None:
-    place.run(tasks, stop, Screen(folder, tasks, seconds, jobs))
+    place.run(tasks, stop, Screen(place.study, tasks, seconds, place.jobs))
 
 
 def _read_studies(args: argparse.Namespace) -> list[Study]:

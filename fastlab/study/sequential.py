@@ -5,6 +5,7 @@ that have ended, in the order of their seeds. How often the results were looked 
 their number, and `claim_test` accounts for it.
 """
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -44,12 +45,7 @@ class _Option:
 
 def with_added(folder: StudyDir, studies: list[Study]) -> list[Study]:
     """The studies with `planned` set and the seeds that were added to their rows and have ended."""
-    extended = []
-    for study in _with_candidates(folder, studies):
-        planned = study.planned or 0
-        rows = [replace(row, tasks=_ended(folder, row, planned)) for row in study.rows]
-        extended.append(replace(study, rows=rows))
-    return extended
+    return _ended(folder, _with_candidates(folder, studies))
 
 
 def add_seeds(
@@ -58,12 +54,14 @@ def add_seeds(
     """Train one seed after another, each time for the rows of the claim that is decided soonest by
     it, until no claim can be decided by `MOST_SEEDS` or fewer, or the next would exceed `budget`
     (seconds; None: no limit), or a training is stopped. Returns the studies with the seeds."""
-    started = time.monotonic()
+    started, candidates = time.monotonic(), _with_candidates(folder, studies)
     while True:
-        studies = with_added(folder, studies)
-        options = sorted(_options(folder, studies), key=lambda o: o.more_seeds * o.cost)
+        studies = _ended(folder, candidates)
+        options = sorted(_options(folder, studies, candidates), key=lambda o: o.more_seeds * o.cost)
         left = None if budget is None else budget - (time.monotonic() - started)
-        affordable = [o for o in options if left is None or o.cost / jobs <= left]
+        affordable = [
+            o for o in options if left is None or o.cost / min(jobs, len(o.tasks)) <= left
+        ]
         if not affordable:
             print(_end_text(options, left), flush=True)
             return studies
@@ -72,7 +70,7 @@ def add_seeds(
         folder.create(option.tasks)
         train(option.tasks, option.seconds)
         if any(look(folder, task).status not in _ENDED for task in option.tasks):
-            return with_added(folder, studies)
+            return _ended(folder, candidates)
 
 
 def _with_candidates(folder: StudyDir, studies: list[Study]) -> list[Study]:
@@ -92,20 +90,28 @@ def _with_seeds(row: Row, planned: int) -> Row:
     return replace(row, tasks=tuple(map(make_task, configs)))
 
 
-def _ended(folder: StudyDir, row: Row, planned: int) -> tuple[Task, ...]:
-    """The planned tasks, and those after them up to the first that has not ended."""
-    tasks = list(row.tasks[:planned])
-    for task in row.tasks[planned:]:
-        if look(folder, task).status not in _ENDED:
-            break
-        tasks.append(task)
-    return tuple(tasks)
+def _ended(folder: StudyDir, candidates: list[Study]) -> list[Study]:
+    """The studies with the planned tasks of each row, and those after them up to the first that has
+    not ended."""
+    studies = []
+    for study in candidates:
+        first = study.planned or 0
+        rows = [
+            replace(row, tasks=row.tasks[: first + _count_ended(folder, row.tasks[first:])])
+            for row in study.rows
+        ]
+        studies.append(replace(study, rows=rows))
+    return studies
 
 
-def _options(folder: StudyDir, studies: list[Study]) -> Iterator[_Option]:
-    candidates = {study.name: study for study in _with_candidates(folder, studies)}
-    for result in analyse(folder, studies):
-        tasks = {row.label: row.tasks for row in candidates[result.study.name].rows}
+def _count_ended(folder: StudyDir, tasks: tuple[Task, ...]) -> int:
+    ended = (look(folder, task).status in _ENDED for task in tasks)
+    return sum(1 for _ in itertools.takewhile(bool, ended))
+
+
+def _options(folder: StudyDir, studies: list[Study], candidates: list[Study]) -> Iterator[_Option]:
+    for result, candidate in zip(analyse(folder, studies), candidates, strict=True):
+        tasks = {row.label: row.tasks for row in candidate.rows}
         for verdict in result.verdicts:
             rows = Claim(verdict.finding, result.rows).about
             seeds = min(len(row.runs) for row in rows)

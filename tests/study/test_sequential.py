@@ -112,8 +112,8 @@ def test_the_command_trains_and_reports_the_added_seeds(planned, tmp_path, monke
     folder, studies, _ = planned
 
     class Place:
-        def __init__(self, *_: object) -> None:
-            pass
+        def __init__(self, study: StudyDir, _: int, jobs: int) -> None:
+            self.study, self.jobs = study, jobs
 
         def run(self, tasks: list[Task], _: list[int], screen: Screen) -> None:
             for task in tasks:
