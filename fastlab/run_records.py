@@ -3,12 +3,12 @@
 import base64
 import json
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fastlab.files import is_locked
-from fastlab.runs import NotYetARun, RunDir, damaged, read_object, reading
+from fastlab.runs import COMPARED, NotYetARun, RunDir, damaged, read_object, reading
 
 EPOCH_KEYS = (
     *(f"{split}_{metric}" for split in ("train", "val") for metric in ("loss", "top1", "top5")),
@@ -51,6 +51,8 @@ class Run:
     summary: dict[str, Any]
     epochs: list[Epoch]
     predictions: list[Prediction]
+    dataset: dict[str, Any] = field(default_factory=dict)
+    """The dataset's fingerprint; empty where an earlier version wrote none."""
 
 
 def read_run(directory: Path | str, name: str) -> Run:
@@ -68,7 +70,16 @@ def read_run(directory: Path | str, name: str) -> Run:
         summary=summary,
         epochs=_read_metrics(run.metrics),
         predictions=_read_predictions(run.predictions),
+        dataset=_read_fingerprint(run),
     )
+
+
+def _read_fingerprint(run: RunDir) -> dict[str, Any]:
+    if not run.dataset.exists():
+        return {}
+    fingerprint = run.fingerprint()
+    with reading(run.dataset):
+        return {key: fingerprint[key] for key in COMPARED} | {"files": dict(fingerprint["files"])}
 
 
 def _read_summary(path: Path) -> dict[str, Any]:

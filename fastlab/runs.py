@@ -19,6 +19,8 @@ from fastlab.console import UserError, printable
 from fastlab.files import process_lock, without_nan, write_atomically, write_json
 from fastlab.machine import environment
 
+COMPARED = ("classes", "image_size", "images", "mean", "std", "request", "files")
+"""What the fingerprints of two datasets are compared by."""
 _MOST_THREADS = 4096  # OpenMP ends the process where it cannot start as many as it is asked for
 
 
@@ -238,9 +240,17 @@ class RunDir:
         return status, last
 
 
+def same_images(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether the datasets with these fingerprints hold the same images, in whichever formats. An
+    empty fingerprint, which stands for a dataset of which nothing is known, equals its like."""
+    if not (one and other):
+        return one == other
+    formats = one["files"].keys() & other["files"].keys() or {""}
+    return any(not _differences(one, other, form) for form in formats)
+
+
 def _differences(before: dict[str, Any], now: dict[str, Any], form: str) -> list[str]:
-    names = ("classes", "image_size", "images", "mean", "std")
-    differing = [name for name in names if before[name] != now[name]]
+    differing = [name for name in COMPARED[:5] if before[name] != now[name]]
     # Equal requests give equal images, though a later fastlab may lay out the files differently.
     # Equal files may result from another copy of the originals. Unused formats do not matter.
     same = before["request"] == now["request"] or form not in before["files"]

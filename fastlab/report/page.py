@@ -14,6 +14,7 @@ from fastlab.config import tta_label
 from fastlab.console import UserError, public_text, tell
 from fastlab.files import write_atomically
 from fastlab.report.charts import DRAWING, make_plots
+from fastlab.report.comparison import Standing, differing_settings, ranked
 from fastlab.report.texts import (
     duration_text,
     flat_rows,
@@ -32,10 +33,13 @@ from fastlab.run_records import (
 from fastlab.runs import NotYetARun
 
 _TEMPLATES = Path(__file__).with_name("templates")
+_MANY = 12  # with more runs, the details of each are folded, and only the best have pictures
+_PICTURED = 3
+_DRAWN = 40  # as many curves as have a colour and a marker of their own
 
 
 def write_report(run_dirs: Sequence[Path | str], out: Path | str) -> None:
-    """Write one self-contained HTML page about the runs, in the order given, to `out`.
+    """Write one self-contained HTML page about the runs, the best first, to `out`.
 
     A directory given twice counts once. What is not a run yet is left out, with a line on standard
     error. `out` is replaced as a whole or left unchanged. Raises UserError where no run is left, a
@@ -46,23 +50,44 @@ def write_report(run_dirs: Sequence[Path | str], out: Path | str) -> None:
     if out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"{out}: expected a file name that ends in .html")
     distinct = {Path(os.path.realpath(directory)): directory for directory in run_dirs}
-    runs = _read_runs(distinct)
-    values = [
-        {
-            "name": run.name,
-            "result": _result(run),
-            "dataset": _dataset_text(run),
-            "config": {
-                name: [(key, setting_text(value)) for key, value in section.items()]
-                for name, section in run.config.items()
-            },
-            "environment": flat_rows(run.environment),
-            "predictions": run.predictions,
-            "tta": _tta(run),
-        }
-        for run in runs
-    ]
-    write_whole(out, render("report.html.j2", runs=values, plots=make_plots(runs)))
+    standings = ranked(_read_runs(distinct))
+    runs = [standing.run for standing in standings]
+    pictured = len(runs) if len(runs) <= _MANY else _PICTURED
+    values = {
+        "runs": [_run(place, index < pictured) for index, place in enumerate(standings)],
+        "many": len(runs) > _MANY,
+        "pictured": pictured,
+        "differing": differing_settings(runs),
+        "datasets": _dataset_texts(standings),
+        "plots": make_plots(runs[:_DRAWN]),
+        "drawn": _DRAWN,
+    }
+    write_whole(out, render("report.html.j2", **values))
+
+
+def _run(standing: Standing, pictured: bool) -> dict[str, Any]:
+    """What the template says of a run; without pictures unless `pictured`."""
+    run = standing.run
+    return {
+        "name": run.name,
+        "number": standing.dataset,
+        "best": standing.best,
+        "result": _result(run),
+        "dataset": _dataset_text(run),
+        "config": {
+            name: [(key, setting_text(value)) for key, value in section.items()]
+            for name, section in run.config.items()
+        },
+        "environment": flat_rows(run.environment),
+        "predictions": run.predictions if pictured else [],
+        "tta": _tta(run),
+    }
+
+
+def _dataset_texts(standings: list[Standing]) -> list[str]:
+    """Each dataset in a phrase, by number."""
+    first = {number: run for run, number, _ in reversed(standings)}
+    return [_dataset_text(first[number]) or "not recorded" for number in sorted(first)]
 
 
 def _read_runs(given: dict[Path, Path]) -> list[Run]:
