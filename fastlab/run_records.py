@@ -19,7 +19,8 @@ EPOCH_KEYS = (
 _LARGEST = 1e300  # larger metrics might overflow when they are scaled to percent or subtracted
 
 Epoch = dict[str, float | None]
-"""The values of `EPOCH_KEYS`, None where they are not finite, and "epoch", which is never None."""
+"""The values of `EPOCH_KEYS` and "lr", the learning rate of the first step, None where they are not
+finite; and "epoch", which is never None."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,8 @@ def _parse_epoch(line: bytes, before: int) -> Epoch:
     number = _finite(record["epoch"])
     if type(number) is not int or number <= before:
         raise ValueError(f"'epoch' is not a whole number above {before}")
-    return {"epoch": number, **{key: _finite(record[key]) for key in EPOCH_KEYS}}
+    values = {key: _finite(record[key]) for key in EPOCH_KEYS}
+    return {"epoch": number, "lr": _finite(record.get("lr")), **values}
 
 
 def _read_predictions(path: Path) -> list[Prediction]:

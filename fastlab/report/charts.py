@@ -1,4 +1,4 @@
-"""Curves over the epochs: one plot for each metric, with training and validation of every run.
+"""Curves over the epochs: one plot for each metric, with those of its splits for every run.
 
 The template parts.html.j2 draws them as SVG. Positions are in the SVG's own units.
 """
@@ -49,18 +49,33 @@ class _Metric(NamedTuple):
     """A metric that is plotted."""
 
     key: str
-    """The metric's name in metrics.jsonl, without its split."""
+    """Its name in metrics.jsonl, without a split."""
     title: str
     unit: str
-    scale: int
+    scale: int = 1
     """Factor from the values in the file to those on the page."""
-    decimals: int
+    decimals: int | None = None
+    """None: three significant digits."""
+    splits: tuple[str, ...] = ("train", "val")
+
+    def record_key(self, split: str) -> str:
+        """Its name in metrics.jsonl, which has the split where there are several."""
+        return f"{split}_{self.key}" if len(self.splits) > 1 else self.key
+
+    def text(self, value: float | None) -> str:
+        if value is None or self.decimals is not None:
+            return number_text(value, self.decimals or 0)
+        return f"{value:.3g}"
 
 
 _METRICS = (
     _Metric("loss", "Loss", "mean cross-entropy", 1, 4),
     _Metric("top1", "Top-1 accuracy", "%", 100, 2),
     _Metric("top5", "Top-5 accuracy", "%", 100, 2),
+)
+_RATES = (
+    _Metric("lr", "Learning rate", "at the epoch's first step", splits=("train",)),
+    _Metric("images_per_second", "Throughput", "images/s", 1, 0, splits=("train",)),
 )
 
 _Series = dict[tuple[int, str], dict[int, float | None]]
@@ -74,9 +89,12 @@ class _Axis(NamedTuple):
     """The positions of the axis's ends."""
     labels: dict[float, str]
     """Value -> label of each tick."""
+    log: bool = False
 
     def place(self, value: float) -> float:
         (first, last), (start, end) = self.values, self.ends
+        if self.log:
+            first, last, value = math.log10(first), math.log10(last), math.log10(value)
         return round(start + (value - first) / (last - first) * (end - start), 2)
 
     def ticks(self) -> list[tuple[float, str]]:
@@ -99,6 +117,12 @@ def make_plots(runs: list[Run]) -> list[dict[str, Any]]:
     ]
 
 
+def make_rate_plots(runs: list[Run]) -> list[dict[str, Any]]:
+    """What the template draws: learning rate and throughput of runs with at least one epoch."""
+    names = [run.name for run in runs]
+    return [_plot(names, metric, _series(runs, metric), math.inf) for metric in _RATES]
+
+
 def _series(runs: list[Run], metric: _Metric) -> _Series:
     return {
         (index, split): {
@@ -106,8 +130,8 @@ def _series(runs: list[Run], metric: _Metric) -> _Series:
             for epoch in run.epochs
         }
         for index, run in enumerate(runs)
-        for split in _SPLITS
-        for key in [f"{split}_{metric.key}"]
+        for split in metric.splits
+        for key in [metric.record_key(split)]
     }
 
 
@@ -116,9 +140,9 @@ def _plot(names: list[str], metric: _Metric, series: _Series, limit: float) -> d
     measured = [v for values in series.values() for v in values.values() if v is not None]
     within = [value for value in measured if value <= limit]
     x = _epoch_axis(numbers[-1])
-    y = _value_axis(within or measured or [0.0], 100 if metric.unit == "%" else math.inf)
+    y = _metric_axis(metric, within or measured or [0.0])
     texts = {
-        key: {number: number_text(value, metric.decimals) for number, value in values.items()}
+        key: {number: metric.text(value) for number, value in values.items()}
         for key, values in series.items()
     }
     return {
@@ -126,9 +150,10 @@ def _plot(names: list[str], metric: _Metric, series: _Series, limit: float) -> d
         "description": _description(names, metric, numbers[-1], texts),
         "x_ticks": x.ticks(),
         "y_ticks": y.ticks(),
+        "splits": [(split, _SPLITS[split]) for split in metric.splits],
         "clipped": _clipped_text(names, metric, series, y.values[1]),
         "curves": [_curve(index, split, values, x, y) for (index, split), values in series.items()],
-        "columns": [_column(x, names, number, texts) for number in numbers],
+        "columns": [_column(x, names, metric, number, texts) for number in numbers],
         "rows": [
             (number, [text.get(number, MISSING) for text in texts.values()]) for number in numbers
         ],
@@ -145,6 +170,24 @@ def _epoch_axis(last: int) -> _Axis:
     step = max(1, round(_nice_step(last, 8)))
     start = 1 if step == 1 else 0
     return _Axis((start, last), (_LEFT, _RIGHT), {n: str(n) for n in range(start, last + 1, step)})
+
+
+def _metric_axis(metric: _Metric, values: list[float]) -> _Axis:
+    """Logarithmic for learning rates that are more than a factor of ten apart, unless one is zero
+    or beyond reason."""
+    if metric.key == "lr" and 1e-30 < 10 * min(values) < max(values) < 1e30:
+        return _log_axis(values)
+    return _value_axis(values, 100 if metric.unit == "%" else math.inf)
+
+
+def _log_axis(values: list[float]) -> _Axis:
+    """Powers of ten whose first and last enclose the positive values."""
+    first = math.floor(math.log10(min(values)) + 1e-9)
+    last = math.ceil(math.log10(max(values)) - 1e-9)
+    step = math.ceil((last - first) / 8)
+    powers = [10.0**n for n in range(first, last + step, step)]
+    labels = {power: f"{power:.0e}" for power in powers}
+    return _Axis((powers[0], powers[-1]), (_BOTTOM, _TOP), labels, log=True)
 
 
 def _value_axis(values: list[float], ceiling: float) -> _Axis:
@@ -202,9 +245,10 @@ def _clipped_text(names: list[str], metric: _Metric, series: _Series, highest: f
     """Which curves rise above the axis, which ends at `highest`; empty where none does."""
     pairs = []
     for index, name in enumerate(names):
-        values = [v for split in _SPLITS for v in series[index, split].values() if v is not None]
+        curves = (series[index, split] for split in metric.splits)
+        values = [v for curve in curves for v in curve.values() if v is not None]
         if max(values, default=highest) > highest:
-            pairs.append(f"{name} (up to {number_text(max(values), metric.decimals)})")
+            pairs.append(f"{name} (up to {metric.text(max(values))})")
     if not pairs:
         return ""
     return f"Above the axis, at the arrows: {', '.join(pairs)}. The table holds these values."
@@ -213,21 +257,25 @@ def _clipped_text(names: list[str], metric: _Metric, series: _Series, highest: f
 _Texts = dict[tuple[int, str], dict[int, str]]
 
 
-def _column(x: _Axis, names: list[str], number: int, texts: _Texts) -> tuple[float, float, str]:
+def _column(
+    x: _Axis, names: list[str], metric: _Metric, number: int, texts: _Texts
+) -> tuple[float, float, str]:
     """Left edge, width and tooltip of an epoch's strip."""
     left, right = max(x.place(number - 0.5), _LEFT), min(x.place(number + 0.5), _RIGHT)
-    lines = [
-        f"{name}: train {texts[index, 'train'][number]}, val {texts[index, 'val'][number]}"
-        for index, name in enumerate(names)
-        if number in texts[index, "val"]
-    ]
+    lines = []
+    for index, name in enumerate(names):
+        values = [(split, texts[index, split].get(number)) for split in metric.splits]
+        parts = [f"{split} {text}" for split, text in values if text is not None]
+        lines += [f"{name}: {', '.join(parts)}"] if parts else []
     return left, round(right - left, 2), "\n".join([f"Epoch {number}", *lines])
 
 
 def _description(names: list[str], metric: _Metric, last: int, texts: _Texts) -> str:
-    final = [list(texts[index, "val"].values())[-1] for index in range(len(names))]
+    *_, split = metric.splits
+    final = [list(texts[index, split].values())[-1] for index in range(len(names))]
     pairs = ", ".join(f"{name} {text}" for name, text in zip(names, final, strict=True))
+    words = [_SPLITS[each] for each in metric.splits]
     return (
-        f"{metric.title} ({metric.unit}) over epochs 1 to {last}, training and validation. "
-        f"Validation at the last epoch: {pairs}. The table below holds all values."
+        f"{metric.title} ({metric.unit}) over epochs 1 to {last}, {' and '.join(words)}. "
+        f"{words[-1].capitalize()} at the last epoch: {pairs}. The table below holds all values."
     )

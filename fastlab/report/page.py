@@ -13,7 +13,7 @@ from fastlab import __version__
 from fastlab.config import tta_label
 from fastlab.console import UserError, public_text, tell
 from fastlab.files import write_atomically
-from fastlab.report.charts import DRAWING, make_plots
+from fastlab.report.charts import DRAWING, make_plots, make_rate_plots
 from fastlab.report.comparison import Standing, differing_settings, ranked
 from fastlab.report.texts import (
     duration_text,
@@ -59,7 +59,7 @@ def write_report(run_dirs: Sequence[Path | str], out: Path | str) -> None:
         "pictured": pictured,
         "differing": differing_settings(runs),
         "datasets": _dataset_texts(standings),
-        "plots": make_plots(runs[:_DRAWN]),
+        "plots": make_plots(runs[:_DRAWN]) + make_rate_plots(runs[:_DRAWN]),
         "drawn": _DRAWN,
     }
     write_whole(out, render("report.html.j2", **values))

@@ -273,7 +273,7 @@ def test_a_diverged_run_does_not_flatten_the_other_curves(tmp_path: Path) -> Non
     note = figure.one("p", class_="note").text
     assert "lost (up to 4e+15)" in note and "usual" not in note
     assert "4e+15" in figure.one("table").text
-    assert [len(f.all("p", class_="note")) for f in page.all("figure")] == [1, 0, 0]
+    assert [len(f.all("p", class_="note")) for f in page.all("figure")] == [1, 0, 0, 0, 0]
     assert page.one("g", data_curve="usual val loss").all("path", class_="arrow") == []
 
 
@@ -321,6 +321,44 @@ def test_points_agree_with_the_axes(tmp_path: Path) -> None:
     ((*_, twentieth, _, _, _, _, _, _, _, _, _, _),) = curve(page, "a val top1")
     assert twentieth[1] == gridlines[1]
     assert twentieth[0] == float(epochs[4].attributes["x"])
+
+
+def test_learning_rates_far_apart_have_a_logarithmic_axis(tmp_path: Path) -> None:
+    rates = [0.02, 0.002, 0.0002]
+    epochs = [epoch(number, lr=rate) for number, rate in enumerate(rates, 1)]
+    page = page_of(make_run(tmp_path / "a", epochs))
+    (points,) = curve(page, "a train lr")
+    drops = [after[1] - before[1] for before, after in pairwise(points)]
+    assert drops[0] == pytest.approx(drops[1], abs=0.02) and drops[0] > 0
+    assert ticks_of(page, "a train lr") == [1e-4, 1e-3, 1e-2, 1e-1]
+    figure = page.one("g", data_curve="a train lr").parent.parent.parent
+    assert figure.one("figcaption").text == "Learning rate at the epoch's first step"
+    rows = figure.one("table").one("tbody").all("tr")
+    assert [[cell.text for cell in row.children] for row in rows] == [
+        ["1", "0.02"],
+        ["2", "0.002"],
+        ["3", "0.0002"],
+    ]
+
+
+@pytest.mark.parametrize("rates", [(0.02, 0.01), (0.02, 0.0), (0.02, 5e-324), (1e299, 1.0)])
+def test_other_learning_rates_have_a_linear_axis(
+    tmp_path: Path, rates: tuple[float, float]
+) -> None:
+    page = page_of(make_run(tmp_path / "a", [epoch(1, lr=rates[0]), epoch(2, lr=rates[1])]))
+    ticks = ticks_of(page, "a train lr")
+    steps = [after - before for before, after in pairwise(ticks)]
+    assert steps == pytest.approx([steps[0]] * len(steps))
+
+
+def test_throughput_is_drawn_in_images_per_second(tmp_path: Path) -> None:
+    rates = [1200.0, None, 4000.0]
+    epochs = [epoch(number, images_per_second=rate) for number, rate in enumerate(rates, 1)]
+    page = page_of(make_run(tmp_path / "a", epochs))
+    figure = page.one("g", data_curve="a train images_per_second").parent.parent.parent
+    assert figure.one("figcaption").text == "Throughput images/s"
+    tooltips = [title.text for title in figure.all("title")]
+    assert tooltips == ["Epoch 1 a: train 1,200", "Epoch 2 a: train —", "Epoch 3 a: train 4,000"]
 
 
 @pytest.mark.parametrize(("loss", "label"), [(0.0, "0.0"), (2.5, "2.5"), (4e12, "4e+12")])
@@ -482,7 +520,7 @@ def test_a_page_is_accessible(tmp_path: Path) -> None:
     assert page.one("html").attributes["lang"] == "en"
     page.one("meta", name="viewport")
     plots = page.all("svg", class_="plot")
-    assert [plot.attributes["role"] for plot in plots] == ["img"] * 3
+    assert [plot.attributes["role"] for plot in plots] == ["img"] * 5
     assert "Validation at the last epoch: a 2.00" in plots[1].attributes["aria-label"]
     assert all("scope" in head.attributes for head in page.all("th"))
     identifiers = [e.attributes["id"] for e in everything(page) if "id" in e.attributes]
