@@ -5,7 +5,7 @@ import json
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastlab.files import is_locked
 from fastlab.runs import COMPARED, NotYetARun, RunDir, damaged, read_object, reading
@@ -42,6 +42,38 @@ class Prediction:
         return names.index(self.label) + 1 if self.label in names else None
 
 
+class ClassCount(NamedTuple):
+    """How many of a class's validation images are right."""
+
+    name: str
+    images: int
+    correct: int
+
+    @property
+    def share(self) -> float:
+        """Top-1, 0 to 1; the class must have images."""
+        return self.correct / self.images
+
+
+class Confusion(NamedTuple):
+    """How many validation images of the class `label` were taken for `predicted`."""
+
+    label: str
+    predicted: str
+    count: int
+
+
+@dataclass(frozen=True)
+class Errors:
+    """What the best weights get wrong on the validation split, without flips."""
+
+    classes: list[ClassCount]
+    confused: list[Confusion]
+    """The most frequent first."""
+    worst: list[Prediction]
+    """The wrong answers of highest probability, highest first."""
+
+
 @dataclass(frozen=True)
 class Run:
     """The content of one run directory."""
@@ -54,6 +86,8 @@ class Run:
     predictions: list[Prediction]
     dataset: dict[str, Any] = field(default_factory=dict)
     """The dataset's fingerprint; empty where an earlier version wrote none."""
+    errors: Errors | None = None
+    """None where the run has not ended, or an earlier version wrote none."""
 
 
 def read_run(directory: Path | str, name: str) -> Run:
@@ -72,6 +106,7 @@ def read_run(directory: Path | str, name: str) -> Run:
         epochs=_read_metrics(run.metrics),
         predictions=_read_predictions(run.predictions),
         dataset=_read_fingerprint(run),
+        errors=_read_errors(run.errors),
     )
 
 
@@ -155,6 +190,34 @@ def _parse_prediction(record: dict[str, Any]) -> Prediction:
         label=str(record["label"]),
         predicted=[(str(p["name"]), _finite(p["probability"])) for p in record["predicted"]],
     )
+
+
+def _read_errors(path: Path) -> Errors | None:
+    if not path.exists():
+        return None
+    record = read_object(path)
+    with reading(path):
+        return Errors(
+            [_class_count(each) for each in record["classes"]],
+            [
+                Confusion(str(pair["label"]), str(pair["predicted"]), _count(pair["count"]))
+                for pair in record["confused"]
+            ],
+            [_parse_prediction(each) for each in record["worst"]],
+        )
+
+
+def _class_count(record: dict[str, Any]) -> ClassCount:
+    images, correct = _count(record["images"]), _count(record["correct"])
+    if correct > images:
+        raise ValueError(f"{correct} of {images} images are right")
+    return ClassCount(str(record["name"]), images, correct)
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < _LARGEST:
+        raise ValueError(f"{value!r} is not a number of images")
+    return value
 
 
 def epoch_number(epoch: Epoch) -> int:

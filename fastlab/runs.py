@@ -39,6 +39,7 @@ class RunDir:
         self.summary = path / "summary.json"
         self.metrics = path / "metrics.jsonl"
         self.predictions = path / "predictions.json"
+        self.errors = path / "errors.json"
         self.checkpoints = path / "checkpoints"
         self.best = self.checkpoints / "best.safetensors"
         self.initial = path / "initial.safetensors"
@@ -225,8 +226,9 @@ class RunDir:
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_json(self.summary, summary)
 
-    def write_predictions(self, predictions: list[dict[str, Any]]) -> None:
+    def write_predictions(self, predictions: list[dict[str, Any]], errors: dict[str, Any]) -> None:
         write_json(self.predictions, predictions)
+        write_json(self.errors, errors)
 
     def progress(self) -> tuple[str, dict[str, Any]]:
         """The status in the summary and the record of the last whole epoch; "" and {} where they

@@ -164,6 +164,8 @@ def test_values_that_are_not_finite_are_written_as_null(tmp_path, value):
     assert records(run) == [{"val_loss": None, "val_top1": 0.25, "epoch": 1}]
     run.write_summary({"train_seconds": value, "name": "cnn8"})
     assert strict(run.summary.read_text()) == {"train_seconds": None, "name": "cnn8"}
-    run.write_predictions([{"label": "cat", "predicted": [{"name": "dog", "probability": value}]}])
+    sample = {"label": "cat", "predicted": [{"name": "dog", "probability": value}]}
+    run.write_predictions([sample], {"worst": [sample]})
     (prediction,) = strict(run.predictions.read_text())
     assert prediction["predicted"] == [{"name": "dog", "probability": None}]
+    assert strict(run.errors.read_text()) == {"worst": [prediction]}

@@ -27,8 +27,9 @@ from fastlab.dataset.manifest import read_manifest
 from fastlab.runs import RunDir
 from fastlab.training import checkpoint, setup, state
 from fastlab.training import metrics as training_metrics
-from fastlab.training.evaluate import evaluate, sample_predictions
+from fastlab.training.evaluate import evaluate
 from fastlab.training.guards import StopRequested
+from fastlab.training.review import review
 from fastlab.training.setup import make_accelerator, torch_settings
 from tests.trainings import (
     ROOT,
@@ -529,7 +530,7 @@ def test_sample_predictions_compile_nothing(synth_dataset):
     manifest = read_manifest(synth_dataset)
     model = models.build(cfg.model, len(manifest.classes))
     model.forward = torch.compile(model.forward, backend=backend, dynamic=False)
-    samples = sample_predictions(model, cfg, manifest, torch.device("cpu"))
+    samples, _ = review(model, cfg, manifest, torch.device("cpu"))
     assert len(samples) == 12 and not graphs
 
 

@@ -80,6 +80,7 @@ def _run(standing: Standing, pictured: bool) -> dict[str, Any]:
         },
         "environment": flat_rows(run.environment),
         "predictions": run.predictions if pictured else [],
+        "errors": run.errors if pictured else None,
         "tta": _tta(run),
     }
 

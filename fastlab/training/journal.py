@@ -18,8 +18,8 @@ from fastlab.console import UserError, printable, tell
 from fastlab.dataset.manifest import Manifest
 from fastlab.runs import RunDir
 from fastlab.training import checkpoint
-from fastlab.training.evaluate import sample_predictions
 from fastlab.training.metrics import Figures
+from fastlab.training.review import review
 from fastlab.training.state import State
 
 if TYPE_CHECKING:
@@ -222,16 +222,16 @@ class Journal:
             )
 
     def finished(self, device: torch.device) -> None:
-        """Write sample predictions of the best weights, and print the last lines."""
+        """Write sample predictions and errors of the best weights, and print the last lines."""
         if not self._main:
             return
         if self._run.best.exists():
             checkpoint.load_weights(self._model, self._run.best)
         try:
-            samples = sample_predictions(self._model, self._cfg, self._manifest, device)
-            self._run.write_predictions(samples)
+            samples, errors = review(self._model, self._cfg, self._manifest, device)
+            self._run.write_predictions(samples, errors)
         except UserError as error:  # such as a dataset that was replaced or moved meanwhile
-            tell(f"{self._run.path}: is trained, but has no sample predictions: {error}")
+            tell(f"{self._run.path}: is trained, but has no sample predictions or errors: {error}")
         progress, path = self._state.progress, self._run.path
         print(
             f"best validation top-1{self._label} {progress.best_top1:.2%} at epoch "

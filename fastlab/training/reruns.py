@@ -16,7 +16,7 @@ def clear(run: RunDir) -> None:
     directory is a run without a checkpoint, which can be resumed or overwritten. Raises `UserError`
     where a file cannot be removed."""
     made = (run.checkpoints, run.tensorboard, run.traces)
-    made += (run.metrics, run.summary, run.predictions, run.initial)
+    made += (run.metrics, run.summary, run.predictions, run.errors, run.initial)
     with run.writing():
         for path in made:
             if path.is_dir() and not path.is_symlink():

@@ -325,7 +325,7 @@ def runs(base: Path, scratch: Path, random: np.random.Generator) -> tuple[str, s
     run, out = scratch / "run", scratch / "report.html"
     shutil.copytree(base / "whole", run)
     names = ("config.toml", "environment.json", "metrics.jsonl", "predictions.json")
-    names += ("summary.json", "checkpoints/best.safetensors")
+    names += ("summary.json", "errors.json", "checkpoints/best.safetensors")
     path = run / names[random.integers(len(names))]
     kind = list(mutations.BYTES)[random.integers(len(mutations.BYTES))]
     before = path.read_bytes()

@@ -452,6 +452,59 @@ def test_predictions_are_marked_right_or_wrong_in_words(tmp_path: Path) -> None:
     assert bars == ["width: 62.5%", "width: 25.0%"]
 
 
+ERRORS = {
+    "classes": [
+        {"name": "cat", "images": 4, "correct": 3},
+        {"name": "dog", "images": 8, "correct": 1},
+        {"name": "eel", "images": 0, "correct": 0},
+    ],
+    "confused": [{"label": "dog", "predicted": "cat", "count": 6}],
+    "worst": [
+        {"png": png(3, 3), "label": "dog", "predicted": [{"name": "cat", "probability": 0.875}]}
+    ],
+}
+
+
+def test_the_errors_of_a_run_are_shown_by_class_pair_and_picture(tmp_path: Path) -> None:
+    page = page_of(make_run(tmp_path / "a", [epoch(1)], errors=ERRORS))
+    classes, confused = (
+        [[cell.text for cell in row.children] for row in table.one("tbody").all("tr")]
+        for table in page.one("div", class_="errors").all("table")
+    )
+    # A class without validation images has no accuracy.
+    assert classes == [["dog", "12.50", "1", "8"], ["cat", "75.00", "3", "4"]]
+    assert confused == [["dog", "cat", "6"]]
+    assert [p.text for p in page.all("p", class_="verdict")] == [
+        "✗ wrong, true class not in the top 1"
+    ]
+    assert "cat87.5 %" in page.one("ul", class_="predictions").text
+    assert all("open" in details.attributes for details in page.one("article").all("details"))
+
+
+def test_the_errors_of_several_runs_are_folded_and_an_older_run_has_none(tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path / "a", [epoch(1)], errors=ERRORS),
+        make_run(tmp_path / "b", [epoch(1)]),
+    ]
+    first, second = page_of(*runs).all("article")
+    summaries = [[d.one("summary").text for d in each.all("details")] for each in (first, second)]
+    assert summaries[1] == ["Configuration", "Environment"]
+    assert [text.split(":")[0] for text in summaries[0]] == [
+        "Worst mistakes",
+        "Accuracy by class, lowest first",
+        "Most confused pairs",
+        *summaries[1],
+    ]
+    assert not [d for d in first.all("details") if "open" in d.attributes]
+
+
+def test_a_run_without_a_mistake_says_so(tmp_path: Path) -> None:
+    errors = {"classes": ERRORS["classes"], "confused": [], "worst": []}
+    page = page_of(make_run(tmp_path / "a", [epoch(1)], errors=errors))
+    assert "No image is wrong." in page.text
+    assert len(page.one("div", class_="errors").all("table")) == 1
+
+
 def test_configuration_and_environment_are_shown_as_tables(tmp_path: Path) -> None:
     page = page_of(make_run(tmp_path / "a", [epoch(1)]))
     tables = {
@@ -614,6 +667,10 @@ BROKEN_FILES = [
     ("predictions.json", '[{"label": "cat", "predicted": []}]'),
     ("predictions.json", "[1]"),
     ("predictions.json", '["é' + "a" * 2000),
+    ("errors.json", "[]"),
+    ("errors.json", '{"classes": [{"name": "a", "images": 1, "correct": 2}], "confused": []}'),
+    ("errors.json", json.dumps({**ERRORS, "confused": [{**ERRORS["confused"][0], "count": "6"}]})),
+    ("errors.json", json.dumps({**ERRORS, "worst": [{"png": "AAAA"}]})),
 ]
 
 
