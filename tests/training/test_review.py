@@ -33,18 +33,31 @@ class Linear(nn.Module):
         return images.flatten(1) @ self.weight.T
 
 
-@pytest.fixture(scope="module")
-def found(synth_dataset) -> Any:
+CUDA = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    ],
+)
+
+
+@pytest.fixture(scope="module", params=["cpu", CUDA])
+def found(request, synth_dataset) -> Any:
     """The review of a made-up model, and what numpy finds in the files that it read."""
     manifest = read_manifest(synth_dataset)
     model = Linear(len(manifest.classes), 3 * manifest.image_size**2)
     # No batch is whole, and the last one has padding.
     cfg = config.load(None, [f"data.path={synth_dataset}", *TINY, "train.eval_batch_size=7"])
-    samples, errors = review(model, cfg, manifest, torch.device("cpu"))
+    device = torch.device(request.param)
+    samples, errors = review(model.to(device), cfg, manifest, device)
     pixels = np.load(synth_dataset / "array" / "val-images.npy")
     labels = np.load(synth_dataset / "array" / "val-labels.npy").astype(int)
     scaled = (pixels / 255 - np.array(manifest.mean)) / np.array(manifest.std)
-    logits = scaled.transpose(0, 3, 1, 2).reshape(len(pixels), -1) @ model.weight.detach().numpy().T
+    logits = (
+        scaled.transpose(0, 3, 1, 2).reshape(len(pixels), -1)
+        @ model.weight.detach().cpu().numpy().T
+    )
     shares = np.exp(logits - logits.max(1, keepdims=True))
     shares /= shares.sum(1, keepdims=True)
     names = [each.words for each in manifest.classes]
