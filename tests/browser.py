@@ -19,8 +19,9 @@ _OPTIONS = (
 # A window of Chromium is at least 500 pixels wide; a frame in it can be as narrow as a phone.
 _FRAME = """<iframe style="border:0;height:900px;width:{width}px" srcdoc="{page}"></iframe>
 <script>onload = () => {{
-  const root = document.querySelector("iframe").contentDocument.documentElement;
-  document.title = `needs ${{root.scrollWidth}}`;
+  const page = document.querySelector("iframe").contentDocument;
+  {script}
+  document.title = `needs ${{page.documentElement.scrollWidth}}`;
 }}</script>"""
 
 
@@ -31,12 +32,13 @@ class Loaded(NamedTuple):
     """The width that the page needs, in CSS pixels. It scrolls sideways in a narrower window."""
 
 
-def load(page: Path, width: int) -> Loaded:
-    """Load a self-contained page into a window of `width` CSS pixels."""
+def load(page: Path, width: int, script: str = "") -> Loaded:
+    """Load a self-contained page into a window of `width` CSS pixels, and run `script` on it, to
+    which the page's document is known as `page`; what it throws is among the messages."""
     content = html.escape(page.read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as scratch:
         frame = Path(scratch) / "page.html"
-        frame.write_text(_FRAME.format(width=width, page=content), encoding="utf-8")
+        frame.write_text(_FRAME.format(width=width, page=content, script=script), encoding="utf-8")
         dom, log = _run(f"file://{frame}", 1400, 1000, "--dump-dom")
     title = re.search(r"<title>needs (\d+)</title>", dom)
     return Loaded(_console(log), int(title[1]) if title else -1)

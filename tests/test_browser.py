@@ -52,6 +52,37 @@ def test_a_page_loads_without_errors_and_fits_the_window(page, width, pages):
     assert 0 < loaded.width <= width
 
 
+_USE = """
+const shown = (element) => getComputedStyle(element).display !== "none";
+const check = (holds, what) => { if (!holds) throw new Error(what); };
+const study = page.querySelector(".study");
+const [curve] = study.querySelectorAll(".curves > g");
+const [button] = study.querySelectorAll(".legend button");
+button.click();
+check(!shown(curve) && button.getAttribute("aria-pressed") === "false", "a click hides the curve");
+button.click();
+check(shown(curve), "another click shows it again");
+const line = curve.querySelector("polyline"), before = line.getAttribute("points");
+const box = study.querySelector(".choice input");
+box.click();
+check(line.getAttribute("points") !== before, "the logarithm moves the curve");
+box.click();
+const numbers = (text) => text.split(/[ ,]/).map(Number);
+const moved = numbers(line.getAttribute("points"));
+check(numbers(before).every((n, i) => Math.abs(n - moved[i]) < 0.01), "and moves it back");
+const run = page.querySelector(".dots svg a").getAttribute("href").slice(1);
+const details = page.getElementById(run).closest("details");
+check(!details.open, "a run is folded up");
+page.defaultView.location.hash = run;
+page.defaultView.dispatchEvent(new Event("hashchange"));
+check(details.open, "a link opens it");
+"""
+
+
+def test_a_study_page_answers_clicks(pages):
+    assert browser.load(pages["study"], 1280, _USE).messages == []
+
+
 def test_an_error_and_an_overflow_are_detected(tmp_path):
     page = tmp_path / "bad.html"
     page.write_text("<div style='width:3000px'>x</div><script>nothing.there</script>")

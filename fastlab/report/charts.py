@@ -4,6 +4,7 @@ The template parts.html.j2 draws them as SVG. Positions are in the SVG's own uni
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from fastlab.report.texts import MISSING, number_text
@@ -81,8 +82,13 @@ _RATES = (
 _Series = dict[tuple[int, str], dict[int, float | None]]
 """(index of the run, split) -> epoch -> value; None where it is not a number."""
 
+_Ranges = dict[int, tuple[float, float]]
+"""Epoch -> lowest and highest value over the seeds."""
 
-class _Axis(NamedTuple):
+
+class Axis(NamedTuple):
+    """An axis with labelled ticks."""
+
     values: tuple[float, float]
     """The values at the axis's ends."""
     ends: tuple[float, float]
@@ -101,8 +107,11 @@ class _Axis(NamedTuple):
         return [(self.place(value), label) for value, label in self.labels.items()]
 
 
-def make_plots(runs: list[Run]) -> list[dict[str, Any]]:
+def make_plots(runs: list[Run], seeds: Sequence[Sequence[Run]] = ()) -> list[dict[str, Any]]:
     """What the template draws: loss, top-1 and top-5 of runs that have at least one epoch.
+
+    Where each of `runs` is a mean, `seeds` holds for each the runs that it is the mean of. A band
+    then spans the lowest to the highest of their validation values.
 
     A run that diverged would flatten the other curves, so the axis of the loss ends at a few times
     the loss of guessing. Arrows on the upper edge stand for the values above it.
@@ -112,7 +121,13 @@ def make_plots(runs: list[Run]) -> list[dict[str, Any]]:
     classes = max(max(counts), 2) if any(counts) else 1000  # unknown: as in ImageNet
     limits = {"loss": _DIVERGED * math.log(classes)}
     return [
-        _plot(names, metric, _series(runs, metric), limits.get(metric.key, math.inf))
+        _plot(
+            names,
+            metric,
+            _series(runs, metric),
+            limits.get(metric.key, math.inf),
+            [_ranges(of_row, metric) for of_row in seeds],
+        )
         for metric in _METRICS
     ]
 
@@ -120,7 +135,7 @@ def make_plots(runs: list[Run]) -> list[dict[str, Any]]:
 def make_rate_plots(runs: list[Run]) -> list[dict[str, Any]]:
     """What the template draws: learning rate and throughput of runs with at least one epoch."""
     names = [run.name for run in runs]
-    return [_plot(names, metric, _series(runs, metric), math.inf) for metric in _RATES]
+    return [_plot(names, metric, _series(runs, metric)) for metric in _RATES]
 
 
 def _series(runs: list[Run], metric: _Metric) -> _Series:
@@ -135,9 +150,29 @@ def _series(runs: list[Run], metric: _Metric) -> _Series:
     }
 
 
-def _plot(names: list[str], metric: _Metric, series: _Series, limit: float) -> dict[str, Any]:
+def _ranges(runs: Sequence[Run], metric: _Metric) -> _Ranges:
+    """Over the epochs of several runs, up to the first that one of them lacks or has no value of;
+    empty for a single run."""
+    key, ranges = f"val_{metric.key}", {}
+    for epochs in zip(*(run.epochs for run in runs), strict=False) if len(runs) > 1 else ():
+        values = [value for epoch in epochs if (value := epoch[key]) is not None]
+        if len(values) < len(runs):
+            break
+        ends = metric.scale * min(values), metric.scale * max(values)
+        ranges[epoch_number(epochs[0])] = ends
+    return ranges
+
+
+def _plot(
+    names: list[str],
+    metric: _Metric,
+    series: _Series,
+    limit: float = math.inf,
+    ranges: Sequence[_Ranges] = (),
+) -> dict[str, Any]:
     numbers = sorted({number for values in series.values() for number in values})
     measured = [v for values in series.values() for v in values.values() if v is not None]
+    measured += [end for of_row in ranges for ends in of_row.values() for end in ends]
     within = [value for value in measured if value <= limit]
     x = _epoch_axis(numbers[-1])
     y = _metric_axis(metric, within or measured or [0.0])
@@ -152,6 +187,7 @@ def _plot(names: list[str], metric: _Metric, series: _Series, limit: float) -> d
         "y_ticks": y.ticks(),
         "splits": [(split, _SPLITS[split]) for split in metric.splits],
         "clipped": _clipped_text(names, metric, series, y.values[1]),
+        "bands": [_band(of_row, x, y) for of_row in ranges],
         "curves": [_curve(index, split, values, x, y) for (index, split), values in series.items()],
         "columns": [_column(x, names, metric, number, texts) for number in numbers],
         "rows": [
@@ -163,34 +199,34 @@ def _plot(names: list[str], metric: _Metric, series: _Series, limit: float) -> d
 # Axes
 
 
-def _epoch_axis(last: int) -> _Axis:
+def _epoch_axis(last: int) -> Axis:
     """The axis for epochs 1 to `last`."""
     if last == 1:
-        return _Axis((0.5, 1.5), (_LEFT, _RIGHT), {1: "1"})
+        return Axis((0.5, 1.5), (_LEFT, _RIGHT), {1: "1"})
     step = max(1, round(_nice_step(last, 8)))
     start = 1 if step == 1 else 0
-    return _Axis((start, last), (_LEFT, _RIGHT), {n: str(n) for n in range(start, last + 1, step)})
+    return Axis((start, last), (_LEFT, _RIGHT), {n: str(n) for n in range(start, last + 1, step)})
 
 
-def _metric_axis(metric: _Metric, values: list[float]) -> _Axis:
+def _metric_axis(metric: _Metric, values: list[float]) -> Axis:
     """Logarithmic for learning rates that are more than a factor of ten apart, unless one is zero
     or beyond reason."""
     if metric.key == "lr" and 1e-30 < 10 * min(values) < max(values) < 1e30:
         return _log_axis(values)
-    return _value_axis(values, 100 if metric.unit == "%" else math.inf)
+    return value_axis(values, 100 if metric.unit == "%" else math.inf)
 
 
-def _log_axis(values: list[float]) -> _Axis:
+def _log_axis(values: list[float]) -> Axis:
     """Powers of ten whose first and last enclose the positive values."""
     first = math.floor(math.log10(min(values)) + 1e-9)
     last = math.ceil(math.log10(max(values)) - 1e-9)
     step = math.ceil((last - first) / 8)
     powers = [10.0**n for n in range(first, last + step, step)]
     labels = {power: f"{power:.0e}" for power in powers}
-    return _Axis((powers[0], powers[-1]), (_BOTTOM, _TOP), labels, log=True)
+    return Axis((powers[0], powers[-1]), (_BOTTOM, _TOP), labels, log=True)
 
 
-def _value_axis(values: list[float], ceiling: float) -> _Axis:
+def value_axis(values: list[float], ceiling: float = math.inf) -> Axis:
     """Round numbers whose first and last enclose the values and stay between 0 and `ceiling`."""
     low, high = min(values), max(values)
     floor, ceiling = min(low, 0), max(high, ceiling)
@@ -202,7 +238,7 @@ def _value_axis(values: list[float], ceiling: float) -> _Axis:
     ticks = [n * step for n in range(first, last + 1)]
     ticks = [tick for tick in ticks if floor - step / 2 < tick < ceiling + step / 2]
     labels = {tick: _tick_label(tick, step) for tick in ticks}
-    return _Axis((ticks[0], ticks[-1]), (_BOTTOM, _TOP), labels)
+    return Axis((ticks[0], ticks[-1]), (_BOTTOM, _TOP), labels)
 
 
 def _nice_step(span: float, count: int) -> float:
@@ -221,7 +257,7 @@ def _tick_label(tick: float, step: float) -> str:
 
 
 def _curve(
-    run: int, split: str, values: dict[int, float | None], x: _Axis, y: _Axis
+    run: int, split: str, values: dict[int, float | None], x: Axis, y: Axis
 ) -> dict[str, Any]:
     """The polylines and marks of one metric; a value that is not a number ends a polyline. A value
     above the axis lies on its upper edge and has an arrow."""
@@ -241,6 +277,14 @@ def _curve(
     return {"run": run, "split": split, "segments": lines, "marks": marks, "arrows": arrows}
 
 
+def _band(ranges: _Ranges, x: Axis, y: Axis) -> str:
+    """The corners of a band: along its upper edge and back along its lower one."""
+    highest = y.values[1]
+    upper = [(x.place(number), y.place(min(high, highest))) for number, (_, high) in ranges.items()]
+    lower = [(x.place(number), y.place(min(low, highest))) for number, (low, _) in ranges.items()]
+    return " ".join(f"{left:g},{top:g}" for left, top in (*upper, *reversed(lower)))
+
+
 def _clipped_text(names: list[str], metric: _Metric, series: _Series, highest: float) -> str:
     """Which curves rise above the axis, which ends at `highest`; empty where none does."""
     pairs = []
@@ -258,7 +302,7 @@ _Texts = dict[tuple[int, str], dict[int, str]]
 
 
 def _column(
-    x: _Axis, names: list[str], metric: _Metric, number: int, texts: _Texts
+    x: Axis, names: list[str], metric: _Metric, number: int, texts: _Texts
 ) -> tuple[float, float, str]:
     """Left edge, width and tooltip of an epoch's strip."""
     left, right = max(x.place(number - 0.5), _LEFT), min(x.place(number + 0.5), _RIGHT)

@@ -1,8 +1,11 @@
 """The report of studies: `report.html`, and the same tables without curves as `report.md`."""
 
+import base64
+import hashlib
 import itertools
 import statistics
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastlab import config as configs
@@ -17,6 +20,7 @@ from fastlab.report.page import (
 )
 from fastlab.report.texts import MISSING, formatted
 from fastlab.run_records import EPOCH_KEYS, Epoch, Run, images_per_second, train_seconds
+from fastlab.study.figures import draw_dots, draw_scatter, factor_of, median_rate
 from fastlab.study.folder import StudyDir, read_json
 from fastlab.study.reference import (
     MEAN_OF_PRINTED,
@@ -51,14 +55,15 @@ class _Metric(NamedTuple):
     decimals: int
 
 
+_SCRIPT = Path(__file__).parents[1] / "report" / "templates" / "study.js"
+_DECISIONS = ("holds", "does not hold", "undecided")
 _METRICS = (
     _Metric("top1", "top-1 %", "top1", 100, 2),
     _Metric("top5", "top-5 %", "top5", 100, 2),
     _Metric("loss", "loss", "loss", 1, 3),
     _Metric("printed", "as printed", "loss", 1 / MEAN_OF_PRINTED, 4),
 )
-_COLUMNS = (
-    *((metric.key, metric.title) for metric in _METRICS),
+_OTHER_COLUMNS = (
     ("rate", "images/s"),
     ("time", "time"),
     ("seeds", "seeds"),
@@ -70,27 +75,44 @@ def write_report(folder: StudyDir, studies: list[Study], command: str) -> None:
     """Write both files, about the runs that are finished so far. `command` is shown as what made
     them."""
     page = _page(folder, analyse(folder, studies), command)
-    write_whole(folder.html, render("study.html.j2", **page))
+    script = _SCRIPT.read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    page_of_studies = render(
+        "study.html.j2", script=script, script_hash=digest, signed=_signed, **page
+    )
+    write_whole(folder.html, page_of_studies)
     write_whole(folder.markdown, render("study.md.j2", **page))
 
 
 def _page(folder: StudyDir, results: list[StudyResult], command: str) -> dict[str, Any]:
-    """Everything that both files show, as text except for the plots."""
+    """Everything that both files show, as text except for the drawings."""
     runs = {run.task.name: run for study in results for row in study.rows for run in row.runs}
     environments = [run.run.environment for run in runs.values() if run.run]
     records = [folder.read_record(run.task) for run in runs.values()]
+    referenced = [study for study in results if _is_referenced(study)]
     return {
         "command": command,
-        "scale": _scale_note(list(runs.values())),
+        "scale": _scale_note([r for study in referenced for row in study.rows for r in row.runs]),
+        "referenced": bool(referenced),
         "finished": sum(run.run is not None for run in runs.values()),
-        "columns": _COLUMNS,
         "studies": [_study(study) for study in results],
+        "scatter": draw_scatter(results),
         "runs": [_run(run) for run in runs.values()],
         "verdicts": _verdicts(results),
+        "decided": _decided_text(results),
         "best": _best(folder, results),
         "environment": _environment(environments),
         "side_by_side": max((record.get("side_by_side", 1) for record in records), default=1),
     }
+
+
+def _is_referenced(study: StudyResult) -> bool:
+    """Whether the reference has a row of the study."""
+    return any(find_reference(row.row.config) for row in study.rows)
+
+
+def _metric_columns(referenced: bool) -> list[tuple[str, str]]:
+    return [(m.key, m.title) for m in _METRICS if referenced or m.key != "printed"]
 
 
 def _scale_note(runs: list[RunResult]) -> str:
@@ -118,15 +140,35 @@ def _scale_note(runs: list[RunResult]) -> str:
 def _study(result: StudyResult) -> dict[str, Any]:
     curves = [row for row in result.rows if row.finished]
     rows = [_row(row, result.rows[0]) for row in result.rows]
+    referenced = _is_referenced(result)
     return {
         "name": result.study.name,
         "title": result.study.title,
         "about": result.study.about,
+        "factor": factor_of(result.rows),
+        "referenced": referenced,
+        "columns": [*_metric_columns(referenced), *_OTHER_COLUMNS],
+        "dots": draw_dots(result.rows),
+        "extremes": _extremes(result),
         "rows": rows,
         "notes": [f"{row['label']}: {note}" for row in rows for note in row["notes"]],
         "curves": [row.title for row in curves],
-        "plots": make_plots([_mean_run(row) for row in curves]) if curves else [],
+        "plots": make_plots([_mean_run(row) for row in curves], [row.finished for row in curves])
+        if curves
+        else [],
     }
+
+
+def _extremes(result: StudyResult) -> list[tuple[str, str, str]]:
+    """The best and the worst run: which it is, its name and its top-1 in percent; both are left
+    out with fewer than two runs."""
+    runs = [run for row in result.rows for run in row.runs if run.best]
+    ranked = sorted(runs, key=lambda run: (run.best or {})["val_top1"] or 0.0, reverse=True)
+    ends = {"best": ranked[0], "worst": ranked[-1]} if len(ranked) > 1 else {}
+    return [
+        (which, run.task.name, percent_text((run.best or {})["val_top1"]))
+        for which, run in ends.items()
+    ]
 
 
 def _mean_run(row: RowResult) -> Run:
@@ -142,16 +184,15 @@ def _mean_run(row: RowResult) -> Run:
 def _row(row: RowResult, first: RowResult) -> dict[str, Any]:
     """The lines of a row in its study's table, each cell as text, with notes and links. Rate and
     time are medians over the finished seeds."""
-    rates = [rate for run in row.finished if (rate := images_per_second(run)) is not None]
     times = [time for run in row.finished if (time := train_seconds(run)) is not None]
     reference = find_reference(row.row.config)
     here = {
         "who": "here",
         **_cells(row.figures),
-        "rate": number_text(statistics.median(rates) if rates else None),
+        "rate": number_text(median_rate(row)),
         "time": duration_text(statistics.median(times) if times else None),
         "seeds": f"{len(row.finished)} of {len(row.runs)}",
-        "paired": "" if row is first else _paired_cell(paired_difference(row, first)),
+        "paired": "" if row is first else _signed(paired_difference(row, first)),
     }
     return {
         "label": row.title,
@@ -161,7 +202,7 @@ def _row(row: RowResult, first: RowResult) -> dict[str, Any]:
     }
 
 
-def _paired_cell(difference: Interval | None) -> str:
+def _signed(difference: Interval | None) -> str:
     if difference is None:
         return MISSING
     sign = "+" if difference.mean > 0 else ""
@@ -199,24 +240,50 @@ def _cell(value: Interval | float | None, metric: _Metric) -> str:
 
 
 def _verdicts(results: list[StudyResult]) -> dict[str, list[tuple[Study, Verdict]]]:
-    """The verdicts under their headings; none of these without verdicts."""
-    verdicts = [(study.study, verdict) for study in results for verdict in study.verdicts]
-    groups = {
-        "What the reference found, here": [v for v in verdicts if v[1].finding.reported],
-        "Other questions": [v for v in verdicts if not v[1].finding.reported],
-    }
+    """The verdicts under their headings, those that are decided first; none of these without
+    verdicts. The heading is empty where there is no reference to tell claims apart by."""
+    pairs = [(study, verdict) for study in results for verdict in study.verdicts]
+    pairs.sort(key=lambda pair: _DECISIONS.index(pair[1].decision))
+    theirs, others = "Claims of the reference report", "Other claims"
+    if not any(map(_is_referenced, results)):
+        theirs = others = ""
+    groups: dict[str, list[tuple[Study, Verdict]]] = {theirs: [], others: []}
+    for study, verdict in pairs:
+        reported = verdict.finding.reported and _is_referenced(study)
+        groups[theirs if reported else others].append((study.study, verdict))
     return {title: group for title, group in groups.items() if group}
 
 
+def _decided_text(results: list[StudyResult]) -> str:
+    """How many claims are decided, and how; empty without claims."""
+    decisions = [verdict.decision for study in results for verdict in study.verdicts]
+    held, refuted, undecided = map(decisions.count, _DECISIONS)
+    if not decisions:
+        return ""
+    claims = f"{len(decisions)} claim{'s' if len(decisions) > 1 else ''}"
+    return f"Of {claims}: {held} confirmed (✓), {refuted} refuted (✗), {undecided} undecided (?)."
+
+
 def _run(result: RunResult) -> dict[str, Any]:
+    best = result.best or {}
     return {
         "name": result.task.name,
         "state": result.state,
         "tta": configs.tta_label(result.task.config.evaluate.tta),
         "epochs": f"{result.state.epochs} of {result.task.config.train.epochs} epochs",
-        "top1": percent_text(result.best["val_top1"] if result.best else None),
+        "top1": percent_text(best.get("val_top1")),
+        "facts": _facts(result.run, best) if result.run and best else "",
         "config": configs.dump(result.task.config),
     }
+
+
+def _facts(run: Run, best: Epoch) -> str:
+    """The figures of a finished run in a sentence."""
+    cells = [f"{metric.title} {_cell(best[f'val_{metric.figure}'], metric)}" for metric in _METRICS]
+    return (
+        f"Best epoch {number_text(best['epoch'])}: {', '.join(cells[:3])}. Training took "
+        f"{duration_text(train_seconds(run))} at {number_text(images_per_second(run))} images/s."
+    )
 
 
 def _best(folder: StudyDir, results: list[StudyResult]) -> dict[str, Any]:
@@ -227,18 +294,20 @@ def _best(folder: StudyDir, results: list[StudyResult]) -> dict[str, Any]:
     figures = {key.removeprefix("val_"): value for key, value in best.best.items()}
     label = configs.tta_label(best.task.config.evaluate.tta)
     rows = [{"split": f"validation{label}", **_cells(figures)}]
-    tested = read_json(folder.test)
+    tested, referenced = read_json(folder.test), any(map(_is_referenced, results))
     if tested.get("run") == best.task.name and "top1" in tested:
         rows.append(
             {"split": f"test{configs.tta_label(tested.get('tta', 'none'))}", **_cells(tested)}
         )
-        reference = reference_figures(reference_table()["test"])
-        rows.append({"split": "reference, test", **_cells(reference)})
+        if referenced:
+            reference = reference_figures(reference_table()["test"])
+            rows.append({"split": "reference, test", **_cells(reference)})
     of_best = [row for study in results for row in study.rows if best.task in row.row.tasks]
     lacking = list(dict.fromkeys(seed for row in of_best for seed in row.lacking))
     notes = [f"Its row lacks {listed(lacking)}."] if lacking else []
     note = " ".join([*notes, tested.get("note", "")]).strip()
-    return {"name": best.task.name, "rows": rows, "note": note}
+    columns = _metric_columns(referenced)
+    return {"name": best.task.name, "columns": columns, "rows": rows, "note": note}
 
 
 def _environment(environments: list[dict[str, Any]]) -> list[tuple[str, str]]:

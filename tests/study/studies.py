@@ -62,7 +62,7 @@ class Page(HTMLParser):
     """The elements of a page in order, each with its attributes, the text in it ("text") and the
     tags around it ("within")."""
 
-    VOID = ("meta", "link", "br", "img", "hr")
+    VOID = ("meta", "link", "br", "wbr", "img", "hr")
 
     def __init__(self, text: str) -> None:
         super().__init__()
