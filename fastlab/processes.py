@@ -19,7 +19,8 @@ from typing import Any
 from fastlab.console import silence
 
 STARTED = time.perf_counter()
-"""When this process imported fastlab: wall time counts from here."""
+"""When this process imported fastlab: wall time counts from here. A process that trains several
+runs in turn sets it anew for each."""
 
 SPIN_COUNT = "5000"
 """How often a thread looks before it sleeps; libgomp's own choice is 300,000. With fewer, the

@@ -24,6 +24,13 @@ _THREADS = 4  # at most, which gather and augment
 # The uploaded images by their file and device, kept as long as a pipeline uses them: the pipelines
 # of one split in a process share them.
 _uploaded: WeakValueDictionary[tuple, torch.Tensor] = WeakValueDictionary()
+_kept: list[torch.Tensor] | None = None
+
+
+def keep_uploaded() -> None:
+    """From now on keep what is uploaded until the process ends, for its later trainings."""
+    global _kept
+    _kept = []
 
 
 class ResidentPipeline:
@@ -73,6 +80,8 @@ class ResidentPipeline:
                 if self._images.nbytes > _SHARE * free:
                     return None
             images = _uploaded[key] = upload(self._images, device)
+            if _kept is not None:
+                _kept.append(images)
         return images, torch.from_numpy(self._labels).to(device)
 
     def _cpu_batches(self, rows: np.ndarray, masks: np.ndarray, key: int) -> Iterator[Batch]:

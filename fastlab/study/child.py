@@ -1,4 +1,4 @@
-"""Trainings in processes of their own: how each is started, stopped, and how it ended."""
+"""Trainings in other processes: how each is started, stopped, and how it ended."""
 
 import errno
 import os
@@ -7,11 +7,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fastlab.console import UserError
 from fastlab.machine import cores
@@ -26,7 +26,7 @@ _DISK_FULL = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT
 
 @dataclass
 class Child:
-    """A training in a process of its own."""
+    """A training in a process."""
 
     task: Task
     process: subprocess.Popen[bytes]
@@ -37,35 +37,58 @@ class Child:
     side_by_side: int = 1
     """The most trainings that ran at the same time as this one, itself included."""
 
+    reports: int | None = None
+    """Descriptor that gives a byte when the training has finished and its process waits for
+    another; None: the process ends with the training."""
+    finished: bool = False
+
+    def poll(self) -> int | None:
+        """The exit status of the training; None while it runs."""
+        status = self.process.poll()  # before the report, which may come just before the end
+        if self.reports is not None and not self.finished:
+            with suppress(BlockingIOError):
+                self.finished = bool(os.read(self.reports, 1))
+        return 0 if self.finished else status
+
 
 def start(study: StudyDir, task: Task, lock: int, **environment: str) -> Child:
-    """Begin a run, or resume it, with `environment` added to its environment. The training
-    inherits the descriptor `lock`, and with it the lock.
+    """Begin a run, or resume it, in a process of its own, with `environment` added to its
+    environment. The training inherits the descriptor `lock`, and with it the lock.
 
     Raises `UserError` where the run's directory holds a run of another configuration.
     """
-    command = [sys.executable, str(_TRAIN), *_arguments(study, task)]
-    study.record(task).unlink(missing_ok=True)
+    command = [sys.executable, str(_TRAIN), *prepare(study, task)]
     with study.log(task).open("ab") as log:
         log_start = log.tell()
-        process = subprocess.Popen(
-            command,
-            env={**os.environ, **environment},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            # The terminal's Ctrl-C goes to the parent alone, which passes it on once: a training
-            # that receives a second signal stops at once, without a checkpoint.
-            start_new_session=True,
-            # When the parent dies, even by SIGKILL, the training gets SIGTERM: it saves a
-            # checkpoint and ends.
-            preexec_fn=partial(die_with_parent, signal.SIGTERM),
-            pass_fds=(lock,),
-        )
-        return Child(task, process, log_start, environment.get("CUDA_VISIBLE_DEVICES"))
+        process = spawn(command, log, subprocess.DEVNULL, (lock,), environment)
+    return Child(task, process, log_start, environment.get("CUDA_VISIBLE_DEVICES"))
 
 
-def _arguments(study: StudyDir, task: Task) -> list[str]:
+def spawn(
+    command: list[str], log: IO[bytes], stdin: int, kept: tuple[int, ...], environment: dict
+) -> subprocess.Popen[bytes]:
+    """A process that trains and prints to `log`; it inherits the descriptors `kept`."""
+    return subprocess.Popen(
+        command,
+        env={**os.environ, **environment},
+        stdin=stdin,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        # The terminal's Ctrl-C goes to the parent alone, which passes it on once: a training that
+        # receives a second signal stops at once, without a checkpoint.
+        start_new_session=True,
+        # When the parent dies, even by SIGKILL, the training gets SIGTERM: it saves a checkpoint
+        # and ends.
+        preexec_fn=partial(die_with_parent, signal.SIGTERM),
+        pass_fds=kept,
+    )
+
+
+def prepare(study: StudyDir, task: Task) -> list[str]:
+    """The arguments of the training that begins or resumes a run; the record of its last attempt
+    is removed. Raises `UserError` where the run's directory holds a run of another
+    configuration."""
+    study.record(task).unlink(missing_ok=True)
     run = study.run(task)
     if not RunDir(run).exists():
         # Training wants an empty directory; one without a configuration was killed too early.
@@ -81,7 +104,8 @@ def _arguments(study: StudyDir, task: Task) -> list[str]:
 def conclude(study: StudyDir, child: Child) -> State:
     """Record how a child ended, and return where its run stands. A run that met a full disk has not
     failed: it resumes when there is room."""
-    code = child.process.returncode
+    code = child.poll()
+    assert code is not None, "the training has ended"
     if code == 0:
         status, reason = "finished", ""
     elif code < 0 or code in (129, 130, 143):

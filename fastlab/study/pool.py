@@ -4,15 +4,17 @@ import time
 from dataclasses import dataclass, field
 
 from fastlab.console import UserError
-from fastlab.study.child import Child, conclude, is_disk_full, places, start
+from fastlab.study.child import Child, conclude, is_disk_full, places
 from fastlab.study.folder import StudyDir, look
 from fastlab.study.screen import Screen, counted
 from fastlab.study.spec import Task
+from fastlab.study.workers import Worker
 
 
 @dataclass
 class Pool:
-    """Trainings side by side, and a place (a GPU, or a share of the cores) for each."""
+    """Trainings side by side, and a place (a GPU, or a share of the cores) for each. A place has a
+    process, which trains run after run."""
 
     study: StudyDir
     lock: int
@@ -24,15 +26,23 @@ class Pool:
     """A run that met a full disk."""
 
     def __post_init__(self) -> None:
-        self.places = places(self.jobs)
+        self.workers = [Worker(self.study, self.lock, place) for place in places(self.jobs)]
 
     def run(self, tasks: list[Task], stop: list[int], screen: Screen) -> None:
         """Train all of `tasks`; after a signal, wait for those that have begun to save and end.
         Raises `UserError` where the disk is full, when those that have begun have ended."""
-        waiting, passed_on = list(tasks), 0
+        try:
+            self._run(list(tasks), stop, screen)
+        finally:
+            for place, worker in enumerate(self.workers):
+                if place not in self.running:
+                    worker.close()
+
+    def _run(self, waiting: list[Task], stop: list[int], screen: Screen) -> None:
+        passed_on = 0
         while self.running or (waiting and not (stop or self.stuck)):
             while waiting and not (stop or self.stuck) and len(self.running) < self.jobs:
-                self._start(waiting.pop(0), screen)
+                self._start(waiting, screen)
             if len(stop) > passed_on:
                 passed_on = len(stop)
                 self._stop(at_once=passed_on > 2, screen=screen)
@@ -45,10 +55,16 @@ class Pool:
                 f"same command resumes the study"
             )
 
-    def _start(self, task: Task, screen: Screen) -> None:
+    def _start(self, waiting: list[Task], screen: Screen) -> None:
+        """Begin one of the next seed's runs: one that can use what its place has compiled, or the
+        first. So no row waits for another row's second seed."""
         place = next(i for i in range(self.jobs) if i not in self.running)
+        worker = self.workers[place]
+        same_seed = (task for task in waiting if task.seed == waiting[0].seed)
+        task = next(filter(worker.likes, same_seed), waiting[0])
+        waiting.remove(task)
         try:
-            child = start(self.study, task, self.lock, **self.places[place])
+            child = worker.begin(task)
         except UserError as error:
             self.study.write_record(task, "failed", str(error))
             screen.ended(task, look(self.study, task))
@@ -66,7 +82,7 @@ class Pool:
         for child in self.running.values():
             child.side_by_side = max(child.side_by_side, len(self.running))
         for place, child in list(self.running.items()):
-            if child.process.poll() is not None:
+            if child.poll() is not None:
                 del self.running[place]
                 state = conclude(self.study, child)
                 screen.ended(child.task, state)

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -22,6 +23,7 @@ from fastlab.machine import has_bf16
 from fastlab.models.sync_norm import synchronise
 from fastlab.processes import SPIN_COUNT
 from fastlab.runs import RunDir
+from fastlab.training.code import code_of
 from fastlab.training.distributed import agreed, processes_asked_for
 from fastlab.training.optim import make_optimizer
 from fastlab.training.resizing import schedule_text
@@ -41,13 +43,15 @@ _SLOW_BF16 = (
     'train.precision = "bf16" is slow on this CPU, which has no instructions for it; '
     "with --set train.precision=fp32 it trains faster"
 )
+_compiled: dict[str, Any] = {}
+"""What `code_of` says of the last training of this process that compiled."""
 _COMPILING = "compiling the first step; this takes minutes on a CPU"
 
 
 def make_accelerator(cfg: Config) -> Accelerator:
-    """Collective: begin a training; what earlier ones of this process compiled is forgotten. Raises
-    `UserError` where precision or batch size do not suit the processes, or where the launcher
-    started fewer processes than it was asked for."""
+    """Collective: begin a training; what earlier ones of this process compiled is forgotten unless
+    it fits. Raises `UserError` where precision or batch size do not suit the processes, or where
+    the launcher started fewer processes than it was asked for."""
     precision = cfg.train.precision
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError('train.precision = "fp16" needs a GPU; use "bf16" or "fp32" here')
@@ -57,9 +61,7 @@ def make_accelerator(cfg: Config) -> Accelerator:
     # Accelerate keeps the precision of the process's first training; a second may have another.
     AcceleratorState._reset_state()
     if cfg.train.compile:
-        # A process keeps eight compiled variants of a function and runs further ones eagerly: those
-        # of earlier trainings must not count.
-        torch.compiler.reset()
+        _forget_other_code(cfg)
     asked = processes_asked_for()
     accelerator = Accelerator(
         # Without this, Accelerate makes several processes of a CPU into as many separate trainings.
@@ -81,6 +83,16 @@ def make_accelerator(cfg: Config) -> Accelerator:
                 f"(processes)"
             )
     return accelerator
+
+
+def _forget_other_code(cfg: Config) -> None:
+    """A process keeps eight compiled variants of a function and runs further ones eagerly: those of
+    other trainings must not count."""
+    code = code_of(cfg)
+    if code != _compiled:
+        torch.compiler.reset()
+        _compiled.clear()
+        _compiled.update(code)
 
 
 @contextmanager

@@ -12,10 +12,10 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
+from fastlab import processes
 from fastlab.config import Config
 from fastlab.console import UserError
 from fastlab.fields import AboveZero, Bound, Count, NotNegative, Positive, field_types
-from fastlab.processes import STARTED
 from fastlab.runs import RunDir
 from fastlab.training import checkpoint, reruns
 from fastlab.training.distributed import agreed, average_over_ranks
@@ -89,7 +89,7 @@ class State:
 
     def wall(self) -> float:
         """Seconds from the start of the first process of this run, without the breaks."""
-        return self.progress.wall + time.perf_counter() - STARTED
+        return self.progress.wall + time.perf_counter() - processes.STARTED
 
     def save(self, steps: int) -> None:
         """Collective: write a checkpoint after `steps` steps of the run. Raises OSError."""
