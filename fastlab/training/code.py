@@ -7,7 +7,6 @@ from fastlab.config import Config
 
 # What a step reads from the device, or what happens outside of compiled code.
 _DATA = {
-    "optim": {"lr", "weight_decay", "momentum", "beta1", "beta2", "eps"},
     "schedule": {"factor", "patience", "threshold", "min_lr", "warmup", "final"},
     "train": {"seed", "log_every", "checkpoint_seconds", "checkpoint_every"},
 }
@@ -20,4 +19,5 @@ def code_of(config: Config) -> dict[str, Any]:
     return {
         section: {key: value for key, value in table.items() if key not in _DATA.get(section, ())}
         for section, table in dataclasses.asdict(config).items()
+        if section != "optim"  # PyTorch's fused optimizers are compiled already
     }
