@@ -141,6 +141,9 @@ class ScheduleConfig(Section):
     """plateau: smallest relative improvement that counts as one."""
     min_lr: NotNegative = 1e-8
     """plateau: lowest rate."""
+    floor_patience: Count = 0
+    """plateau: the training ends where the rate can fall no further and so many epochs brought no
+    better validation top-1; 0: it trains all epochs."""
     warmup: Fraction = 0.25
     """cosine, onecycle: share of all steps during which the rate rises linearly from lr / 25."""
     final: Fraction = 0.0

@@ -116,12 +116,12 @@ class Trainer:
 
 def train(trainer: Trainer) -> int:
     """Train the epochs that are left. Returns the exit status: 0, or 128 + the signal's number."""
-    progress, journal = trainer.progress, trainer.journal
+    journal = trainer.journal
     journal.summarise("running")
     journal.started(trainer.origin, setup.hints(trainer.cfg, trainer.device))
     with trainer.watch.signals(), journal.opened(trainer.train_data.steps()), trainer.tracer:
         try:
-            while progress.epoch < trainer.cfg.train.epochs:
+            while not trainer.state.over(trainer.cfg):
                 trainer.watch.agree_to_stop()
                 epoch(trainer)
         except StopRequested as stop:
@@ -159,7 +159,7 @@ def epoch(trainer: Trainer) -> None:
     figures = (train_figures, val_figures, images_per_second, seconds)
     trainer.journal.record(trainer.steps_done(), *figures)
     due = state.checkpoint_due(cfg.train.checkpoint_seconds)
-    if progress.epoch == cfg.train.epochs or largest_int(trainer.accelerator, due):
+    if state.over(cfg) or largest_int(trainer.accelerator, due):
         trainer.save()
 
 

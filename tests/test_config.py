@@ -82,6 +82,7 @@ VALUES = {
         "patience": SIZE,
         "threshold": NOT_NEGATIVE,
         "min_lr": NOT_NEGATIVE,
+        "floor_patience": SIZE,
         "warmup": FRACTION,
         "final": FRACTION,
     },

@@ -3,11 +3,11 @@
 import dataclasses
 from typing import Any
 
-from fastlab.config import Config
+from fastlab.config import Config, ScheduleConfig
 
 # What a step reads from the device, or what happens outside of compiled code.
 _DATA = {
-    "schedule": {"factor", "patience", "threshold", "min_lr", "warmup", "final"},
+    "schedule": {field.name for field in dataclasses.fields(ScheduleConfig)} - {"name"},
     "train": {"seed", "log_every", "checkpoint_seconds", "checkpoint_every"},
 }
 

@@ -207,9 +207,22 @@ class Journal:
                 },
                 "tta": self._cfg.evaluate.tta,
                 "status": status,
+                "epochs": self._state.progress.epoch,
+                "skipped": self._skipped() if status == "finished" else "",
                 "train_seconds": self._state.seconds(),
                 "wall_seconds": self._state.wall(),
             }
+        )
+
+    def _skipped(self) -> str:
+        """Why epochs are left that are not trained; empty where none is."""
+        left = self._cfg.train.epochs - self._state.progress.epoch
+        if not left:
+            return ""
+        return (
+            f"the rate is at its floor of {self._state.progress.lr:.3g}, and "
+            f"{self._cfg.schedule.floor_patience} epochs or more brought no better validation "
+            f"top-1: the last {left} of {self._cfg.train.epochs} epochs are skipped"
         )
 
     def stopped(self, number: int) -> None:
@@ -233,6 +246,8 @@ class Journal:
         except UserError as error:  # such as a dataset that was replaced or moved meanwhile
             tell(f"{self._run.path}: is trained, but has no sample predictions or errors: {error}")
         progress, path = self._state.progress, self._run.path
+        if skipped := self._skipped():
+            print(skipped)
         print(
             f"best validation top-1{self._label} {progress.best_top1:.2%} at epoch "
             f"{progress.best_epoch}, {progress.seconds:.0f} s in all; run directory: {path}\n"

@@ -113,6 +113,14 @@ class Rate:
             self._plateau.step(top1)
             self._tensor.fill_(self.at(0))
 
+    def at_floor(self) -> bool:
+        """Whether a plateau schedule can lower the rate no further: it leaves out a reduction by no
+        more than its `eps`, so that it may stay above `min_lr`."""
+        if not self._plateau:
+            return False
+        rate, lowest = self.at(0), self._config.min_lr
+        return rate - max(rate * self._config.factor, lowest) <= self._plateau.eps
+
     def restart(self) -> None:
         """Return to the state before the first step, in the same memory."""
         if self._plateau:

@@ -15,7 +15,7 @@ from fastlab.runs import RunDir
 CHANGEABLE = {
     "data": {"path", "workers", "placement"},
     "optim": {"lr", "weight_decay"},
-    "schedule": {"factor", "patience", "threshold", "min_lr", "warmup", "final"},
+    "schedule": set(field_types(config.ScheduleConfig)) - {"name"},
     "train": {
         "epochs",
         "eval_batch_size",

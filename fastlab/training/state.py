@@ -71,6 +71,14 @@ class State:
         """Whether the last checkpoint was written so many seconds ago or earlier."""
         return time.perf_counter() - self._saved >= seconds
 
+    def over(self, cfg: Config) -> bool:
+        """Whether the training has no epoch left, or ends before as `schedule.floor_patience` says.
+        Equal on all ranks."""
+        progress, patience = self.progress, cfg.schedule.floor_patience
+        idle = progress.epoch - progress.best_epoch
+        at_end = progress.epoch >= cfg.train.epochs
+        return at_end or (0 < patience <= idle and self._rate.at_floor())
+
     def average_buffers(self) -> None:
         """Collective: running statistics, and their moving averages, become the mean over ranks."""
         averaged = self._average.buffers if self._average else ()

@@ -17,6 +17,33 @@ from fastlab.training.optim import Rate, WeightAverage, make_optimizer, schedule
 
 
 @pytest.mark.parametrize(
+    ("min_lr", "rates"),
+    [
+        (1e-8, [1e-6, 1e-7, 1e-8]),
+        (1e-5, [1e-6]),
+        # PyTorch leaves out a reduction by no more than 1e-8.
+        (5e-8, [1e-6, 1e-7, 5e-8]),
+        (9.5e-8, [1e-6, 1e-7]),
+        (0.0, [1e-6, 1e-7, 1e-8]),
+    ],
+)
+def test_a_plateau_is_at_its_floor_from_the_last_rate_on(min_lr, rates):
+    config = ScheduleConfig(factor=0.1, patience=0, min_lr=min_lr)
+    rate = Rate(config, rates[0], 1, "cpu")
+    rate.end_epoch(0.0)
+    for expected in rates[:-1]:
+        assert rate.at(0) == pytest.approx(expected) and not rate.at_floor()
+        rate.end_epoch(0.0)
+    for _ in range(3):
+        assert rate.at(0) == pytest.approx(rates[-1]) and rate.at_floor()
+        rate.end_epoch(0.0)
+
+
+def test_only_a_plateau_has_a_floor():
+    assert not Rate(ScheduleConfig(name="constant"), 1e-8, 1, "cpu").at_floor()
+
+
+@pytest.mark.parametrize(
     ("name", "step", "expected"),
     [
         # Of 21 steps, four rise from 1/25 to the peak at step 4; 16 fall from there to a tenth.
