@@ -47,6 +47,8 @@ class Sizes:
     """In the stages `smoke` and `tests`; 0: the stage does nothing."""
     search: str = "reference"
     """The file of the stage `search`, under benchmarks/searches/."""
+    study: int = 590
+    """The seconds of the stage `study`."""
     overrides: tuple[str, ...] = ()
     """Settings for every training."""
     patience: float = 1.0
@@ -67,6 +69,7 @@ ON_CPU = Sizes(
     other_models=("cnn8",),
     test_processes=(1, 0),  # all tests are skipped, which `smoke` shows
     search="rehearsal",
+    study=40,
     patience=10.0,
     overrides=(
         "train.epochs=2",
@@ -159,6 +162,14 @@ def recipe(sizes: Sizes, _: Path | None) -> list[Step]:
     """In a rental of its own: train the recipe of ResNet-18 for all its epochs, with the first seed
     that no earlier rental finished."""
     return [_whole_run(sizes, "resnet18", 600)]
+
+
+def study(sizes: Sizes, _: Path | None) -> list[Step]:
+    """In a rental of its own: train the report's distinct runs that no earlier rental finished, as
+    many as there is time for."""
+    sets = sizes.sets(f"data.path={DATASET}", "schedule.floor_patience=10")
+    options = ("--out", RUNS / "study", "--limit", sizes.study, *sets)
+    return [Step("study", _python("benchmarks.report_runs", *options), 610)]
 
 
 def _whole_run(sizes: Sizes, name: str, seconds: float) -> Step:

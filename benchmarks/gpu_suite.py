@@ -44,7 +44,8 @@ class Stage:
 
 
 # The limits are what each stage took on an H200, with a margin; those of `savings`, `reference`,
-# which has not run to its end there, `loaders`, `more`, `search` and `recipe` are estimates.
+# which has not run to its end there, `loaders`, `more`, `search`, `recipe` and `study` are
+# estimates.
 STAGES = {
     "smoke": Stage(90, gpu_steps.smoke, collects=True),
     "data": Stage(20, gpu_steps.data),
@@ -58,6 +59,7 @@ STAGES = {
     "more": Stage(260, gpu_steps.more),
     "search": Stage(300, gpu_steps.search),
     "recipe": Stage(600, gpu_steps.recipe),
+    "study": Stage(620, gpu_steps.study),
 }
 
 

@@ -29,7 +29,7 @@ CARRIED = ("braceexpand", "nvidia-ml-py", "simplejpeg", "tomli-w", "webdataset")
 _PIECES = [f".lease/piece-{number}.tar.xz" for number in (1, 2, 3)]
 _MEASURING = [
     *("ready", "measure", "reference", "race", "savings"),
-    *("loaders", "tests", "more", "search", "recipe"),
+    *("loaders", "tests", "more", "search", "recipe", "study"),
 ]
 COMMANDS = [
     "python3 -m benchmarks.gpu_suite smoke --pack $OUT/smoke",

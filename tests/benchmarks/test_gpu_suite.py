@@ -236,7 +236,7 @@ def test_every_configuration_of_a_step_exists(sizes, tmp_path, monkeypatch):
 
 
 # They run if time is left, or in a rental of their own.
-_NOT_COUNTED = ("loaders", "tests", "more", "search", "recipe")
+_NOT_COUNTED = ("loaders", "tests", "more", "search", "recipe", "study")
 
 
 def test_all_stages_fit_into_fifteen_minutes_with_two_starts_of_the_machine():
@@ -252,7 +252,7 @@ def test_stages_run_in_an_upload_with_the_machines_packages(tmp_path, monkeypatc
     """The stages that repeat on all images what `smoke` does on a few, or repeat another one with
     other settings, are left to the command itself. pip downloads the wheels, so the package index
     has to be reachable."""
-    left_out = ("more", "recipe", "search", "race", "savings", "loaders")
+    left_out = ("more", "recipe", "search", "race", "savings", "loaders", "study")
     shown = [line for line in rehearsal.COMMANDS if not any(name in line for name in left_out)]
     monkeypatch.setattr(rehearsal, "COMMANDS", shown)
     for name in ("PYTHONPATH", "COVERAGE_PROCESS_CONFIG"):
