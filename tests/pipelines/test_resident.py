@@ -66,17 +66,29 @@ def test_errors_name_what_to_do(synth_dataset):
         pipeline(synth_dataset, "resident", "test")
 
 
+def on_device(dataset, split, dtype):
+    """A pipeline of images on a device without memory."""
+    on_cpu = spec(dataset, "resident", split)
+    data = replace(on_cpu.data, placement="device")
+    return make_pipeline(replace(on_cpu, data=data, device=torch.device("meta"), dtype=dtype))
+
+
 def test_pipelines_of_one_file_share_its_images_on_the_device(synth_dataset):
     """As long as one of them lives."""
-
-    def on_device(split, dtype):
-        on_cpu = spec(synth_dataset, "resident", split)
-        data = replace(on_cpu.data, placement="device")
-        return make_pipeline(replace(on_cpu, data=data, device=torch.device("meta"), dtype=dtype))
-
-    first, second = on_device("train", torch.float32), on_device("train", torch.bfloat16)
-    other_split = on_device("val", torch.float32)
+    first = on_device(synth_dataset, "train", torch.float32)
+    second = on_device(synth_dataset, "train", torch.bfloat16)
+    other_split = on_device(synth_dataset, "val", torch.float32)
     assert first._on_device[0] is second._on_device[0] is not other_split._on_device[0]
     assert len(resident._uploaded) == 2
     del first, second
+    assert len(resident._uploaded) == 1
+
+
+def test_a_process_may_keep_the_images_for_its_next_pipeline(synth_dataset, monkeypatch):
+    monkeypatch.setattr(resident, "_kept", None)
+    resident.keep_uploaded()
+    first = on_device(synth_dataset, "train", torch.float32)._on_device[0]
+    address = id(first)
+    del first
+    assert id(on_device(synth_dataset, "train", torch.float32)._on_device[0]) == address
     assert len(resident._uploaded) == 1
