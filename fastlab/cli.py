@@ -263,14 +263,13 @@ def _study_options(parser: ArgumentParser) -> None:
     add("--no-calibration", action="store_true", help="estimate from finished runs alone")
     add("--retry", action="store_true", help="try failed runs again")
     add("--report-only", action="store_true", help="report the finished runs, train nothing")
-    cluster = "hand the runs to SLURM through submitit; local: start all at once, to try it"
-    add("--cluster", choices=("slurm", "local"), help=cluster)
+    add("--cluster", choices=("slurm",), help="train the runs as an array of SLURM jobs")
     add(
         "--cluster-set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="a setting of submitit, such as timeout_min=600 or slurm_partition=gpu",
+        help="an option of sbatch, such as time=600 or partition=gpu",
     )
 
 

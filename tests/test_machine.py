@@ -13,9 +13,7 @@ import torch
 
 from fastlab import machine
 from fastlab.cli import main
-from fastlab.console import UserError
 from fastlab.machine import Finding, examine
-from fastlab.study.cluster import Cluster
 from tests.packages import forget
 
 ROOT = Path(__file__).parents[1]
@@ -93,13 +91,6 @@ def test_extras_are_installed_from_the_checkout_and_never_from_the_index():
     for extra in asked:
         assert "`make extras`" in machine.installing(extra)
         assert f'`pip install -e ".[{extra}]"`' in machine.installing(extra)
-
-
-def test_a_missing_submitit_is_reported_with_the_way_to_install_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "submitit", None)
-    cluster = Cluster.__new__(Cluster)
-    with pytest.raises(UserError, match=r'^--cluster needs submitit: .*-e "\.\[cluster\]"`$'):
-        cluster._executor()
 
 
 def test_the_revision_is_read_without_writing_the_checkout(tmp_path, monkeypatch):

@@ -1,91 +1,143 @@
-"""The trainings of a study as jobs of a cluster, handed to SLURM through submitit."""
+"""The trainings of a study as an array of SLURM jobs."""
 
+import os
+import shlex
+import signal
+import subprocess
+import sys
 import time
-import tomllib
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from fastlab import config as configs
-from fastlab.console import UserError
+from fastlab.console import UserError, run_command
 from fastlab.files import inherited_lock
-from fastlab.machine import installing
-from fastlab.study.child import conclude, last_line, start
+from fastlab.study.child import Child, conclude, last_line, start
 from fastlab.study.folder import StudyDir, look
 from fastlab.study.screen import Screen
 from fastlab.study.spec import Task
+
+_SCRIPT = """#!/bin/sh
+trap '' USR1  # until Python handles it
+set -- {names}
+shift "$SLURM_ARRAY_TASK_ID"
+exec {python} -m fastlab.study.cluster {study} "$1"
+"""
+_POLL = 2.0  # seconds between two questions to SLURM
 
 
 @dataclass
 class Cluster:
     """Trainings as jobs of one array, at most `jobs` at a time. The study lies on a file system
-    that all machines share. A job that its engine ends gets SIGTERM first and saves a checkpoint,
-    so the same command resumes it."""
+    that all nodes share.
+
+    Two minutes before its time limit, a job has its training save a checkpoint and goes back into
+    the queue, as often as it takes. A job that SLURM requeues resumes as well, and one that is
+    cancelled or dies leaves a run that the same command resumes."""
 
     study: StudyDir
     jobs: int
-    engine: Literal["slurm", "local"]
-    settings: dict[str, Any]
-    """As submitit takes them, such as timeout_min."""
+    options: list[str]
+    """Of sbatch, such as ``--time=600``."""
 
     def run(self, tasks: list[Task], stop: list[int], screen: Screen) -> None:
         """Train all of `tasks`; after a signal, cancel the jobs and wait for their end. Raises
-        `UserError` where submitit is missing or refuses the settings."""
-        paths, names = [self.study.path.absolute()] * len(tasks), [task.name for task in tasks]
-        submitted = self._executor().map_array(train_here, paths, names)
-        waiting = dict(zip(submitted, tasks, strict=True))
-        cancelled = False
+        `UserError` where SLURM is missing or refuses the jobs."""
+        if not tasks:
+            return
+        for task in tasks:
+            self.study.record(task).unlink(missing_ok=True)
+        array = self._submit(tasks)
+        screen.say(f"submitted  {len(tasks)} runs as SLURM job {array}")
+        waiting, cancelled, asked = dict(enumerate(tasks)), False, 0.0
         while waiting:
             if stop and not cancelled:
                 cancelled = True
-                screen.say(f"cancelling {len(waiting)} jobs")
-                for job in waiting:
-                    job.cancel()
-            for job in [job for job in waiting if job.done()]:
-                task = waiting.pop(job)
-                if not cancelled and not self.study.record(task).exists():  # it wrote none itself
-                    reason = f"job {job.job_id}: {last_line(str(job.exception()).encode())}"
-                    self.study.write_record(task, "failed", reason[:500])
-                screen.ended(task, look(self.study, task))
+                screen.say(f"cancelling SLURM job {array}; checkpoints are saved first")
+                _slurm("scancel", array)
+            if time.monotonic() - asked > _POLL:
+                asked, queued = time.monotonic(), _queued(array)
+                for index in sorted(waiting.keys() - queued):
+                    self._ended(waiting.pop(index), f"{array}_{index}", cancelled, screen)
             screen.show([task for task in waiting.values() if look(self.study, task).epochs])
-            time.sleep(0.5)
+            time.sleep(0.1)
 
-    def _executor(self) -> Any:
-        try:
-            import submitit
-        except ImportError:
-            raise UserError(f"--cluster needs submitit: {installing('cluster')}") from None
-        try:
-            executor = submitit.AutoExecutor(self.study.path / "submitit", cluster=self.engine)
-            executor.update_parameters(
-                name="fastlab", slurm_array_parallelism=self.jobs, **self.settings
-            )
-        except (AssertionError, NameError, RuntimeError, TypeError, ValueError) as error:
-            raise UserError(f"--cluster {self.engine}: {' '.join(str(error).split())}") from None
-        return executor
+    def _submit(self, tasks: list[Task]) -> str:
+        """Submit the array, and return its number."""
+        folder = self.study.path.absolute()
+        (folder / "slurm").mkdir(exist_ok=True)
+        command = ["sbatch", "--parsable", f"--array=0-{len(tasks) - 1}%{self.jobs}", "--requeue"]
+        command += ["--job-name=fastlab", "--signal=B:USR1@120", "--open-mode=append"]
+        command += [f"--output={folder}/slurm/%A_%a.log", *self.options]
+        names = shlex.join(task.name for task in tasks)
+        python, study = shlex.quote(sys.executable), shlex.quote(str(folder))
+        script = _SCRIPT.format(names=names, python=python, study=study)
+        return _slurm(*command, given=script).strip().partition(";")[0]
+
+    def _ended(self, task: Task, job: str, cancelled: bool, screen: Screen) -> None:
+        if not cancelled and not self.study.record(task).exists():  # the job died before it did
+            log = self.study.path / "slurm" / f"{job}.log"
+            said = last_line(log.read_bytes() if log.exists() else b"")
+            self.study.write_record(task, "interrupted", f"SLURM job {job}: {said}")
+        screen.ended(task, look(self.study, task))
 
 
-def train_here(path: Path, name: str) -> str:
-    """In a job: train one run of the study at `path` to its end, and return its status."""
+def _queued(array: str) -> set[int]:
+    """The indices of the jobs of an `array` that wait or run."""
+    listed = _slurm("squeue", "--me", "--noheader", "--array", "--format=%F %K").splitlines()
+    return {int(line.split()[1]) for line in listed if line.split()[0] == array}
+
+
+def _slurm(*command: str, given: str = "") -> str:
+    """What a command of SLURM prints. Raises `UserError` with the first line of its complaint."""
+    try:
+        done = subprocess.run(command, input=given, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise UserError(
+            f"--cluster slurm: there is no {command[0]}; run this on a machine of the cluster"
+        ) from None
+    if done.returncode:
+        complaint = (done.stderr.strip().splitlines() or ["failed without a message"])[0]
+        raise UserError(f"--cluster slurm: {complaint.removeprefix(f'{command[0]}: ')}")
+    return done.stdout
+
+
+def train_here(path: Path, name: str) -> None:
+    """In a job: train one run of the study at `path` to its end, or to a checkpoint."""
     study = StudyDir(path)
     task = Task(name, configs.load(study.config(name)))
-    # A job may outlive the command that submitted it, and meet the same job of the next command.
-    lock = study.record(task).with_suffix(".lock")
-    with inherited_lock(lock, f"{name}: another job trains this run") as descriptor:
-        child = start(study, task, descriptor)
-        child.process.wait()
-        return conclude(study, child).status
+    requeue, children = [], list[Child]()
+
+    def before_the_limit(number: int, frame: Any) -> None:
+        requeue.append(number)
+        for child in children:
+            child.process.terminate()
+
+    signal.signal(signal.SIGUSR1, before_the_limit)
+    # SLURM sends SIGTERM to every process of a job, and a second one ends a training at once.
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    # On a node that was given up, the same job may still be saving its checkpoint.
+    lock, busy = study.record(task).with_suffix(".lock"), f"{name}: another job trains this run"
+    with inherited_lock(lock, busy, patience=120) as descriptor:
+        children.append(start(study, task, descriptor))
+        children[0].process.wait()
+        state = conclude(study, children[0])
+    if requeue and state.status == "interrupted":
+        job = "{SLURM_ARRAY_JOB_ID}_{SLURM_ARRAY_TASK_ID}".format(**os.environ)
+        _slurm("scontrol", "requeue", job)
 
 
-def cluster_settings(texts: list[str]) -> dict[str, Any]:
-    """Parse ``key=value`` as submitit takes it: numbers and booleans as such, the rest as text."""
-    settings = {}
+def cluster_options(texts: list[str]) -> list[str]:
+    """Options of sbatch, from texts such as ``time=600``."""
     for text in texts:
         key, equals, value = text.partition("=")
-        if not key.isidentifier() or not equals:
-            raise UserError(f"--cluster-set {text}: expected key=value, such as timeout_min=600")
-        try:
-            settings[key] = tomllib.loads(f"value = {value}")["value"]
-        except (ValueError, RecursionError):
-            settings[key] = value
-    return settings
+        if not key.replace("-", "").isalnum() or not equals or not value:
+            raise UserError(f"--cluster-set {text}: expected key=value, such as time=600")
+    return [f"--{text}" for text in texts]
+
+
+if __name__ == "__main__":
+    study, name = sys.argv[1:]
+    raise SystemExit(run_command(lambda _: train_here(Path(study), name), Namespace()))

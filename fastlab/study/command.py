@@ -24,7 +24,7 @@ from fastlab.console import UserError, public_command
 from fastlab.dataset.manifest import check_sizes, read_manifest
 from fastlab.files import write_json
 from fastlab.study.child import last_line, places, stop_signals
-from fastlab.study.cluster import Cluster, cluster_settings
+from fastlab.study.cluster import Cluster, cluster_options
 from fastlab.study.estimate import estimate, estimate_text
 from fastlab.study.folder import State, StudyDir, look, read_json
 from fastlab.study.names import selected, with_names
@@ -42,7 +42,7 @@ _MARKS = {"finished": " ✓", "failed": " ✗", "interrupted": " ■"}
 def run(args: argparse.Namespace) -> int:
     """Run the command. The exit status is 0 where every run that it is asked for is finished, 1
     where some are not, and 128 plus its number after a signal."""
-    studies, settings = _read_studies(args), cluster_settings(args.cluster_set)
+    studies, options = _read_studies(args), cluster_options(args.cluster_set)
     folder = StudyDir(args.out)
     studies = (with_added if args.until_decided else with_names)(folder, studies)
     tasks = tasks_of(studies)
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     with folder.resumable(), folder.locked() as lock, stop_signals() as stop:
         # Another command, or trainings that outlived one, may have finished some runs meanwhile.
         todo = [task for task in todo if is_wanted(look(folder, task), args.retry)]
-        cluster = Cluster(folder, args.jobs, args.cluster, settings) if args.cluster else None
+        cluster = Cluster(folder, args.jobs, options) if args.cluster else None
         train = partial(_train, cluster or Pool(folder, lock, args.jobs), stop)
         train(todo, seconds)
         if args.until_decided and not stop:

@@ -1,6 +1,5 @@
 """Studies of real trainings, tiny ones: whole, stopped, killed and resumed."""
 
-import importlib.util
 import json
 import os
 import resource
@@ -79,12 +78,10 @@ def task_in(run: Path) -> Task:
 
 @pytest.fixture(scope="module")
 def whole(synth_dataset, tmp_path_factory) -> Path:
-    """An undisturbed study, trained as jobs of submitit's local executor where it is installed."""
+    """An undisturbed study."""
     folder = tmp_path_factory.mktemp("whole")
-    local = ["--cluster", "local", "--cluster-set", "timeout_min=5"]
-    options = local if importlib.util.find_spec("submitit") else []
     path = write_study(folder, STUDY)
-    status, printed = finish(command(path, synth_dataset, folder / "out", *options))
+    status, printed = finish(command(path, synth_dataset, folder / "out"))
     assert status == 1, printed
     assert "1 of 2 runs finished, 1 failed" in printed
     assert "split train of" in printed and "take a smaller batch" in printed
