@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.multiprocess,
     pytest.mark.skipif(bool(MISSING), reason=MISSING),
 ]
-LONG = 20
+LONG = 12
 ROW = """
 [[rows]]
 train.epochs = {}
@@ -49,7 +49,8 @@ def jobs(*options: str) -> list[list[str]]:
 def epochs_of(run: Path) -> list[int]:
     """The whole epochs that a run has trained."""
     file = run / "metrics.jsonl"
-    return [json.loads(line)["epoch"] for line in file.open()] if file.exists() else []
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [json.loads(line)["epoch"] for line in lines]
 
 
 def begun(out: Path) -> list[Path]:

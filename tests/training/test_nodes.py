@@ -17,18 +17,6 @@ from tests.trainings import ROOT, command, metrics, train
 SAME = ("train.precision=fp64", "model.sync_batch_norm=true", "model.dropout_conv=0")
 SAME += ("model.dropout_fc=0", "train.checkpoint_every=0")
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-MULTI_GPU = """
-compute_environment: LOCAL_MACHINE
-distributed_type: MULTI_GPU
-machine_rank: {rank}
-main_process_ip: 127.0.0.1
-main_process_port: {port}
-num_machines: 2
-num_processes: 2
-mixed_precision: 'no'
-rdzv_backend: static
-same_network: true
-"""
 MULTI_CPU = """
 compute_environment: LOCAL_MACHINE
 distributed_type: MULTI_CPU
@@ -82,8 +70,6 @@ def launched(launcher: list[str], script: Path, arguments: list[str], cwd: Path 
 
 
 def two_machines(
-    kind: str,
-    scratch: Path,
     arguments: list[str],
     script: Path = ROOT / "fastlab" / "train.py",
     folders: tuple[Path, Path] = (ROOT, ROOT),
@@ -92,14 +78,9 @@ def two_machines(
     port, nodes = free_port(), []
     try:
         for rank, folder in enumerate(folders):
-            if kind == "accelerate":
-                file = scratch / f"machine-{rank}.yaml"
-                file.write_text(MULTI_GPU.format(rank=rank, port=port))
-                launcher = [*ACCELERATE, "--config_file", str(file)]
-            else:
-                launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2"]
-                launcher += [f"--node_rank={rank}", "--nproc_per_node=1"]
-                launcher += ["--master_addr=127.0.0.1", f"--master_port={port}"]
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2"]
+            launcher += [f"--node_rank={rank}", "--nproc_per_node=1"]
+            launcher += ["--master_addr=127.0.0.1", f"--master_port={port}"]
             nodes.append(launched(launcher, script, arguments, folder))
         texts = [node.communicate(timeout=200) for node in nodes]
     finally:
@@ -126,18 +107,17 @@ def signalled(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("kind", ["torchrun", "accelerate"])
 def test_two_machines_stop_together_resume_and_give_the_figures_of_one(
-    kind, synth_dataset, tmp_path, signalled, capsys
+    synth_dataset, tmp_path, signalled, capsys
 ):
     one, two = tmp_path / "one", tmp_path / "two"
     train(command(synth_dataset, one, *SAME))
     arguments = command(synth_dataset, two, *SAME)
-    (_, output, errors), other = two_machines(kind, tmp_path, arguments, signalled("SIGTERM"))
+    (_, output, errors), other = two_machines(arguments, signalled("SIGTERM"))
     assert "stopped by signal 15 after epoch 2, step 0" in output, errors
     assert other[0] != 0 and not lines(errors) and not lines(other[2])
     assert [path.name for path in (two / "checkpoints").glob("step-*")] == ["step-00000010"]
-    for status, _, errors in two_machines(kind, tmp_path, ["--resume", str(two)]):
+    for status, _, errors in two_machines(["--resume", str(two)]):
         assert status == 0, errors
     assert json.loads((two / "environment.json").read_text())["processes"] == 2
     assert len(metrics(two)) == len(metrics(one)) == 3
@@ -156,7 +136,7 @@ def test_two_machines_stop_together_resume_and_give_the_figures_of_one(
 def test_a_machine_that_dies_ends_the_other_with_one_line(synth_dataset, tmp_path, signalled):
     run = tmp_path / "run"
     arguments = command(synth_dataset, run, "train.epochs=30")
-    first, second = two_machines("torchrun", tmp_path, arguments, signalled("SIGKILL"))
+    first, second = two_machines(arguments, signalled("SIGKILL"))
     assert second[0] == -signal.SIGKILL
     (line,) = lines(first[2])
     assert line == (
@@ -172,7 +152,7 @@ def test_machines_without_a_common_run_directory_are_refused(synth_dataset, tmp_
     for folder in folders:
         folder.mkdir()
     arguments = command(synth_dataset, Path("run"))
-    nodes = two_machines("torchrun", tmp_path, arguments, folders=folders)
+    nodes = two_machines(arguments, folders=folders)
     (line,) = [line for _, _, errors in nodes for line in lines(errors)]
     assert "run: is not the same directory on every machine" in line
 
