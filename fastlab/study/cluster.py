@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,8 @@ class Cluster:
                 screen.say(f"cancelling SLURM job {array}; checkpoints are saved first")
                 _slurm("scancel", array)
             if time.monotonic() - asked > _POLL:
-                asked, queued = time.monotonic(), _queued(array)
-                for index in sorted(waiting.keys() - queued):
+                asked = time.monotonic()
+                for index in sorted(waiting.keys() - self._queued(array, waiting.keys(), screen)):
                     self._ended(waiting.pop(index), f"{array}_{index}", cancelled, screen)
             screen.show([task for task in waiting.values() if look(self.study, task).epochs])
             time.sleep(0.1)
@@ -76,18 +77,23 @@ class Cluster:
         script = _SCRIPT.format(names=names, python=python, study=study)
         return _slurm(*command, given=script).strip().partition(";")[0]
 
+    def _queued(self, array: str, before: Set[int], screen: Screen) -> Set[int]:
+        """The indices of the jobs of an `array` that wait or run; those of `before` where SLURM's
+        controller does not answer, as it does not while it restarts."""
+        try:
+            listed = _slurm("squeue", "--me", "--noheader", "--array", "--format=%F %K")
+        except UserError as error:
+            screen.say(f"{error}; the jobs go on")
+            return before
+        jobs = [line.split() for line in listed.splitlines()]
+        return {int(index) for number, index in jobs if number == array}
+
     def _ended(self, task: Task, job: str, cancelled: bool, screen: Screen) -> None:
         if not cancelled and not self.study.record(task).exists():  # the job died before it did
             log = self.study.path / "slurm" / f"{job}.log"
             said = last_line(log.read_bytes() if log.exists() else b"")
             self.study.write_record(task, "interrupted", f"SLURM job {job}: {said}")
         screen.ended(task, look(self.study, task))
-
-
-def _queued(array: str) -> set[int]:
-    """The indices of the jobs of an `array` that wait or run."""
-    listed = _slurm("squeue", "--me", "--noheader", "--array", "--format=%F %K").splitlines()
-    return {int(line.split()[1]) for line in listed if line.split()[0] == array}
 
 
 def _slurm(*command: str, given: str = "") -> str:

@@ -43,7 +43,7 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE OverSubscribe=NO
 
 def call(*command: str) -> str:
     """What a command of SLURM prints."""
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=200).stdout
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
 
 
 def wait_until(happened: Callable[[], object], seconds: float = 120) -> None:

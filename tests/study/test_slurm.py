@@ -131,7 +131,8 @@ def test_the_example_trains_one_run_on_two_nodes(synth_dataset, tmp_path, monkey
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     monkeypatch.chdir(ROOT)
     arguments = training(synth_dataset, run, "train.precision=fp32")
-    call("sbatch", "--wait", f"--output={log}", "examples/slurm-train.sh", *arguments)
+    call("sbatch", f"--output={log}", "examples/slurm-train.sh", *arguments)
+    wait_until(lambda: not jobs())
     assert json.loads((run / "environment.json").read_text())["processes"] == 2, log.read_text()
     assert json.loads((run / "summary.json").read_text())["status"] == "finished"
     assert epochs_of(run) == [1, 2, 3]
