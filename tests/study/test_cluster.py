@@ -37,4 +37,4 @@ def test_a_controller_that_does_not_answer_ends_no_study(
     assert run_command(path, *options, "--no-calibration", "--cluster", "slurm") == 1
     printed = capsys.readouterr().out
     assert "--cluster slurm: no answer; the jobs go on" in printed
-    assert "SLURM job 7_0: ended without a message" in printed and "0 of 1 runs" in printed
+    assert "SLURM job 7_0: ended without a message" in printed and "0 of 3 runs" in printed
