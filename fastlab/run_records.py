@@ -132,6 +132,7 @@ def _read_summary(path: Path) -> dict[str, Any]:
             "dataset": dataset.get("path"),
             "counts": {split: _finite(n) for split, n in dataset.get("counts", {}).items()},
             "skipped": _finite(dataset.get("skipped")),
+            "skipped_epochs": str(summary.get("skipped_epochs") or ""),
             "status": summary.get("status"),
             "train_seconds": _finite(summary.get("train_seconds")),
         }

@@ -128,6 +128,7 @@ def _result(run: Run) -> dict[str, str]:
         "model": _setting(run, "model", "name"),
         "parameters": number_text(run.summary.get("parameters")),
         "epochs": f"{last['epoch']} of {_setting(run, 'train', 'epochs')}",
+        "skipped_epochs": run.summary.get("skipped_epochs", ""),
         "best_top1": percent_text(best["val_top1"]),
         "best_epoch": number_text(best["epoch"]),
         "best_top5": percent_text(best["val_top5"]),

@@ -17,7 +17,7 @@ make 79 batches of 128; reference.toml has the reason."""
 # stands beside the reference's row, and the page says that its scale differs.
 _SCALE_SETTINGS = {
     "model": {"width", "sync_batch_norm"},
-    "schedule": {"floor_patience"},
+    "schedule": {"patience", "floor_patience"},
     "train": {field.name for field in dataclasses.fields(configs.TrainConfig)}
     - {"label_smoothing", "grad_clip", "ema"},
 }

@@ -126,6 +126,7 @@ def _scale_note(runs: list[RunResult]) -> str:
         "validation images": {summary["counts"].get("val") for summary in summaries},
         "base width": {config.model.width for config in configurations},
         "epochs": {config.train.epochs for config in configurations},
+        "epochs of patience": {config.schedule.patience for config in configurations},
         "images a batch": {config.train.batch_size for config in configurations},
     }
     parts = []
@@ -271,6 +272,7 @@ def _run(result: RunResult) -> dict[str, Any]:
         "state": result.state,
         "tta": configs.tta_label(result.task.config.evaluate.tta),
         "epochs": f"{result.state.epochs} of {result.task.config.train.epochs} epochs",
+        "skipped_epochs": result.run.summary.get("skipped_epochs", "") if result.run else "",
         "top1": percent_text(best.get("val_top1")),
         "facts": _facts(result.run, best) if result.run and best else "",
         "config": configs.dump(result.task.config),

@@ -208,7 +208,7 @@ class Journal:
                 "tta": self._cfg.evaluate.tta,
                 "status": status,
                 "epochs": self._state.progress.epoch,
-                "skipped": self._skipped() if status == "finished" else "",
+                "skipped_epochs": self._skipped() if status == "finished" else "",
                 "train_seconds": self._state.seconds(),
                 "wall_seconds": self._state.wall(),
             }

@@ -6,6 +6,7 @@ import pytest
 from safetensors.torch import load_file
 
 from fastlab import train as training
+from fastlab.report.page import write_report
 from fastlab.runs import RunDir
 from tests.trainings import command, metrics
 
@@ -37,8 +38,11 @@ def test_a_training_that_ends_at_the_floor_reports_what_the_whole_one_does(
         "the rate is at its floor of 1e-08, and 4 epochs or more brought no better validation "
         f"top-1: the last {12 - last} of 12 epochs are skipped"
     )
-    assert summary["skipped"] == note and note in capsys.readouterr().out
-    assert json.loads((whole / "summary.json").read_text())["skipped"] == ""
+    assert summary["skipped_epochs"] == note and note in capsys.readouterr().out
+    assert json.loads((whole / "summary.json").read_text())["skipped_epochs"] == ""
+
+    write_report([short, whole], tmp_path / "report.html")
+    assert (tmp_path / "report.html").read_text().count(note) == 1
 
     assert training.main(["--resume", str(short)]) == 0  # has nothing left to train
     assert metrics(short) == rows[:last]
