@@ -111,6 +111,7 @@ def test_paths_may_be_strings(folder):
 
 def test_the_model_of_every_training_of_a_process_is_compiled(monkeypatch):
     """By itself, torch compiles eight variants of a function, which all models of a class share."""
+    # Equal configurations would count as equal shapes, of which nothing is forgotten.
     graphs = []
 
     def backend(graph, inputs):
@@ -119,7 +120,7 @@ def test_the_model_of_every_training_of_a_process_is_compiled(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     for width in range(1, 11):
-        make_accelerator(config.load(None, ["train.precision=fp32"]))
+        make_accelerator(config.load(None, ["train.precision=fp32", f"model.width={width}"]))
         model = torch.nn.Linear(width, 1)
         compile_forward(model, deterministic=False)
         model(torch.zeros(2, width))

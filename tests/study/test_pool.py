@@ -69,7 +69,7 @@ def wait_for_step(process: subprocess.Popen[str], out: Path, step: int) -> None:
 def untimed_table(out: Path) -> list[list[str]]:
     """The report's table without the columns that measure time."""
     lines = [line.split("|") for line in (out / "report.md").read_text().splitlines()]
-    return [line[1:7] + line[9:] for line in lines if len(line) == 12]
+    return [line[1:5] + line[7:] for line in lines if len(line) == 10]
 
 
 def task_in(run: Path) -> Task:
