@@ -98,9 +98,10 @@ def test_a_time_limit_leads_to_a_checkpoint_and_a_requeue_and_a_signal_cancels_t
     try:
         wait_until(lambda: begun(out))
         [run] = begun(out)
-        wait_until(lambda: "Restarts=1" in call("scontrol", "show", "job"))
-        saved = json.loads((run / "summary.json").read_text())
-        assert saved["status"] == "interrupted"
+        array = call("squeue", "-h", "-o", "%F").split()[0]
+        wait_until(lambda: "Restarts=1" in call("scontrol", "show", "job", f"{array}_0"))
+        log = StudyDir(out).log(task_in(run))
+        assert "stopped by signal 15" in log.read_text()
         before = len(epochs_of(run))
         wait_until(lambda: len(epochs_of(run)) > before)
         process.send_signal(signal.SIGTERM)
