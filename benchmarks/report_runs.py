@@ -49,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
         timer = threading.Timer(args.limit, stop.append, [signal.SIGTERM])
         timer.start()
         try:
-            Pool(folder, lock, 1).run(todo, stop, Screen(folder, todo, {}, 1))
+            with Pool(folder, lock, 1) as pool:
+                pool.run(todo, stop, Screen(folder, todo, {}, 1))
         finally:
             timer.cancel()
     statuses = [look(folder, task).status for task in tasks]

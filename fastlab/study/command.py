@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,12 +65,13 @@ def run(args: argparse.Namespace) -> int:
     with folder.resumable(), folder.locked() as lock, stop_signals() as stop:
         # Another command, or trainings that outlived one, may have finished some runs meanwhile.
         todo = [task for task in todo if is_wanted(look(folder, task), args.retry)]
-        cluster = Cluster(folder, args.jobs, options) if args.cluster else None
-        train = partial(_train, cluster or Pool(folder, lock, args.jobs), stop)
-        train(todo, seconds)
-        if args.until_decided and not stop:
-            studies = add_seeds(folder, studies, train, args.jobs, args.budget)
-            chosen = selected(tasks_of(studies), args.only)
+        cluster = nullcontext(Cluster(folder, args.jobs, options)) if args.cluster else None
+        with cluster or Pool(folder, lock, args.jobs) as place:
+            train = partial(_train, place, stop)
+            train(todo, seconds)
+            if args.until_decided and not stop:
+                studies = add_seeds(folder, studies, train, args.jobs, args.budget)
+                chosen = selected(tasks_of(studies), args.only)
     if stop:
         report(folder, studies, chosen)
         print("stopped; the same command resumes the study")

@@ -28,8 +28,6 @@ from fastlab.study.results import read_result
 from fastlab.study.screen import counted
 from fastlab.study.spec import Task
 
-START_SECONDS = 5.0
-"""Python, torch and the dataset, before the first step; measured on two cores of an AMD EPYC."""
 _WARMUP = 2  # steps
 _BUDGET = 1.0  # seconds of steps
 
@@ -39,7 +37,8 @@ def estimate(
 ) -> tuple[dict[str, float], str]:
     """Seconds that each run in `todo` still needs, by its name, and where the figures come from:
     the epochs of finished runs that cost the same; where there is none and `measure` is set,
-    measured steps. A run is left out where neither is known."""
+    measured steps. A run is left out where neither is known. The start of a worker's process is
+    not counted: it is paid once for all runs that the worker trains."""
     finished = _finished_epochs(folder, [t for t in tasks if states[t.name].status == "finished"])
     kinds = {_cost(task): task for task in todo}
     unknown = [task for cost, task in kinds.items() if cost not in finished]
@@ -48,8 +47,7 @@ def estimate(
     measured, problem = _measured_epochs(unknown if measure else [])
     epochs = finished | {_cost(t): measured[t.name] for t in unknown if t.name in measured}
     seconds = {
-        task.name: START_SECONDS
-        + epochs[_cost(task)] * (task.config.train.epochs - states[task.name].epochs)
+        task.name: epochs[_cost(task)] * (task.config.train.epochs - states[task.name].epochs)
         for task in todo
         if _cost(task) in epochs
     }

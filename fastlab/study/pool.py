@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, field
+from typing import Self
 
 from fastlab.console import UserError
 from fastlab.study.child import Child, conclude, is_disk_full, places
@@ -14,7 +15,7 @@ from fastlab.study.workers import Worker
 @dataclass
 class Pool:
     """Trainings side by side, and a place (a GPU, or a share of the cores) for each. A place has a
-    process, which trains run after run."""
+    process, which trains run after run, until the `with` block of the pool ends."""
 
     study: StudyDir
     lock: int
@@ -28,18 +29,18 @@ class Pool:
     def __post_init__(self) -> None:
         self.workers = [Worker(self.study, self.lock, place) for place in places(self.jobs)]
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for place, worker in enumerate(self.workers):
+            if place not in self.running:
+                worker.close()
+
     def run(self, tasks: list[Task], stop: list[int], screen: Screen) -> None:
         """Train all of `tasks`; after a signal, wait for those that have begun to save and end.
         Raises `UserError` where the disk is full, when those that have begun have ended."""
-        try:
-            self._run(list(tasks), stop, screen)
-        finally:
-            for place, worker in enumerate(self.workers):
-                if place not in self.running:
-                    worker.close()
-
-    def _run(self, waiting: list[Task], stop: list[int], screen: Screen) -> None:
-        passed_on = 0
+        waiting, passed_on = list(tasks), 0
         while self.running or (waiting and not (stop or self.stuck)):
             while waiting and not (stop or self.stuck) and len(self.running) < self.jobs:
                 self._start(waiting, screen)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 
 from fastlab.report.texts import duration_text
 from fastlab.run_records import train_seconds
-from fastlab.study.estimate import START_SECONDS
 from fastlab.study.folder import StudyDir, look
 from fastlab.study.names import with_names
 from fastlab.study.results import Claim, RowResult, analyse
@@ -128,7 +127,7 @@ def _options(folder: StudyDir, studies: list[Study], candidates: list[Study]) ->
 def _seconds(row: RowResult) -> float:
     """Of one seed."""
     known = [seconds for run in row.finished if (seconds := train_seconds(run)) is not None]
-    return START_SECONDS + (statistics.median(known) if known else 0.0)
+    return statistics.median(known) if known else 0.0
 
 
 def _option_text(option: _Option) -> str:

@@ -4,7 +4,7 @@ from fastlab import config as configs
 from fastlab.dataset.manifest import read_manifest
 from fastlab.study import estimate as estimates
 from fastlab.study.command import is_wanted
-from fastlab.study.estimate import START_SECONDS, _measured_epochs, epoch_seconds, estimate
+from fastlab.study.estimate import _measured_epochs, epoch_seconds, estimate
 from fastlab.study.folder import StudyDir, look
 from fastlab.study.spec import make_task, tasks_of
 from tests.study.studies import ROOT, TINY, make_run
@@ -17,7 +17,7 @@ def test_the_estimate_comes_from_finished_runs(partial):
     todo = [task for task in tasks if is_wanted(states[task.name], retry=False)]
     seconds, source = estimate(folder, tasks, todo, states, measure=False)
     assert len(todo) == 4 and "1 from finished runs" in source
-    left = {name: 2.0 * (3 - states[name].epochs) + START_SECONDS for name in seconds}
+    left = {name: 2.0 * (3 - states[name].epochs) for name in seconds}
     assert seconds == left and len(left) == 4
 
 

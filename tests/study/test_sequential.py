@@ -6,6 +6,7 @@ from fastlab.console import positive_duration
 from fastlab.study import command
 from fastlab.study.folder import StudyDir, look
 from fastlab.study.names import with_names
+from fastlab.study.pool import Pool
 from fastlab.study.results import analyse
 from fastlab.study.screen import Screen
 from fastlab.study.sequential import MOST_SEEDS, add_seeds, with_added
@@ -45,7 +46,7 @@ class Trainer:
 
     def __call__(self, tasks: list[Task], seconds: dict[str, float]) -> None:
         for task in tasks[: self.left]:
-            assert seconds[task.name] == pytest.approx(11)  # 6 of training, 5 of starting
+            assert seconds[task.name] == pytest.approx(6)
             make_run(self.folder, task, made_up_top1(task))
             self.trained.append((task.config.optim.lr, task.seed))
         self.left -= len(tasks)
@@ -89,9 +90,9 @@ def test_a_command_after_a_stop_finds_the_added_seeds_and_goes_on(planned):
 
 def test_no_seed_is_added_that_the_budget_does_not_hold(planned, capsys):
     folder, studies, trainer = planned
-    add_seeds(folder, studies, trainer, 1, 21.0)
+    add_seeds(folder, studies, trainer, 1, 11.0)
     assert not trainer.trained
-    assert "the next seed takes about 22.0 s" in capsys.readouterr().out
+    assert "the next seed takes about 12.0 s" in capsys.readouterr().out
 
 
 def test_a_failed_seed_ends_what_would_be_added(planned):
@@ -111,11 +112,8 @@ def test_a_failed_seed_ends_what_would_be_added(planned):
 def test_the_command_trains_and_reports_the_added_seeds(planned, tmp_path, monkeypatch, capsys):
     folder, studies, _ = planned
 
-    class Place:
-        def __init__(self, study: StudyDir, _: int, jobs: int) -> None:
-            self.study, self.jobs = study, jobs
-
-        def run(self, tasks: list[Task], _: list[int], screen: Screen) -> None:
+    class Place(Pool):
+        def run(self, tasks: list[Task], stop: list[int], screen: Screen) -> None:
             for task in tasks:
                 make_run(folder, task, made_up_top1(task))
                 screen.ended(task, look(folder, task))

@@ -8,7 +8,9 @@ import pytest
 
 from fastlab import config as configs
 from fastlab.study.child import Child, conclude, start
-from fastlab.study.folder import StudyDir
+from fastlab.study.folder import StudyDir, look
+from fastlab.study.pool import Pool
+from fastlab.study.screen import Screen
 from fastlab.study.spec import Task, make_task
 from fastlab.study.workers import Worker
 from tests.study.studies import TINY
@@ -95,6 +97,25 @@ def test_a_process_that_is_killed_in_its_second_run_leaves_it_to_be_resumed(
         assert ended(study, child) == "interrupted"
         assert study.read_record(long)["reason"] == "ended by SIGTERM"
         worker.close()
+
+
+@pytest.mark.slow
+def test_a_pool_keeps_its_process_for_the_runs_that_are_added_later(
+    synth_dataset, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    planned, added = tiny(synth_dataset), tiny(synth_dataset, "train.seed=1")
+    study = StudyDir(tmp_path)
+    study.create([planned, added])
+    with study.locked() as lock, Pool(study, lock, 1) as pool:
+        numbers = []
+        for task in (planned, added):
+            pool.run([task], [], Screen(study, [task], {}, 1))
+            process = pool.workers[0].process
+            assert process is not None and look(study, task).status == "finished"
+            numbers.append(process.pid)
+    assert numbers[0] == numbers[1]
+    assert process.returncode == 0 and pool.workers[0].process is None
 
 
 def test_runs_that_a_process_cannot_train_in_turn_are_told_apart(tmp_path):
