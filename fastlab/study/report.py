@@ -38,6 +38,7 @@ from fastlab.study.results import (
     listed,
     paired_difference,
 )
+from fastlab.study.screen import counted
 from fastlab.study.spec import Study
 from fastlab.study.statistics import Interval, interval
 
@@ -56,7 +57,7 @@ class _Metric(NamedTuple):
 
 
 _SCRIPT = Path(__file__).parents[1] / "report" / "templates" / "study.js"
-_DECISIONS = ("holds", "does not hold", "undecided")
+_DECISIONS = {"holds": "Confirmed", "does not hold": "Refuted", "undecided": "Undecided"}
 _METRICS = (
     _Metric("top1", "top-1 %", "top1", 100, 2),
     _Metric("top5", "top-5 %", "top5", 100, 2),
@@ -94,7 +95,7 @@ def _page(folder: StudyDir, results: list[StudyResult], command: str) -> dict[st
         "command": command,
         "scale": _scale_note([r for study in referenced for row in study.rows for r in row.runs]),
         "referenced": bool(referenced),
-        "finished": sum(run.run is not None for run in runs.values()),
+        "counts": _counts([run.state.status for run in runs.values()]),
         "studies": [_study(study) for study in results],
         "scatter": draw_scatter(results),
         "runs": [_run(run) for run in runs.values()],
@@ -104,6 +105,15 @@ def _page(folder: StudyDir, results: list[StudyResult], command: str) -> dict[st
         "environment": _environment(environments),
         "side_by_side": max((record.get("side_by_side", 1) for record in records), default=1),
     }
+
+
+def _counts(statuses: list[str]) -> str:
+    """How many runs there are, and where those that are not finished stand."""
+    others = [(status, statuses.count(status)) for status in dict.fromkeys(statuses)]
+    rest = [f", {count} {status}" for status, count in others if status != "finished"]
+    return (
+        f"{statuses.count('finished')} of {counted(len(statuses), 'run')} finished{''.join(rest)}"
+    )
 
 
 def _is_referenced(study: StudyResult) -> bool:
@@ -198,7 +208,7 @@ def _row(row: RowResult, first: RowResult) -> dict[str, Any]:
     return {
         "label": row.title,
         "lines": [here, *(_reference_lines(row, reference) if reference else [])],
-        "notes": [_note(run) for run in row.runs if not run.run],
+        "notes": _notes(row),
         "tasks": row.row.tasks,
     }
 
@@ -210,9 +220,20 @@ def _signed(difference: Interval | None) -> str:
     return sign + difference.text(100)
 
 
-def _note(run: RunResult) -> str:
-    reason = f": {run.state.reason}" if run.state.reason else ""
-    return f"seed {run.task.seed} {run.state.status}{reason}"
+def _notes(row: RowResult) -> list[str]:
+    """Which seeds are not finished and why, those with the same reason together."""
+    seeds: dict[str, list[int]] = {}
+    for run in row.runs:
+        if not run.run:
+            reason = f": {run.state.reason}" if run.state.reason else ""
+            seeds.setdefault(run.state.status + reason, []).append(run.task.seed)
+    return [f"{_seeds_text(numbers)} {why}" for why, numbers in seeds.items()]
+
+
+def _seeds_text(seeds: list[int]) -> str:
+    if len(seeds) > 2 and seeds == [*range(seeds[0], seeds[-1] + 1)]:
+        return f"seeds {seeds[0]} to {seeds[-1]}"
+    return f"seed{'s' if len(seeds) > 1 else ''} {listed([str(seed) for seed in seeds])}"
 
 
 def _reference_lines(row: RowResult, reference: dict[str, float]) -> list[dict[str, str]]:
@@ -240,29 +261,26 @@ def _cell(value: Interval | float | None, metric: _Metric) -> str:
     return number_text(None if value is None else metric.scale * value, metric.decimals)
 
 
-def _verdicts(results: list[StudyResult]) -> dict[str, list[tuple[Study, Verdict]]]:
-    """The verdicts under their headings, those that are decided first; none of these without
-    verdicts. The heading is empty where there is no reference to tell claims apart by."""
-    pairs = [(study, verdict) for study in results for verdict in study.verdicts]
-    pairs.sort(key=lambda pair: _DECISIONS.index(pair[1].decision))
-    theirs, others = "Claims of the reference report", "Other claims"
-    if not any(map(_is_referenced, results)):
-        theirs = others = ""
-    groups: dict[str, list[tuple[Study, Verdict]]] = {theirs: [], others: []}
-    for study, verdict in pairs:
-        reported = verdict.finding.reported and _is_referenced(study)
-        groups[theirs if reported else others].append((study.study, verdict))
-    return {title: group for title, group in groups.items() if group}
+def _verdicts(results: list[StudyResult]) -> dict[str, list[tuple[Study, Verdict, bool]]]:
+    """The verdicts under the heading of their decision, each with its study and whether the
+    reference makes the claim; no heading without any."""
+    groups: dict[str, list[tuple[Study, Verdict, bool]]] = {h: [] for h in _DECISIONS.values()}
+    for study in results:
+        for verdict in study.verdicts:
+            reported = verdict.finding.reported and _is_referenced(study)
+            groups[_DECISIONS[verdict.decision]].append((study.study, verdict, reported))
+    return {heading: group for heading, group in groups.items() if group}
 
 
 def _decided_text(results: list[StudyResult]) -> str:
     """How many claims are decided, and how; empty without claims."""
-    decisions = [verdict.decision for study in results for verdict in study.verdicts]
+    decisions = [str(verdict.decision) for study in results for verdict in study.verdicts]
     held, refuted, undecided = map(decisions.count, _DECISIONS)
     if not decisions:
         return ""
-    claims = f"{len(decisions)} claim{'s' if len(decisions) > 1 else ''}"
-    return f"Of {claims}: {held} confirmed (✓), {refuted} refuted (✗), {undecided} undecided (?)."
+    claims = counted(len(decisions), "claim")
+    counts = f"{held} confirmed (✓), {refuted} refuted (✗), {undecided} undecided (?)"
+    return f"{claims} about validation top-1: {counts}."
 
 
 def _run(result: RunResult) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from fastlab.config import tta_label
 from fastlab.console import UserError
-from fastlab.report.page import percent_text
+from fastlab.report.page import number_text
 from fastlab.run_records import EPOCH_KEYS, Epoch, Run, best_epoch, read_run
 from fastlab.study.folder import State, StudyDir, look
 from fastlab.study.screen import counted
@@ -276,11 +276,10 @@ def _test(claim: Claim) -> Tested | None:
 
 def _verdict(claim: Claim, test: Tested | None, holm: Holm, open_claims: int) -> Verdict:
     effects = _effects(claim, test, holm)
-    p = holm.corrected(test.p, test.p) if test else 1.0
-    count = counted(len(claim.seeds), "seed") + (f", {_p_text(p)}" if test else "")
+    count = counted(len(claim.seeds), "seed")
     parts = [f"{_figures(claim, effects)} ({count})"] if claim.seeds and claim.pairs else []
     decision, more = "undecided", None
-    if test and p <= LEVEL:
+    if test and holm.corrected(test.p, test.p) <= LEVEL:
         decision = "holds" if test.holds else "does not hold"
     elif claim.lacking:
         more = 1 if len(claim.seeds) == 1 else None
@@ -290,9 +289,11 @@ def _verdict(claim: Claim, test: Tested | None, holm: Holm, open_claims: int) ->
             f"{_quoted(claim.about[:1])} gave the same figures as {_quoted(claim.same)} in every "
             f"epoch of every seed, so what sets them apart was never used"
         )
-    elif claim.margins:
+    elif test and claim.margins:
+        if test.p <= LEVEL:
+            parts.append("significant by itself, but not among all claims")
         more = more_seeds(claim.margins, open_claims)
-        parts.append(_more_text(more))
+        parts.append(_more_text(more, test.holds))
     return Verdict(claim.finding, decision, "; ".join(parts) + "." + _tta(claim), effects, more)
 
 
@@ -319,31 +320,30 @@ def _figures(claim: Claim, effects: list[Effect]) -> str:
     if claim.finding.chance:
         chance, limit = _guessing(claim.about[0])
         tops = [
-            f"“{effect.better}” has {Interval(chance + d.mean, d.half).text(100)} %"
+            f"“{effect.better}” reaches {Interval(chance + d.mean, d.half).text(100, 1)} %"
             for effect in effects
             if (d := effect.difference)
         ]
         return (
-            f"{listed(tops)}, where guessing gives {percent_text(chance)} % and by luck up to "
-            f"{percent_text(limit)} %"
+            f"{listed(tops)}; guessing reaches {number_text(100 * chance, 1)} %, by luck up to "
+            f"{number_text(100 * limit, 1)} %"
         )
-    differences = [
-        f"{Interval(abs(d.mean), d.half).text(100)} percentage points "
-        f"{'above' if d.mean >= 0 else 'below'} “{effect.worse}”"
-        for effect in effects
-        if (d := effect.difference)
+    differences = [(e.difference, e.worse) for e in effects if e.difference]
+    units = (" percentage points", *[""] * len(differences))
+    texts = [
+        f"{Interval(abs(difference.mean), difference.half).text(100, 1)}{unit} "
+        f"{'above' if difference.mean >= 0 else 'below'} “{worse}”"
+        for unit, (difference, worse) in zip(units, differences, strict=False)
     ]
-    return f"“{claim.finding.better}” lies {listed(differences)}"
+    return f"“{claim.finding.better}” lies {listed(texts)}"
 
 
-def _more_text(more: int | None) -> str:
+def _more_text(more: int | None, holds: bool) -> str:
     if more is None:
         return "even 100 seeds would probably not decide it"
-    return f"about {counted(more, 'more seed')} would decide it"
-
-
-def _p_text(p: float) -> str:
-    return "p < 0.001" if p < 0.001 else f"p = {p:.{3 if p < 0.1 else 2}f}"
+    return (
+        f"about {counted(more, 'more seed')} would probably {'confirm' if holds else 'refute'} it"
+    )
 
 
 def _tta(claim: Claim) -> str:

@@ -40,9 +40,9 @@ def test_the_page_of_a_partial_study_shows_figures_references_and_gaps(partial):
     assert "pixels a side 32 (reference: 64)" in text
     assert "training images 100 (reference: 100,000)" in text
     assert "Mine & <more>" in next(h["text"] for h in page.all("h2") if "Mine" in h["text"])
-    claims = [li["text"] for li in page.all("li") if "Small beats middle" in li["text"]]
+    claims = [li["text"] for li in page.all("li") if "small beats middle" in li["text"]]
     # 20 percentage points in every seed.
-    assert len(claims) == 1 and "holds" in claims[0] and "20.00 ± " in claims[0]
+    assert len(claims) == 1 and "✓" in claims[0] and "20.0 ± " in claims[0]
 
 
 def test_the_page_is_self_contained_and_accessible(partial):
@@ -107,17 +107,23 @@ def test_markdown_shows_the_same_as_the_page(partial):
     write_report(folder, studies, "fastlab study x")
     text = folder.markdown.read_text()
     assert "| 0.1 | here | 51.00 ± 2.48 |" in text and "|  | difference | +5.88 |" in text
-    assert "- Small beats middle (Mine & <more>): **holds**." in text
+    confirmed = text.split("## Confirmed")[1].split("## Refuted")[0]
+    assert "- Mine & <more>: small beats middle." in confirmed
     assert "Not in the figures: 0.5: seed 1 failed: out of <memory>" in text
     assert "`fastlab study x`" in text
 
 
 def test_a_study_without_any_run_has_a_report(tmp_path):
-    path = write_study(tmp_path, 'factor = "optim.lr"\nvalues = [0.1, 0.2]')
+    path = write_study(tmp_path, 'factor = "optim.lr"\nvalues = [0.1, 0.2]\nseeds = [3, 4, 5, 7]')
     study, folder = read_study(path, []), StudyDir(tmp_path / "out")
     folder.create(tasks_of([study]))
+    for task in study.rows[1].tasks[:3]:
+        folder.write_record(task, "failed", "out of memory")
     write_report(folder, [study], "command")
-    assert "No run is finished yet" in Page(folder.html.read_text()).all("main")[0]["text"]
+    text = Page(folder.html.read_text()).all("body")[0]["text"]
+    assert "0 of 8 runs finished, 5 waiting, 3 failed" in text and "No run is finished yet" in text
+    assert "Not in the figures of 0.1: seeds 3, 4, 5 and 7 waiting" in text
+    assert "Not in the figures of 0.2: seeds 3 to 5 failed: out of memory; seed 7 waiting" in text
 
 
 def _position(text: str) -> float:
@@ -228,6 +234,7 @@ def test_what_was_found_is_said_first(plain):
     page = Page(plain.html.read_text())
     first = page.all("section")[0]
     assert first["text"].strip().startswith("What was found")
-    assert "Of 1 claim: " in first["text"] and "10.00 ± " in first["text"]
+    assert "1 claim about validation top-1: 1 confirmed" in first["text"]
+    assert "10.0 ± " in first["text"]
     (ends,) = [p["text"] for p in page.all("p") if p["text"].startswith("best run")]
     assert "41.00 %" in ends and "30.00 %" in ends
