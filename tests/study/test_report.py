@@ -238,3 +238,12 @@ def test_what_was_found_is_said_first(plain):
     assert "10.0 ± " in first["text"]
     (ends,) = [p["text"] for p in page.all("p") if p["text"].startswith("best run")]
     assert "41.00 %" in ends and "30.00 %" in ends
+
+
+def test_every_comparison_is_in_a_table(partial):
+    folder, studies = partial
+    write_report(folder, studies, "command")
+    page = Page(folder.html.read_text())
+    cells = [td["text"] for td in page.all("td") if "details" in td["within"]]
+    start = cells.index("+20.00 ± 0.20") - 2  # of the first claim
+    assert cells[start : start + 5] == ["0.1", "0.2", "+20.00 ± 0.20", "3", "< 0.0001"]
