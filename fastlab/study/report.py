@@ -4,6 +4,7 @@ import base64
 import hashlib
 import itertools
 import statistics
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,11 +110,10 @@ def _page(folder: StudyDir, results: list[StudyResult], command: str) -> dict[st
 
 def _counts(statuses: list[str]) -> str:
     """How many runs there are, and where those that are not finished stand."""
-    others = [(status, statuses.count(status)) for status in dict.fromkeys(statuses)]
-    rest = [f", {count} {status}" for status, count in others if status != "finished"]
-    return (
-        f"{statuses.count('finished')} of {counted(len(statuses), 'run')} finished{''.join(rest)}"
-    )
+    counts = Counter(statuses)
+    finished = counts.pop("finished", 0)
+    rest = "".join(f", {count} {status}" for status, count in counts.items())
+    return f"{finished} of {counted(len(statuses), 'run')} finished{rest}"
 
 
 def _is_referenced(study: StudyResult) -> bool:

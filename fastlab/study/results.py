@@ -291,7 +291,7 @@ def _verdict(claim: Claim, test: Tested | None, holm: Holm, open_claims: int) ->
         )
     elif test and claim.margins:
         if test.p <= LEVEL:
-            parts.append("significant by itself, but not among all claims")
+            parts.append("significant on its own, but not after the correction for all claims")
         more = more_seeds(claim.margins, open_claims)
         parts.append(_more_text(more, test.holds))
     return Verdict(claim.finding, decision, "; ".join(parts) + "." + _tta(claim), effects, more)

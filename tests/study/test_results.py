@@ -83,7 +83,7 @@ def test_more_claims_need_more_evidence(tmp_path):
     [alone] = decide([claim])
     both = decide([claim, claim])
     assert alone.decision == "holds" and both[0].decision == "undecided"
-    assert "significant by itself, but not among all claims" in both[0].sentence
+    assert "significant on its own, but not after the correction for all claims" in both[0].sentence
     assert alone.effects[0].p and both[0].effects[0].p == pytest.approx(2 * alone.effects[0].p)
 
 
