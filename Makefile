@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml
 extras: $(VENV)/.extras
 
 $(VENV)/.extras: $(VENV)/.installed
-	$(BIN)/pip install --quiet -e ".[dev,dali,energy,ffcv,profile]"
+	$(BIN)/pip install --quiet -e ".[dev,dali,energy,ffcv,moto,profile,remote,sources]"
 	$(BIN)/pip install --quiet --no-deps ffcv==1.0.2
 	touch $@
 

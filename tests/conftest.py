@@ -7,6 +7,7 @@ import pytest
 
 from fastlab.dataset.convert import Options, convert
 from fastlab.dataset.synth import synthesise
+from tests.s3 import s3  # noqa: F401  (a fixture)
 
 # Under nohup, the commands that tests start would inherit that it is ignored.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
