@@ -27,7 +27,7 @@ def quick(monkeypatch):
 
 def test_a_url_is_remote_and_a_path_is_not():
     assert is_remote("s3://bucket/folder") and is_remote("https://host/file.tar")
-    assert not is_remote("data/folder") and not is_remote("/data/a:b")
+    assert not is_remote("data/folder") and not is_remote("data/a:b")
 
 
 def test_files_of_a_bucket_are_listed_with_size_and_version(s3, folder):
