@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import fastlab
-from fastlab.console import UserError, positive_duration, positive_int, printable, run_command
+from fastlab.console import (
+    UserError,
+    positive_duration,
+    positive_float,
+    positive_int,
+    printable,
+    run_command,
+)
 from fastlab.options import add_set_option, add_training_options
 from fastlab.processes import interrupted_by_signals, spin_briefly
 
@@ -244,6 +251,25 @@ def _trace(args: Namespace) -> None:
     run(args)
 
 
+def _bottleneck_options(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    loader = "FILE.py:NAME or package.module:NAME, a loader or a function that returns one"
+    add("loader", metavar="LOADER", help=loader)
+    step = "a function that takes a batch and trains on it, named in the same way"
+    add("--step", metavar="STEP", help=step)
+    seconds = "time for all measurements, about (default: 30)"
+    add("--seconds", type=positive_float, default=30.0, metavar="S", help=seconds)
+    timeout = "seconds that a batch or a step may take (default: 120)"
+    add("--timeout", type=positive_float, default=120.0, metavar="S", help=timeout)
+    add("--json", action="store_true", help="print JSON")
+
+
+def _bottleneck(args: Namespace) -> None:
+    from fastlab.bottleneck.command import run
+
+    run(args)
+
+
 def _study_options(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("studies", nargs="+", type=Path, metavar="STUDY.toml", help="study files")
@@ -307,6 +333,7 @@ COMMANDS = {
     "predict": Command("the most probable classes of each image", _predict_options, _predict),
     "report": Command("curves and tables of runs as one page", _report_options, _report),
     "trace": Command("review a recorded trace: what to try next", _trace_options, _trace),
+    "bottleneck": Command("what limits your loader and step", _bottleneck_options, _bottleneck),
     "study": Command("train every row of ablation studies, and report", _study_options, _study),
     "doctor": Command("what works on this machine, and why not", _doctor_options, _doctor),
 }

@@ -1,0 +1,124 @@
+"""Where the time of Python code goes: reading, decoding, collating, waiting for others, or the rest.
+
+A deterministic profiler follows every call of this thread. What a call takes itself counts for the
+stage that its function's name says, or else for its caller's stage: a `time.sleep` in the `read` of
+a file object is reading. Python does not report the calls of functions that Cython compiled, such
+as `simplejpeg.decode_jpeg`; they count for their caller.
+"""
+
+import sys
+import time
+from collections import defaultdict
+from functools import cache
+from types import CodeType, FrameType, TracebackType
+from typing import Any, NamedTuple, Self
+
+from fastlab.console import public_path
+
+SAMPLER, READ, DECODE, REST = "sampler", "read", "decode", "transform"
+COLLATE, PIN, WAIT = "collate", "pin memory", "other threads and processes"
+
+_BY_NAME = {
+    name: stage
+    for stage, names in {
+        SAMPLER: "_next_index",  # of a DataLoader's iterator
+        READ: "open read read1 readinto readinto1 readline readlines readall read_bytes read_text "
+        "read_file recv recv_into pread preadv fromfile stat urlopen get_object",
+        DECODE: "decode_example decode_image decode_jpeg decode_png imdecode imread decompress",
+        COLLATE: "collate collate_fn default_collate",
+        PIN: "pin_memory",
+        WAIT: "acquire select poll wait",
+    }.items()
+    for name in names.split()
+}
+_BY_MODULE = {
+    module: stage
+    for stage, modules in {
+        READ: "h5py zarr lmdb fsspec s3fs botocore urllib3 requests socket ssl sqlite3",
+        DECODE: "PIL.ImageFile torchvision.io turbojpeg imageio skimage.io torchcodec torchaudio "
+        "soundfile librosa tifffile zlib gzip lzma bz2 json pandas.io torch.serialization",
+    }.items()
+    for module in modules.split()
+}
+
+
+class Call(NamedTuple):
+    """A function that is running."""
+
+    stage: str
+    builtin: str
+    """The name of a C function; empty for a Python function."""
+    code: CodeType | None
+    """The Python function, or the one that called the C function."""
+
+
+class Profile:
+    """A context manager that profiles the code in its block; several blocks add up."""
+
+    def __init__(self) -> None:
+        self._seconds: defaultdict[Call, float] = defaultdict(float)
+        self._stack = [Call(REST, "", None)]
+        self._last = 0.0
+
+    def __enter__(self) -> Self:
+        del self._stack[1:]
+        self._last = time.perf_counter()
+        sys.setprofile(self._follow)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        sys.setprofile(None)
+
+    def shares(self) -> dict[str, float]:
+        """The share of each stage that took any time, the largest first."""
+        total = sum(self._seconds.values())
+        stages: defaultdict[str, float] = defaultdict(float)
+        for call, seconds in self._seconds.items():
+            stages[call.stage] += seconds / total
+        return dict(sorted(stages.items(), key=lambda item: -item[1]))
+
+    def costliest(self, stage: str) -> str:
+        """The function that takes most of a stage itself, with its place in the code."""
+        calls = {call: took for call, took in self._seconds.items() if call.stage == stage}
+        call = max(calls, key=lambda call: calls[call])
+        if call.code is None:
+            return call.builtin
+        file, line = public_path(call.code.co_filename), call.code.co_firstlineno
+        caller = f"{call.code.co_qualname} ({file}:{line})"
+        return f"{call.builtin} in {caller}" if call.builtin else caller
+
+    def _follow(self, frame: FrameType, event: str, arg: Any) -> None:
+        """Called by Python at each call and return. Its own time counts for nothing."""
+        self._seconds[self._stack[-1]] += time.perf_counter() - self._last
+        if event == "call":
+            name, module = frame.f_code.co_name, frame.f_globals.get("__name__", "")
+            self._enter(module, name, "", frame.f_code)
+        elif event == "c_call":
+            self._enter(arg.__module__ or "", arg.__name__, arg.__qualname__, frame.f_code)
+        elif len(self._stack) > 1:  # the block itself returns from calls that began before it
+            self._stack.pop()
+        self._last = time.perf_counter()
+
+    def _enter(self, module: str, name: str, builtin: str, code: CodeType) -> None:
+        around = self._stack[-1].stage
+        stage = _stage_of(module, name)
+        if stage is None or (stage == WAIT and around != REST):  # to wait for a read is to read
+            stage = around
+        self._stack.append(Call(stage, builtin, code))
+
+
+@cache
+def _stage_of(module: str, name: str) -> str | None:
+    """The stage of a function by its module and name; None: that of its caller."""
+    if (module, name) == ("PIL.Image", "open"):
+        return DECODE
+    if name in _BY_NAME:
+        return _BY_NAME[name]
+    parents = module.split(".")
+    prefixes = (".".join(parents[:count]) for count in range(1, len(parents) + 1))
+    return next((_BY_MODULE[each] for each in prefixes if each in _BY_MODULE), None)

@@ -1,0 +1,139 @@
+"""What a batch costs in each stage, in milliseconds, measured in this process."""
+
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.data import DataLoader
+
+from fastlab.bottleneck.feed import Feed
+from fastlab.bottleneck.profile import PIN, SAMPLER, Profile
+from fastlab.bottleneck.rounds import synchronise
+
+START, HAND_OVER, TRANSFER = "worker start", "hand-over", "transfer"
+_COPIES = 10
+_LEAST = 0.005  # share of a batch's time below which a stage is left out
+
+
+class Stage(NamedTuple):
+    """What a batch costs in one stage."""
+
+    name: str
+    ms: float
+    """Milliseconds where it runs: in one worker, if there are workers."""
+    wall: float
+    """Milliseconds that it adds to each batch, as workers share the work."""
+    where: str = ""
+    """The function that costs most; empty where none is known."""
+
+
+class Stages(NamedTuple):
+    start: Stage
+    """The beginning of an epoch, spread over its batches."""
+    others: list[Stage]
+
+
+def measure_stages(feed: Feed, alone: float, limit: float, seconds: float) -> Stages:
+    """The stages of `feed.loader`, which gives a batch in `alone` seconds, within about `seconds`.
+
+    Raises `UserError` where the loader cannot run in this process.
+    """
+    profile, plain = _profiled(feed, limit, seconds)
+    start = start_stage(feed, alone, plain)
+    steady = 1000 * alone - (0 if feed.starts_apart() else start.wall)
+    others = [
+        _stage(name, 1000 * share * plain, feed.workers, profile.costliest(name))
+        for name, share in profile.shares().items()
+        if share > _LEAST
+    ]
+    rest = steady * feed.workers - 1000 * plain
+    if feed.workers and rest > _LEAST * steady:
+        others.append(_stage(HAND_OVER, rest, feed.workers))
+    return Stages(start, others)
+
+
+def start_stage(feed: Feed, alone: float, plain: float) -> Stage:
+    """What the beginning of an epoch adds to each of its batches: the time to the first one, less
+    what any batch takes in a worker; `plain` seconds where the epoch is too short to show that.
+    Nothing where workers persist, or the length of an epoch is unknown."""
+    once = getattr(feed.loader, "persistent_workers", False)
+    if once or not feed.length:
+        return Stage(START, 0.0, 0.0)
+    batch = alone * max(1, feed.workers) if feed.starts_apart() else plain
+    each = 1000 * max(0.0, median(feed.starts) - batch) / feed.length
+    return Stage(START, each, each)
+
+
+def transfer_stage(batch: Any, device: torch.device | None) -> Stage | None:
+    """Copying a held batch to `device`; None where there is none, or the batch lies there."""
+    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
+    if device is None or all(tensor.device.type == device.type for tensor in tensors):
+        return None
+    ms = 1000 * median(_copy_seconds(batch, device) for _ in range(_COPIES))
+    return Stage(TRANSFER, ms, ms)
+
+
+def accelerator() -> torch.device | None:
+    """The device to which a step would copy its batches; None on a machine with a CPU alone."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+
+
+def first_array(batch: Any) -> Any:
+    """The first tensor or array of a batch that is no scalar, in lists and dicts of any depth:
+    its length is the number of samples. None where there is none."""
+    arrays = (leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor | np.ndarray))
+    return next((array for array in arrays if array.ndim), None)
+
+
+def _stage(name: str, ms: float, workers: int, where: str = "") -> Stage:
+    shared = 1 if name in (SAMPLER, PIN) else max(1, workers)  # those two run in this process
+    return Stage(name, ms, ms / shared, where)
+
+
+def _copy_seconds(batch: Any, device: torch.device) -> float:
+    started = time.perf_counter()
+    tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), batch)
+    synchronise()
+    return time.perf_counter() - started
+
+
+def _profiled(feed: Feed, limit: float, seconds: float) -> tuple[Profile, float]:
+    """A profile of batches made in this process, and the seconds per batch without a profiler.
+    Every second batch is profiled, so that neither finds files cached that the other has read."""
+    profile, plain, ends = Profile(), [], time.perf_counter() + seconds
+    with _in_this_process(feed.loader):
+        found = feed.loader if isinstance(feed.loader, DataLoader) else feed.found
+        batches = Feed(found, feed.name, limit)  # its first batch imports and opens files
+        while not plain or time.perf_counter() < ends:
+            started, outside = time.perf_counter(), batches.outside
+            batches.next()
+            plain.append(time.perf_counter() - started - (batches.outside - outside))
+            with profile:
+                batches.next()
+        batches.close()
+    return profile, median(plain)
+
+
+@contextmanager
+def _in_this_process(loader: Any) -> Generator[None]:
+    """Within the block, a DataLoader makes its batches in this process, and a function named
+    `collate_fn` calls its own."""
+    if not isinstance(loader, DataLoader):
+        yield
+        return
+    before = {name: getattr(loader, name) for name in ("num_workers", "timeout", "collate_fn")}
+
+    def collate_fn(samples: Any) -> Any:
+        return before["collate_fn"](samples)
+
+    loader.num_workers, loader.timeout, loader.collate_fn = 0, 0, collate_fn
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(loader, name, value)
