@@ -1,7 +1,7 @@
 """A loader and a step to look into: an ImageFolder read by a DataLoader, and a small ResNet.
 
-    fastlab synth scratch/photos --classes 10 --per-class 200
-    fastlab bottleneck examples/bottleneck.py:make_loader --step examples/bottleneck.py:train_step
+fastlab synth scratch/photos --classes 10 --per-class 200
+fastlab bottleneck examples/bottleneck.py:make_loader --step examples/bottleneck.py:train_step
 """
 
 import torch

@@ -1,1 +1,1 @@
-"""What limits somebody's training: their loader, their step, or neither; and which stage costs most."""
+"""What limits a user's training: the loader, the step, or neither; and which stage costs most."""

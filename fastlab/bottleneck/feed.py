@@ -59,7 +59,7 @@ class Feed:
         """Seconds from the beginning of each epoch to its first batch."""
         self.outside = 0.0
         """Seconds of all epochs' beginnings, which no rate counts."""
-        self._iterator: Iterator[Any] | None = None
+        self._iterator: Iterator[Any] = iter(())
         self._given = 0
         self.held = self._begin()
         """The first batch of all."""
@@ -98,7 +98,7 @@ class Feed:
 
     def close(self) -> None:
         """End the iterator and its workers."""
-        iterator, self._iterator = self._iterator, None
+        iterator, self._iterator = self._iterator, iter(())
         for name in ("_shutdown_workers", "close"):  # of a DataLoader's iterator; of a generator
             getattr(iterator, name, _nothing)()
         if isinstance(self.loader, DataLoader):
@@ -106,7 +106,7 @@ class Feed:
 
     def _next(self) -> Any:
         with blamed(f"{self.name}: batch {self._given}", self._limit):
-            batch = next(self._iterator)  # ty: ignore[invalid-argument-type]
+            batch = next(self._iterator)
         self._given += 1
         return batch
 
@@ -114,19 +114,19 @@ class Feed:
         """The first batch of an epoch."""
         if self._make and self._iterator is self.loader:  # an iterator can be used once
             self.loader, _ = open_loader(self._make, self.name, self._limit)
-        again, started = self._iterator is not None, time.perf_counter()
+        started = time.perf_counter()
         with blamed(f"iter() of {self.name}", self._limit):
             self._iterator = iter(self.loader)
         self._given = 0
         try:
             batch = self._next()
         except StopIteration:
-            raise UserError(self._empty(again)) from None
+            raise UserError(self._empty()) from None
         self.starts.append(time.perf_counter() - started)
         return batch
 
-    def _empty(self, again: bool) -> str:
-        if not again:
+    def _empty(self) -> str:
+        if not self.starts:
             return f"{self.name}: the loader is empty; has its dataset fewer samples than a batch?"
         return (
             f"{self.name}: the loader ended after {self.length} batches and gives no more; name a "

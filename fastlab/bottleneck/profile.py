@@ -1,4 +1,4 @@
-"""Where the time of Python code goes: reading, decoding, collating, waiting for others, or the rest.
+"""Where the time of Python code goes: reading, decoding, collating, waiting, or the rest.
 
 A deterministic profiler follows every call of this thread. What a call takes itself counts for the
 stage that its function's name says, or else for its caller's stage: a `time.sleep` in the `read` of
@@ -18,7 +18,7 @@ from fastlab.console import public_path
 SAMPLER, READ, DECODE, REST = "sampler", "read", "decode", "transform"
 COLLATE, PIN, WAIT = "collate", "pin memory", "other threads and processes"
 
-_BY_NAME = {
+_BY_NAME: dict[str, str] = {
     name: stage
     for stage, names in {
         SAMPLER: "_next_index",  # of a DataLoader's iterator
@@ -31,7 +31,7 @@ _BY_NAME = {
     }.items()
     for name in names.split()
 }
-_BY_MODULE = {
+_BY_MODULE: dict[str, str] = {
     module: stage
     for stage, modules in {
         READ: "h5py zarr lmdb fsspec s3fs botocore urllib3 requests socket ssl sqlite3",
@@ -56,7 +56,8 @@ class Profile:
     """A context manager that profiles the code in its block; several blocks add up."""
 
     def __init__(self) -> None:
-        self._seconds: defaultdict[Call, float] = defaultdict(float)
+        self._measured: defaultdict[Call, float] = defaultdict(float)
+        self._events: defaultdict[Call, int] = defaultdict(int)
         self._stack = [Call(REST, "", None)]
         self._last = 0.0
 
@@ -74,27 +75,19 @@ class Profile:
     ) -> None:
         sys.setprofile(None)
 
-    def shares(self) -> dict[str, float]:
-        """The share of each stage that took any time, the largest first."""
-        total = sum(self._seconds.values())
-        stages: defaultdict[str, float] = defaultdict(float)
-        for call, seconds in self._seconds.items():
-            stages[call.stage] += seconds / total
-        return dict(sorted(stages.items(), key=lambda item: -item[1]))
-
-    def costliest(self, stage: str) -> str:
-        """The function that takes most of a stage itself, with its place in the code."""
-        calls = {call: took for call, took in self._seconds.items() if call.stage == stage}
-        call = max(calls, key=lambda call: calls[call])
-        if call.code is None:
-            return call.builtin
-        file, line = public_path(call.code.co_filename), call.code.co_firstlineno
-        caller = f"{call.code.co_qualname} ({file}:{line})"
-        return f"{call.builtin} in {caller}" if call.builtin else caller
+    def seconds(self, plain: float) -> dict[Call, float]:
+        """What each function took itself. All that was profiled takes `plain` seconds without a
+        profiler: what it took beyond that is shared by all calls and returns."""
+        excess = max(0.0, sum(self._measured.values()) - plain) / sum(self._events.values())
+        return {
+            call: max(0.0, seconds - excess * self._events[call])
+            for call, seconds in self._measured.items()
+        }
 
     def _follow(self, frame: FrameType, event: str, arg: Any) -> None:
         """Called by Python at each call and return. Its own time counts for nothing."""
-        self._seconds[self._stack[-1]] += time.perf_counter() - self._last
+        self._measured[self._stack[-1]] += time.perf_counter() - self._last
+        self._events[self._stack[-1]] += 1
         if event == "call":
             name, module = frame.f_code.co_name, frame.f_globals.get("__name__", "")
             self._enter(module, name, "", frame.f_code)
@@ -110,6 +103,26 @@ class Profile:
         if stage is None or (stage == WAIT and around != REST):  # to wait for a read is to read
             stage = around
         self._stack.append(Call(stage, builtin, code))
+
+
+def shares(seconds: dict[Call, float]) -> dict[str, float]:
+    """The share of each stage, the largest first."""
+    total = sum(seconds.values())
+    stages: defaultdict[str, float] = defaultdict(float)
+    for call, took in seconds.items():
+        stages[call.stage] += took / total
+    return dict(sorted(stages.items(), key=lambda item: -item[1]))
+
+
+def costliest(seconds: dict[Call, float], stage: str) -> str:
+    """The function that takes most of a stage itself, with its place in the code."""
+    calls = [call for call in seconds if call.stage == stage]
+    call = max(calls, key=lambda call: seconds[call])
+    if call.code is None:
+        return call.builtin
+    file, line = public_path(call.code.co_filename), call.code.co_firstlineno
+    caller = f"{call.code.co_qualname} ({file}:{line})"
+    return f"{call.builtin} in {caller}" if call.builtin else caller
 
 
 @cache

@@ -1,4 +1,4 @@
-"""What `fastlab bottleneck` prints: two short tables, the engines, and one line that says it all."""
+"""What `fastlab bottleneck` prints: two tables, the engines, and the verdict in one line."""
 
 from dataclasses import asdict
 from statistics import median

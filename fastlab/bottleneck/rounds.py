@@ -39,90 +39,76 @@ def measure(feed: Feed, step: Callable[[Any], Any] | None, limit: float, seconds
 
     Raises `UserError` where the loader or the step raises.
     """
+    works = _works(feed, step, limit)
+    run = _Runner(feed, works, limit, seconds / len(works) / (ROUNDS + 1))
     rounds, ends = Rounds(), time.perf_counter() + seconds
-    share = seconds / (ROUNDS + 1) / (3 if step else 1)
-    run = _Runner(feed, step, limit, share)
     while len(rounds.alone) < _FEWEST or (
         len(rounds.alone) < ROUNDS and time.perf_counter() < ends
     ):
-        run.both(rounds.both)  # first: it leaves no more batches ready than the loader can make
-        run.alone(rounds.alone)
-        run.step(rounds.step)
+        for name in works:
+            getattr(rounds, name).append(run.seconds_per_batch(name))
     return rounds
 
 
+def _works(
+    feed: Feed, step: Callable[[Any], Any] | None, limit: float
+) -> dict[str, Callable[[], Any]]:
+    """What is measured, by its name in `Rounds`. "both" comes before "alone", and leaves it no more
+    batches that are ready than the loader can make."""
+    if step is None:
+        return {"alone": feed.next}
+
+    def stepped(batch: Any) -> None:
+        with blamed("the step", limit):
+            step(batch)
+
+    return {
+        "both": lambda: stepped(feed.next()),
+        "alone": feed.next,
+        "step": lambda: stepped(feed.held),
+    }
+
+
 class _Runner:
-    """The three measurements. Each adds one round to the list that it is given."""
+    """Times `works`, each over about `seconds`."""
 
     def __init__(
-        self, feed: Feed, step: Callable[[Any], Any] | None, limit: float, seconds: float
+        self, feed: Feed, works: dict[str, Callable[[], Any]], limit: float, seconds: float
     ) -> None:
-        """Warms everything up, and learns how many batches take about `seconds`."""
-        self._feed, self._step, self._limit, self._seconds = feed, step, limit, seconds
-        self._wait = 0.0  # seconds per batch of the loader alone, as last measured
-        self._pace: dict[str, float] = {}
-        for name, work in self._works().items():
-            self._pace[name] = _calibrated(work, self._outside, seconds / 2)
-        self._wait = self._pace["alone"]
+        """Warms everything up."""
+        self._feed, self._works, self._limit, self._seconds = feed, works, limit, seconds
+        self._pace = {name: self._first_pace(work) for name, work in works.items()}
 
-    def alone(self, into: list[float]) -> None:
-        self._feed.drain(self._wait / 2)
-        into.append(self._timed("alone"))
-        self._wait = into[-1]
-
-    def step(self, into: list[float]) -> None:
-        if self._step:
-            into.append(self._timed("step"))
-
-    def both(self, into: list[float]) -> None:
-        if self._step:
-            self._feed.drain(self._wait / 2)
-            into.append(self._timed("both"))
-
-    def _works(self) -> dict[str, Callable[[], None]]:
-        works: dict[str, Callable[[], None]] = {"alone": self._take}
-        if self._step:
-            works |= {"step": lambda: self._stepped(self._feed.held), "both": self._take_and_step}
-        return works
-
-    def _take(self) -> None:
-        self._feed.next()
-
-    def _take_and_step(self) -> None:
-        self._stepped(self._feed.next())
-
-    def _stepped(self, batch: Any) -> None:
-        with blamed("the step", self._limit):
-            self._step(batch)  # ty: ignore[call-non-callable]
-
-    def _outside(self) -> float:
-        return self._feed.outside
-
-    def _timed(self, name: str) -> float:
-        """Seconds per batch over about `_seconds`. The number of batches is fixed beforehand, as a
-        GPU's queue would take many more than it can do in time; it is a multiple of the number of
-        workers, whose batches come at once."""
-        burst = max(1, self._feed.workers) if name != "step" else 1
+    def seconds_per_batch(self, name: str) -> float:
+        """The number of batches is fixed beforehand, as a GPU's queue would take many more than it
+        can do in time; it is a multiple of the number of workers, whose batches come at once."""
+        burst = 1
+        if name != "step":
+            burst = max(1, self._feed.workers)
+            self._feed.drain(self._pace["alone"] / 2)
         count = max(1, round(self._seconds / self._pace[name] / burst)) * burst
-        work = self._works()[name]
-        synchronise()
+        self._pace[name] = self._timed(self._works[name], count, burst, 2 * self._seconds)
+        return self._pace[name]
+
+    def _first_pace(self, work: Callable[[], Any]) -> float:
+        """Seconds per batch, roughly, after a first one that may compile and allocate."""
+        self._timed(work, 1, 1, 0)
+        pace = self._timed(work, 1, 1, 0)
+        count = max(1, min(100, round(self._seconds / 2 / pace)))
+        return self._timed(work, count, 1, self._seconds)
+
+    def _timed(self, work: Callable[[], Any], count: int, fewest: int, seconds: float) -> float:
+        """Seconds per call of `work`, called `count` times, or fewer where `seconds` are over."""
+        self._finish()
         started, outside, done = time.perf_counter(), self._feed.outside, 0
-        while done < count and (done < burst or time.perf_counter() - started < 2 * self._seconds):
+        while done < count and (done < fewest or time.perf_counter() - started < seconds):
             work()
             done += 1
-        synchronise()
+        self._finish()
         passed = time.perf_counter() - started - (self._feed.outside - outside)
-        self._pace[name] = passed / done
-        return passed / done
+        return max(passed, 1e-7) / done
 
-
-def _calibrated(work: Callable[[], None], outside: Callable[[], float], seconds: float) -> float:
-    """Seconds per call, roughly, after a first one that may compile and allocate."""
-    work()
-    synchronise()
-    started, before, calls = time.perf_counter(), outside(), 0
-    while not calls or time.perf_counter() - started < seconds:
-        work()
-        synchronise()
-        calls += 1
-    return max(1e-7, time.perf_counter() - started - (outside() - before)) / calls
+    def _finish(self) -> None:
+        """Wait for the GPU; only now may it report what went wrong in a step."""
+        with blamed("the step", self._limit):
+            synchronise()

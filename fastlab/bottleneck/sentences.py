@@ -4,7 +4,7 @@ from statistics import median
 
 from fastlab.bottleneck.findings import Findings
 from fastlab.bottleneck.profile import COLLATE, DECODE, PIN, READ, REST, SAMPLER, WAIT
-from fastlab.bottleneck.stages import HAND_OVER, START
+from fastlab.bottleneck.stages import CORE, HAND_OVER, START, Stage
 from fastlab.console import printable
 
 _DOING = {
@@ -40,8 +40,7 @@ def advice(findings: Findings) -> list[str]:
         hints.append(f"num_workers={cores}: {workers} of {cores} cores have a worker.")
     if workers > cores:
         hints.append(f"num_workers={cores}: {workers} workers share {cores} cores.")
-    costs = findings.costs()
-    if workers and costs and costs[0].name == START:
+    if workers and _costliest_stage(findings).name == START:
         hints.append("persistent_workers=True: now the workers start anew in every epoch.")
     return hints
 
@@ -54,41 +53,49 @@ def digits(value: float) -> str:
 
 
 def _limit(findings: Findings) -> str:
-    verdict, unit = findings.verdict, "samples/s" if findings.samples else "batches/s"
-    start, count = findings.start, findings.samples or 1
-    loader = digits(count / (median(findings.rounds.alone) + start))
+    verdict, count = findings.verdict, findings.samples or 1
+    unit = "samples/s" if findings.samples else "batches/s"
+    loader = digits(count / (median(findings.rounds.alone) + findings.start))
     if verdict.limit == "unknown":
         return f"The loader gives {loader} {unit}; name your step with --step to see what limits."
     step = digits(count / median(findings.rounds.step))
     if verdict.limit == "balanced":
-        return f"Balanced: the loader gives {loader} {unit} and the step takes {step}, no more apart than their noise."
-    slow, fast = (loader, step) if verdict.limit == "loader" else (step, loader)
-    verbs = ("gives", "the step could take")
-    if verdict.limit == "step":
-        verbs = ("takes", "the loader could give")
-    return f"The {verdict.limit} limits: it {verbs[0]} {slow} {unit} alone, {verbs[1]} {fast} ({verdict.times:.1f} times)."
+        return (
+            f"Balanced: the loader gives {loader} {unit} and the step takes {step}, no further "
+            f"apart than their rounds."
+        )
+    if verdict.limit == "loader":
+        what = f"it gives {loader} {unit} alone, the step could take {step}"
+    else:
+        what = f"it takes {step} {unit} alone, the loader could give {loader}"
+    return f"The {verdict.limit} limits: {what} ({verdict.times:.1f} times)."
 
 
 def _together(findings: Findings) -> str:
     """Where both do not overlap, what both give, and what no faster loader could exceed."""
     if findings.verdict.apart < _NOTICEABLE:
         return ""
-    both = findings.samples or 1
-    rate = digits(both / (median(findings.rounds.both) + findings.start))
+    count = findings.samples or 1
+    rate = digits(count / (median(findings.rounds.both) + findings.start))
     why = "compete for the cores" if findings.workers else "take turns"
     gain = f"a loader that costs nothing would win {findings.verdict.gain:.1f} times"
     return f"Together they reach {rate}, since they {why}: {gain}."
 
 
 def _costliest(findings: Findings) -> str:
-    costs, verdict = findings.costs(), findings.verdict
-    if verdict.limit == "step":
+    if findings.verdict.limit == "step":
         return _costliest_of_step(findings)
-    if not costs or findings.why_no_stages:
+    if findings.why_no_stages:
         return ""
-    share = f"{100 * findings.share(costs[0]):.0f} %"
-    most = f", most in {printable(costs[0].where)}" if costs[0].where else ""
-    return f"{_DOING[costs[0].name]} costs most: {share} of the loader's time{most}."
+    stage = _costliest_stage(findings)
+    most = f", most in {printable(stage.where)}" if stage.where else ""
+    share = 100 * findings.share(stage)
+    return f"{_DOING[stage.name]} costs most: {share:.0f} % of the loader's time{most}."
+
+
+def _costliest_stage(findings: Findings) -> Stage:
+    """A stage that does something: to wait for a core, others have to take it."""
+    return next(stage for stage in findings.costs() if stage.name != CORE)
 
 
 def _costliest_of_step(findings: Findings) -> str:

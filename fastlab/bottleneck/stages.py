@@ -12,10 +12,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import DataLoader
 
 from fastlab.bottleneck.feed import Feed
-from fastlab.bottleneck.profile import PIN, SAMPLER, Profile
+from fastlab.bottleneck.handover import hand_over_seconds
+from fastlab.bottleneck.profile import PIN, SAMPLER, Call, Profile, costliest, shares
 from fastlab.bottleneck.rounds import synchronise
 
-START, HAND_OVER, TRANSFER = "worker start", "hand-over", "transfer"
+START, HAND_OVER, CORE, TRANSFER = "worker start", "hand-over", "waiting for a core", "transfer"
 _COPIES = 10
 _LEAST = 0.005  # share of a batch's time below which a stage is left out
 
@@ -43,18 +44,31 @@ def measure_stages(feed: Feed, alone: float, limit: float, seconds: float) -> St
 
     Raises `UserError` where the loader cannot run in this process.
     """
-    profile, plain = _profiled(feed, limit, seconds)
+    took, plain = _profiled(feed, limit, 0.8 * seconds)
     start = start_stage(feed, alone, plain)
-    steady = 1000 * alone - (0 if feed.starts_apart() else start.wall)
     others = [
-        _stage(name, 1000 * share * plain, feed.workers, profile.costliest(name))
-        for name, share in profile.shares().items()
-        if share > _LEAST
+        _stage(name, 1000 * share * plain, feed.workers, costliest(took, name))
+        for name, share in shares(took).items()
     ]
-    rest = steady * feed.workers - 1000 * plain
-    if feed.workers and rest > _LEAST * steady:
-        others.append(_stage(HAND_OVER, rest, feed.workers))
-    return Stages(start, others)
+    if feed.workers:
+        steady = alone - (0 if feed.starts_apart() else start.wall / 1000)
+        hand_over = hand_over_seconds(feed.loader, feed.held, limit, 0.2 * seconds)
+        others += _of_workers(steady * feed.workers, plain, hand_over, feed.workers)
+    least = _LEAST * 1000 * alone
+    return Stages(start, [stage for stage in others if stage.wall > least])
+
+
+def _of_workers(batch: float, plain: float, hand_over: float, workers: int) -> list[Stage]:
+    """The stages of a worker beside making a batch, which takes `plain` of the `batch` seconds that
+    pass for one. What remains is waiting: for this process, if a batch is handed over more slowly
+    than made, or for a core."""
+    rest = max(0.0, batch - plain - hand_over)
+    if hand_over > plain:
+        hand_over, rest = hand_over + rest, 0.0
+    return [
+        _stage(HAND_OVER, 1000 * hand_over, workers),
+        _stage(CORE, 1000 * rest, workers),
+    ]
 
 
 def start_stage(feed: Feed, alone: float, plain: float) -> Stage:
@@ -102,9 +116,9 @@ def _copy_seconds(batch: Any, device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def _profiled(feed: Feed, limit: float, seconds: float) -> tuple[Profile, float]:
-    """A profile of batches made in this process, and the seconds per batch without a profiler.
-    Every second batch is profiled, so that neither finds files cached that the other has read."""
+def _profiled(feed: Feed, limit: float, seconds: float) -> tuple[dict[Call, float], float]:
+    """What functions took to make batches in this process; and the seconds per batch without a
+    profiler. Every second batch is profiled: neither finds files cached that the other has read."""
     profile, plain, ends = Profile(), [], time.perf_counter() + seconds
     with _in_this_process(feed.loader):
         found = feed.loader if isinstance(feed.loader, DataLoader) else feed.found
@@ -116,7 +130,7 @@ def _profiled(feed: Feed, limit: float, seconds: float) -> tuple[Profile, float]
             with profile:
                 batches.next()
         batches.close()
-    return profile, median(plain)
+    return profile.seconds(sum(plain)), median(plain)
 
 
 @contextmanager
