@@ -40,7 +40,8 @@ def advice(findings: Findings) -> list[str]:
         hints.append(f"num_workers={cores}: {workers} of {cores} cores have a worker.")
     if workers > cores:
         hints.append(f"num_workers={cores}: {workers} workers share {cores} cores.")
-    if workers and _costliest_stage(findings).name == START:
+    stage = _costliest_stage(findings)
+    if workers and stage and stage.name == START:
         hints.append("persistent_workers=True: now the workers start anew in every epoch.")
     return hints
 
@@ -85,17 +86,17 @@ def _together(findings: Findings) -> str:
 def _costliest(findings: Findings) -> str:
     if findings.verdict.limit == "step":
         return _costliest_of_step(findings)
-    if findings.why_no_stages:
-        return ""
     stage = _costliest_stage(findings)
+    if findings.why_no_stages or not stage:
+        return ""
     most = f", most in {printable(stage.where)}" if stage.where else ""
     share = 100 * findings.share(stage)
     return f"{_DOING[stage.name]} costs most: {share:.0f} % of the loader's time{most}."
 
 
-def _costliest_stage(findings: Findings) -> Stage:
+def _costliest_stage(findings: Findings) -> Stage | None:
     """A stage that does something: to wait for a core, others have to take it."""
-    return next(stage for stage in findings.costs() if stage.name != CORE)
+    return next((stage for stage in findings.costs() if stage.name != CORE), None)
 
 
 def _costliest_of_step(findings: Findings) -> str:

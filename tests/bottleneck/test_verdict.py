@@ -1,0 +1,156 @@
+"""What limits: by known costs, and said only where the rounds agree."""
+
+from statistics import median
+
+import pytest
+
+from fastlab.bottleneck.rounds import Rounds
+from fastlab.bottleneck.verdict import judge
+
+FAST = [0.010, 0.011, 0.010, 0.012, 0.011]
+SLOW = [0.020, 0.022, 0.021, 0.024, 0.022]
+AMID = [0.010, 0.022, 0.011, 0.021, 0.012]
+
+
+@pytest.mark.parametrize(
+    ("alone", "step", "limit"),
+    [
+        (SLOW, FAST, "loader"),
+        (FAST, SLOW, "step"),
+        (FAST, FAST, "balanced"),
+        (AMID, FAST, "balanced"),
+        (SLOW, AMID, "balanced"),
+    ],
+)
+def test_only_what_was_slower_in_every_round_limits(alone, step, limit):
+    both = [max(pair) for pair in zip(alone, step, strict=True)]
+    assert judge(Rounds(alone, step, both), start=0.0).limit == limit
+
+
+def test_the_beginning_of_an_epoch_counts_for_the_loader():
+    verdict = judge(Rounds(FAST, SLOW, SLOW), start=0.05)
+    assert verdict.limit == "loader"
+    assert verdict.times == pytest.approx((0.011 + 0.05) / 0.022)
+    assert verdict.gain == pytest.approx((0.022 + 0.05) / 0.022)
+
+
+def test_a_loader_that_limits_gives_the_rate_of_its_known_cost(look):
+    found = look("""
+        class Slow(Dataset):
+            def __len__(self):
+                return 1000
+
+            def __getitem__(self, index):
+                time.sleep(0.01)
+                return torch.tensor(index)
+
+        def make():
+            return DataLoader(Slow(), 2)
+
+        def step(batch):
+            time.sleep(0.002)
+        """)
+    rounds = found["rounds"]
+    assert found["verdict"]["limit"] == "loader"
+    assert found["verdict"]["line"].startswith("The loader limits: it gives ")
+    assert 0.020 <= median(rounds["alone"]) < 0.03
+    assert 0.002 <= median(rounds["step"]) < 0.01
+    assert 0.022 <= median(rounds["both"]) < 0.04
+
+
+def test_a_slow_step_limits_whatever_the_loader_does(look):
+    found = look("""
+        def make():
+            return DataLoader(ONES, 4, num_workers=1)
+
+        def step(batch):
+            time.sleep(0.02)
+        """)
+    assert found["verdict"]["limit"] == "step"
+    assert "costs most" not in found["verdict"]["line"] and not found["advice"]
+
+
+def test_a_loader_and_a_step_in_turns_are_told_that_workers_would_help(look):
+    found = look("""
+        class Slow(Dataset):
+            def __len__(self):
+                return 1000
+
+            def __getitem__(self, index):
+                time.sleep(0.01)
+                return torch.tensor(index)
+
+        def make():
+            return DataLoader(Slow(), 1)
+
+        def step(batch):
+            time.sleep(0.02)
+        """)
+    assert found["verdict"]["limit"] == "step"
+    assert 1.3 < found["verdict"]["apart"] < 1.7  # (10 + 20) / 20
+    assert "take turns" in found["verdict"]["line"]
+    if found["cores"] > 1:
+        assert f"num_workers={found['cores']}" in found["advice"][0]
+
+
+def test_workers_overlap_with_the_step(look):
+    found = look("""
+        class Slow(Dataset):
+            def __len__(self):
+                return 1000
+
+            def __getitem__(self, index):
+                time.sleep(0.02)
+                return torch.tensor(index)
+
+        def make():
+            return DataLoader(Slow(), 1, num_workers=2)
+
+        def step(batch):
+            time.sleep(0.02)
+        """)
+    rounds = found["rounds"]
+    assert 0.010 <= median(rounds["alone"]) < 0.018  # two workers, 20 ms each
+    assert 0.020 <= median(rounds["both"]) < 0.030
+
+
+def test_batches_that_workers_made_ahead_do_not_count(look):
+    """While a slow step runs alone, the workers make all batches that they may: they are no sign
+    of a fast loader."""
+    found = look("""
+        class Slow(Dataset):
+            def __len__(self):
+                return 1000
+
+            def __getitem__(self, index):
+                time.sleep(0.03)
+                return torch.tensor(index)
+
+        def make():
+            return DataLoader(Slow(), 1, num_workers=1, prefetch_factor=8)
+
+        def step(batch):
+            time.sleep(0.001)
+        """)
+    assert min(found["rounds"]["alone"]) >= 0.027
+    assert found["verdict"]["limit"] == "loader"
+
+
+def test_a_short_epoch_counts_with_its_beginning(look):
+    """Three batches an epoch: 100 ms to start, and 10 ms each."""
+    found = look("""
+        class Slow(IterableDataset):
+            def __len__(self):
+                return 3
+
+            def __iter__(self):
+                time.sleep(0.1)
+                for index in range(3):
+                    time.sleep(0.01)
+                    yield torch.tensor(index)
+
+        def make():
+            return DataLoader(Slow(), 1, num_workers=2)
+        """)
+    assert found["length"] == 6  # each worker gives the whole dataset
+    assert 0.1 / 6 <= median(found["rounds"]["alone"]) < 0.1
