@@ -42,7 +42,8 @@ def investigate(target: str, step_target: str | None, limit: float, seconds: flo
     found = find(target, limit)
     step = find(step_target, limit) if step_target else None
     if not (step is None or callable(step)):
-        raise UserError(f"--step {step_target}: is a {type(step).__name__}; name a function")
+        kind = type(step).__name__
+        raise UserError(f"--step {step_target}: is an object of {kind}; name a function")
     feed = Feed(found, target.rpartition(":")[2], limit)
     try:
         rounds = measure(feed, step, limit, seconds * _ROUNDS)

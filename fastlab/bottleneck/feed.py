@@ -1,5 +1,6 @@
 """A user's loader as batches without end, with the cost of beginning an epoch kept apart."""
 
+import math
 import multiprocessing
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -16,14 +17,22 @@ _DEEPEST = 64  # batches that a loader may have made ahead and that `drain` disc
 
 @contextmanager
 def processes_ended() -> Generator[None]:
-    """At the end of the block, kill the processes that were started in it."""
+    """At the end of the block, kill the processes that were started in it and would keep Python
+    from ending; daemonic ones end with it."""
     before = set(multiprocessing.active_children())
     try:
         yield
     finally:
         for child in set(multiprocessing.active_children()) - before:
-            child.kill()
-            child.join()
+            if not child.daemon:
+                child.kill()
+                child.join()
+
+
+def own_loader(loader: Any) -> DataLoader | None:
+    """The DataLoader that makes the batches, also within Accelerate's; None for other iterables."""
+    inner = getattr(loader, "base_dataloader", loader)
+    return inner if isinstance(inner, DataLoader) else None
 
 
 def open_loader(found: Any, name: str, limit: float) -> tuple[Any, Callable[[], Any] | None]:
@@ -35,11 +44,13 @@ def open_loader(found: Any, name: str, limit: float) -> tuple[Any, Callable[[], 
         return found, None
     if not callable(found):
         kind = type(found).__name__
-        raise UserError(f"{name}: is a {kind}; name a function that returns the loader")
+        raise UserError(f"{name}: is an object of {kind}; name a function that returns the loader")
     with blamed(f"{name}()", limit):
         loader = found()
     if not (isinstance(loader, Iterable) or hasattr(loader, "__getitem__")):
-        raise UserError(f"{name}() returned a {type(loader).__name__}; expected a loader")
+        raise UserError(
+            f"{name}() returned an object of {type(loader).__name__}; expected a loader"
+        )
     return loader, found
 
 
@@ -96,13 +107,19 @@ class Feed:
         """Whether an epoch is long enough to tell its beginning from its other batches."""
         return self.length is None or self.length > 2 * max(1, self.workers)
 
+    def at_once(self) -> float:
+        """Batches that are made at the same time, on average over an epoch: the number of workers,
+        unless an epoch has fewer batches, or no multiple of it."""
+        workers = max(1, self.workers)
+        return self.length / math.ceil(self.length / workers) if self.length else workers
+
     def close(self) -> None:
         """End the iterator and its workers."""
         iterator, self._iterator = self._iterator, iter(())
         for name in ("_shutdown_workers", "close"):  # of a DataLoader's iterator; of a generator
             getattr(iterator, name, _nothing)()
-        if isinstance(self.loader, DataLoader):
-            self.loader._iterator = None  # that of persistent workers
+        if loader := own_loader(self.loader):
+            loader._iterator = None  # that of persistent workers
 
     def _next(self) -> Any:
         with blamed(f"{self.name}: batch {self._given}", self._limit):

@@ -90,16 +90,15 @@ class Profile:
         self._events[self._stack[-1]] += 1
         if event == "call":
             name, module = frame.f_code.co_name, frame.f_globals.get("__name__", "")
-            self._enter(module, name, "", frame.f_code)
+            self._enter(_stage_of(module, name), "", frame.f_code)
         elif event == "c_call":
-            self._enter(arg.__module__ or "", arg.__name__, arg.__qualname__, frame.f_code)
+            self._enter(_stage_of(arg.__module__ or "", arg.__name__), arg.__name__, frame.f_code)
         elif len(self._stack) > 1:  # the block itself returns from calls that began before it
             self._stack.pop()
         self._last = time.perf_counter()
 
-    def _enter(self, module: str, name: str, builtin: str, code: CodeType) -> None:
+    def _enter(self, stage: str | None, builtin: str, code: CodeType) -> None:
         around = self._stack[-1].stage
-        stage = _stage_of(module, name)
         if stage is None or (stage == WAIT and around != REST):  # to wait for a read is to read
             stage = around
         self._stack.append(Call(stage, builtin, code))

@@ -34,7 +34,7 @@ def _head(findings: Findings) -> str:
     machine, versions = findings.environment["machine"], findings.environment["versions"]
     epoch = f"{findings.length:,} batches an epoch" if findings.length else "epochs of any length"
     size = f" of {findings.samples} samples" if findings.samples else ""
-    workers = "" if findings.workers is None else f", {findings.workers} workers"
+    workers = "" if findings.workers is None else f", num_workers={findings.workers}"
     devices = ", ".join(machine["gpus"]) or "no GPU"
     return (
         f"{findings.target}: {epoch}, batches{size}{workers}\n"

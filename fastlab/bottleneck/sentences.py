@@ -4,11 +4,12 @@ from statistics import median
 
 from fastlab.bottleneck.findings import Findings
 from fastlab.bottleneck.profile import COLLATE, DECODE, PIN, READ, REST, SAMPLER, WAIT
-from fastlab.bottleneck.stages import CORE, HAND_OVER, START, Stage
+from fastlab.bottleneck.stages import CORE, EPOCH, HAND_OVER, START, Stage
 from fastlab.console import printable
 
 _DOING = {
-    START: "The beginning of an epoch",
+    START: "Starting the workers in every epoch",
+    EPOCH: "Beginning an epoch",
     SAMPLER: "The sampler",
     READ: "Reading",
     DECODE: "Decoding",
@@ -28,19 +29,17 @@ def verdict_line(findings: Findings) -> str:
 
 
 def advice(findings: Findings) -> list[str]:
-    """Settings of the DataLoader that may help; empty where the loader costs nothing."""
-    workers, cores = findings.workers, findings.cores
-    costs_nothing = findings.verdict.limit == "step" and findings.verdict.apart < _NOTICEABLE
-    if workers is None or costs_nothing:
+    """Settings of the DataLoader to try; empty where they could win nothing."""
+    workers, cores, stage = findings.workers, findings.cores, _costliest_stage(findings)
+    if workers is None or (findings.verdict.limit == "step" and not _takes_turns(findings)):
         return []
     hints = []
     if workers == 0 and cores > 1:
-        hints.append(f"num_workers={cores}: now this process loads and steps by turns.")
-    if 0 < workers < cores:
-        hints.append(f"num_workers={cores}: {workers} of {cores} cores have a worker.")
-    if workers > cores:
-        hints.append(f"num_workers={cores}: {workers} workers share {cores} cores.")
-    stage = _costliest_stage(findings)
+        hints.append(f"num_workers={cores}: now this process loads and steps in turn.")
+    elif workers < cores:
+        hints.append(f"num_workers={cores}, one for each core.")
+    elif workers > cores:
+        hints.append(f"num_workers={cores}: now {workers} workers share {cores} cores.")
     if workers and stage and stage.name == START:
         hints.append("persistent_workers=True: now the workers start anew in every epoch.")
     return hints
@@ -72,13 +71,18 @@ def _limit(findings: Findings) -> str:
     return f"The {verdict.limit} limits: {what} ({verdict.times:.1f} times)."
 
 
+def _takes_turns(findings: Findings) -> bool:
+    """Whether this process itself loads, and noticeably keeps the step waiting."""
+    return not findings.workers and findings.verdict.apart > _NOTICEABLE
+
+
 def _together(findings: Findings) -> str:
     """Where both do not overlap, what both give, and what no faster loader could exceed."""
     if findings.verdict.apart < _NOTICEABLE:
         return ""
     count = findings.samples or 1
     rate = digits(count / (median(findings.rounds.both) + findings.start))
-    why = "compete for the cores" if findings.workers else "take turns"
+    why = "take turns" if _takes_turns(findings) else "compete for the cores"
     gain = f"a loader that costs nothing would win {findings.verdict.gain:.1f} times"
     return f"Together they reach {rate}, since they {why}: {gain}."
 

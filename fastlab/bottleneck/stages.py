@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.data import DataLoader
 
-from fastlab.bottleneck.feed import Feed
+from fastlab.bottleneck.feed import Feed, own_loader
 from fastlab.bottleneck.handover import hand_over_seconds
 from fastlab.bottleneck.profile import PIN, SAMPLER, Call, Profile, costliest, shares
 from fastlab.bottleneck.rounds import synchronise
 
-START, HAND_OVER, CORE, TRANSFER = "worker start", "hand-over", "waiting for a core", "transfer"
+START, EPOCH, TRANSFER = "worker start", "epoch start", "transfer"
+HAND_OVER, CORE = "hand-over", "waiting for a core"
 _COPIES = 10
 _LEAST = 0.005  # share of a batch's time below which a stage is left out
 
@@ -47,18 +47,18 @@ def measure_stages(feed: Feed, alone: float, limit: float, seconds: float) -> St
     took, plain = _profiled(feed, limit, 0.8 * seconds)
     start = start_stage(feed, alone, plain)
     others = [
-        _stage(name, 1000 * share * plain, feed.workers, costliest(took, name))
+        _stage(name, 1000 * share * plain, feed.at_once(), costliest(took, name))
         for name, share in shares(took).items()
     ]
     if feed.workers:
         steady = alone - (0 if feed.starts_apart() else start.wall / 1000)
         hand_over = hand_over_seconds(feed.loader, feed.held, limit, 0.2 * seconds)
-        others += _of_workers(steady * feed.workers, plain, hand_over, feed.workers)
+        others += _of_workers(steady * feed.at_once(), plain, hand_over, feed.at_once())
     least = _LEAST * 1000 * alone
     return Stages(start, [stage for stage in others if stage.wall > least])
 
 
-def _of_workers(batch: float, plain: float, hand_over: float, workers: int) -> list[Stage]:
+def _of_workers(batch: float, plain: float, hand_over: float, at_once: float) -> list[Stage]:
     """The stages of a worker beside making a batch, which takes `plain` of the `batch` seconds that
     pass for one. What remains is waiting: for this process, if a batch is handed over more slowly
     than made, or for a core."""
@@ -66,8 +66,8 @@ def _of_workers(batch: float, plain: float, hand_over: float, workers: int) -> l
     if hand_over > plain:
         hand_over, rest = hand_over + rest, 0.0
     return [
-        _stage(HAND_OVER, 1000 * hand_over, workers),
-        _stage(CORE, 1000 * rest, workers),
+        _stage(HAND_OVER, 1000 * hand_over, at_once),
+        _stage(CORE, 1000 * rest, at_once),
     ]
 
 
@@ -75,12 +75,12 @@ def start_stage(feed: Feed, alone: float, plain: float) -> Stage:
     """What the beginning of an epoch adds to each of its batches: the time to the first one, less
     what any batch takes in a worker; `plain` seconds where the epoch is too short to show that.
     Nothing where workers persist, or the length of an epoch is unknown."""
-    once = getattr(feed.loader, "persistent_workers", False)
-    if once or not feed.length:
-        return Stage(START, 0.0, 0.0)
-    batch = alone * max(1, feed.workers) if feed.starts_apart() else plain
+    name = START if feed.workers else EPOCH
+    if getattr(feed.loader, "persistent_workers", False) or not feed.length:
+        return Stage(name, 0.0, 0.0)
+    batch = alone * feed.at_once() if feed.starts_apart() else plain
     each = 1000 * max(0.0, median(feed.starts) - batch) / feed.length
-    return Stage(START, each, each)
+    return Stage(name, each, each)
 
 
 def transfer_stage(batch: Any, device: torch.device | None) -> Stage | None:
@@ -104,9 +104,9 @@ def first_array(batch: Any) -> Any:
     return next((array for array in arrays if array.ndim), None)
 
 
-def _stage(name: str, ms: float, workers: int, where: str = "") -> Stage:
-    shared = 1 if name in (SAMPLER, PIN) else max(1, workers)  # those two run in this process
-    return Stage(name, ms, ms / shared, where)
+def _stage(name: str, ms: float, at_once: float, where: str = "") -> Stage:
+    alone = name in (SAMPLER, PIN)  # those two run in this process
+    return Stage(name, ms, ms if alone else ms / at_once, where)
 
 
 def _copy_seconds(batch: Any, device: torch.device) -> float:
@@ -121,7 +121,7 @@ def _profiled(feed: Feed, limit: float, seconds: float) -> tuple[dict[Call, floa
     profiler. Every second batch is profiled: neither finds files cached that the other has read."""
     profile, plain, ends = Profile(), [], time.perf_counter() + seconds
     with _in_this_process(feed.loader):
-        found = feed.loader if isinstance(feed.loader, DataLoader) else feed.found
+        found = feed.loader if own_loader(feed.loader) else feed.found
         batches = Feed(found, feed.name, limit)  # its first batch imports and opens files
         while not plain or time.perf_counter() < ends:
             started, outside = time.perf_counter(), batches.outside
@@ -137,7 +137,8 @@ def _profiled(feed: Feed, limit: float, seconds: float) -> tuple[dict[Call, floa
 def _in_this_process(loader: Any) -> Generator[None]:
     """Within the block, a DataLoader makes its batches in this process, and a function named
     `collate_fn` calls its own."""
-    if not isinstance(loader, DataLoader):
+    loader = own_loader(loader)
+    if loader is None:
         yield
         return
     before = {name: getattr(loader, name) for name in ("num_workers", "timeout", "collate_fn")}

@@ -31,7 +31,7 @@ def test_the_report_ends_with_the_verdict(script, capsys):
         """)
     assert main(["bottleneck", f"{path}:make", "--seconds", "0.3"]) == 0
     out, err = capsys.readouterr()
-    assert "20 batches an epoch, batches of 20 samples, 0 workers" in out
+    assert "20 batches an epoch, batches of 20 samples, num_workers=0" in out
     assert "no transfer: there is no accelerator" in out or torch.accelerator.is_available()
     assert "engines were not measured: TensorDataset holds no list of image files" in out
     assert out.split("\n\n")[-1].startswith("The loader gives ")
@@ -64,8 +64,8 @@ def test_loaders_of_any_kind_begin_anew_after_their_end(loader, script, capsys):
 @pytest.mark.parametrize(
     ("source", "text"),
     [
-        ("make = 3", "make: is a int; name a function that returns the loader"),
-        ("def make():\n    return 3", "make() returned a int; expected a loader"),
+        ("make = 3", "make: is an object of int; name a function that returns the loader"),
+        ("def make():\n    return 3", "make() returned an object of int; expected a loader"),
         ("def other():\n    pass", "has no 'make'; it has: other"),
         ("def make(path):\n    pass", "make() failed: TypeError: make() missing 1 required"),
         ("def make():\n    return []", "make: the loader is empty"),
@@ -110,7 +110,7 @@ def test_a_file_with_the_name_of_a_loaded_module_is_refused(tmp_path, monkeypatc
     ("step", "text"),
     [
         ("def step(batch):\n    raise ValueError('bad shape')", "the step failed: ValueError: bad"),
-        ("step = 3", "is a int; name a function"),
+        ("step = 3", "is an object of int; name a function"),
         ("def step(batch):\n    time.sleep(60)", "the step: not done after 0.5 s"),
     ],
 )
