@@ -1,6 +1,6 @@
 """A loader and a training step to look into: photos in folders, and a small ResNet.
 
-fastlab synth data/photos --classes 10 --per-class 200
+fastlab synth data/photos --classes 10 --per-class 100
 fastlab bottleneck examples/bottleneck.py:make_loader --step examples/bottleneck.py:train_step
 """
 
@@ -32,6 +32,7 @@ class Block(nn.Module):
         return torch.relu(self.body(x) + self.shortcut(x))
 
 
+torch.set_num_threads(1)  # on a CPU: one core for the step, another for the worker
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 model = nn.Sequential(
     Block(3, WIDTH),

@@ -51,7 +51,7 @@ def choose_sample(loader: Any, batch: Any) -> Sample:
     """Raises `UserError` with the reason why the loader's dataset cannot be converted."""
     dataset = getattr(loader, "dataset", None)
     paths = _paths(dataset)
-    name = type(dataset or loader).__name__
+    name = type(loader if dataset is None else dataset).__name__
     if not paths:
         raise UserError(f"{name} holds no list of image files (`samples`, as ImageFolder has)")
     odd = [path for path in paths if not path.lower().endswith(SUFFIXES)]

@@ -118,7 +118,8 @@ class Feed:
         iterator, self._iterator = self._iterator, iter(())
         for name in ("_shutdown_workers", "close"):  # of a DataLoader's iterator; of a generator
             getattr(iterator, name, _nothing)()
-        if loader := own_loader(self.loader):
+        loader = own_loader(self.loader)
+        if loader is not None:
             loader._iterator = None  # that of persistent workers
 
     def _next(self) -> Any:

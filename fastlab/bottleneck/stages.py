@@ -121,7 +121,7 @@ def _profiled(feed: Feed, limit: float, seconds: float) -> tuple[dict[Call, floa
     profiler. Every second batch is profiled: neither finds files cached that the other has read."""
     profile, plain, ends = Profile(), [], time.perf_counter() + seconds
     with _in_this_process(feed.loader):
-        found = feed.loader if own_loader(feed.loader) else feed.found
+        found = feed.found if own_loader(feed.loader) is None else feed.loader
         batches = Feed(found, feed.name, limit)  # its first batch imports and opens files
         while not plain or time.perf_counter() < ends:
             started, outside = time.perf_counter(), batches.outside

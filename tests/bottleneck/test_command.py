@@ -15,7 +15,7 @@ SLOW_WORKERS = """
             return 100
 
         def __getitem__(self, index):
-            time.sleep(60 if index > 8 else 0)
+            time.sleep(60 if index >= FIRST else 0)
             return torch.tensor(index)
 
     def make():
@@ -122,10 +122,11 @@ def test_a_step_that_cannot_be_measured_is_refused(step, text, script, capsys):
     assert text in err and len(err.splitlines()) == 1
 
 
-def test_a_loader_that_hangs_ends_in_a_line_and_leaves_no_process(refusal, monkeypatch):
+@pytest.mark.parametrize("first", [0, 9])
+def test_a_loader_that_hangs_ends_in_a_line_and_leaves_no_process(first, refusal, monkeypatch):
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
     before = set(multiprocessing.active_children())
-    err = refusal(SLOW_WORKERS, "--timeout", "0.5")
+    err = refusal(SLOW_WORKERS.replace("FIRST", str(first)), "--timeout", "0.5")
     assert "not done after 0.5 s; give it longer with --timeout SECONDS" in err
     assert set(multiprocessing.active_children()) == before
 
@@ -147,6 +148,7 @@ def test_code_that_repeats_on_every_error_is_stopped_as_well(refusal):
     assert "make: batch 0: not done after 0.3 s" in err
 
 
+@pytest.mark.multiprocess
 def test_persistent_workers_are_ended(look):
     before = set(multiprocessing.active_children())
     look("""

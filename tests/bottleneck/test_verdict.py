@@ -93,6 +93,7 @@ def test_a_loader_and_a_step_in_turns_are_told_that_workers_would_help(look):
         assert f"num_workers={found['cores']}" in found["advice"][0]
 
 
+@pytest.mark.multiprocess
 def test_workers_overlap_with_the_step(look):
     found = look("""
         class Slow(Dataset):
