@@ -58,7 +58,7 @@ def investigate(target: str, step_target: str | None, limit: float, seconds: flo
         target=target,
         samples=None if images is None else len(images),
         length=feed.length,
-        workers=getattr(feed.loader, "num_workers", None),
+        workers=None if feed.own is None else feed.workers,
         cores=cores(),
         rounds=rounds,
         start=start,

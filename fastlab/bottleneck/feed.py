@@ -63,7 +63,8 @@ class Feed:
         """What the user named: the loader, or the function that makes it."""
         self.loader, self._make = open_loader(found, name, limit)
         self.name, self._limit = name, limit
-        self.workers = getattr(self.loader, "num_workers", 0)
+        self.own = own_loader(self.loader)
+        self.workers = 0 if self.own is None else self.own.num_workers
         self.length = _length(self.loader)
         """Batches of an epoch; None until it is known."""
         self.starts: list[float] = []
@@ -118,9 +119,8 @@ class Feed:
         iterator, self._iterator = self._iterator, iter(())
         for name in ("_shutdown_workers", "close"):  # of a DataLoader's iterator; of a generator
             getattr(iterator, name, _nothing)()
-        loader = own_loader(self.loader)
-        if loader is not None:
-            loader._iterator = None  # that of persistent workers
+        if self.own is not None:
+            self.own._iterator = None  # that of persistent workers
 
     def _next(self) -> Any:
         with blamed(f"{self.name}: batch {self._given}", self._limit):

@@ -53,7 +53,7 @@ class Call(NamedTuple):
 
 
 class Profile:
-    """A context manager that profiles the code in its block; several blocks add up."""
+    """A context manager that profiles the code in its block."""
 
     def __init__(self) -> None:
         self._measured: defaultdict[Call, float] = defaultdict(float)
@@ -62,7 +62,6 @@ class Profile:
         self._last = 0.0
 
     def __enter__(self) -> Self:
-        del self._stack[1:]
         self._last = time.perf_counter()
         sys.setprofile(self._follow)
         return self
@@ -74,6 +73,12 @@ class Profile:
         trace: TracebackType | None,
     ) -> None:
         sys.setprofile(None)
+
+    def add(self, other: "Profile") -> None:
+        """Add the calls of another profile to this one's."""
+        for call, seconds in other._measured.items():
+            self._measured[call] += seconds
+            self._events[call] += other._events[call]
 
     def seconds(self, plain: float) -> dict[Call, float]:
         """What each function took itself. All that was profiled takes `plain` seconds without a

@@ -83,6 +83,8 @@ def _together(findings: Findings) -> str:
     count = findings.samples or 1
     rate = digits(count / (median(findings.rounds.both) + findings.start))
     why = "take turns" if _takes_turns(findings) else "compete for the cores"
+    if findings.device and findings.workers:
+        why = "do not overlap in full"
     gain = f"a loader that costs nothing would win {findings.verdict.gain:.1f} times"
     return f"Together they reach {rate}, since they {why}: {gain}."
 

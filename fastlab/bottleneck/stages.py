@@ -3,14 +3,15 @@
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
-from statistics import median
+from statistics import mean, median
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.data import DataLoader
 
-from fastlab.bottleneck.feed import Feed, own_loader
+from fastlab.bottleneck.feed import Feed
 from fastlab.bottleneck.handover import hand_over_seconds
 from fastlab.bottleneck.profile import PIN, SAMPLER, Call, Profile, costliest, shares
 from fastlab.bottleneck.rounds import synchronise
@@ -50,9 +51,9 @@ def measure_stages(feed: Feed, alone: float, limit: float, seconds: float) -> St
         _stage(name, 1000 * share * plain, feed.at_once(), costliest(took, name))
         for name, share in shares(took).items()
     ]
-    if feed.workers:
+    if feed.own is not None and feed.workers:
         steady = alone - (0 if feed.starts_apart() else start.wall / 1000)
-        hand_over = hand_over_seconds(feed.loader, feed.held, limit, 0.2 * seconds)
+        hand_over = hand_over_seconds(feed.own, feed.held, limit, 0.2 * seconds)
         others += _of_workers(steady * feed.at_once(), plain, hand_over, feed.at_once())
     least = _LEAST * 1000 * alone
     return Stages(start, [stage for stage in others if stage.wall > least])
@@ -118,26 +119,31 @@ def _copy_seconds(batch: Any, device: torch.device) -> float:
 
 def _profiled(feed: Feed, limit: float, seconds: float) -> tuple[dict[Call, float], float]:
     """What functions took to make batches in this process; and the seconds per batch without a
-    profiler. Every second batch is profiled: neither finds files cached that the other has read."""
-    profile, plain, ends = Profile(), [], time.perf_counter() + seconds
-    with _in_this_process(feed.loader):
-        found = feed.found if own_loader(feed.loader) is None else feed.loader
-        batches = Feed(found, feed.name, limit)  # its first batch imports and opens files
-        while not plain or time.perf_counter() < ends:
-            started, outside = time.perf_counter(), batches.outside
+    profiler. Every second batch is profiled: neither finds files cached that the other has read.
+    Where an epoch began meanwhile, nothing counts."""
+    profile, profiled, plain = Profile(), 0, []
+    with _in_this_process(feed.own):
+        ends = time.perf_counter() + seconds
+        batches = Feed(feed.found if feed.own is None else feed.own, feed.name, limit)
+        while not (plain and profiled) or time.perf_counter() < ends:
+            outside, started = batches.outside, time.perf_counter()
             batches.next()
-            plain.append(time.perf_counter() - started - (batches.outside - outside))
-            with profile:
+            if batches.outside == outside:
+                plain.append(time.perf_counter() - started)
+            outside, block = batches.outside, Profile()
+            with block:
                 batches.next()
+            if batches.outside == outside:
+                profile.add(block)
+                profiled += 1
         batches.close()
-    return profile.seconds(sum(plain)), median(plain)
+    return profile.seconds(profiled * mean(plain)), median(plain)
 
 
 @contextmanager
-def _in_this_process(loader: Any) -> Generator[None]:
+def _in_this_process(loader: DataLoader | None) -> Generator[None]:
     """Within the block, a DataLoader makes its batches in this process, and a function named
     `collate_fn` calls its own."""
-    loader = own_loader(loader)
     if loader is None:
         yield
         return

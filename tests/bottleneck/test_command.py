@@ -54,6 +54,8 @@ def test_a_module_is_found_from_the_working_directory(script, tmp_path, monkeypa
         "def loader():\n    return (torch.ones(2) for _ in range(50))",
         "def loader():\n    for _ in range(50):\n        yield {'x': torch.ones(2)}",
         "class loader:\n    def __iter__(self):\n        return iter([torch.ones(2)])",
+        "class loader:\n    num_workers = 8  # threads, say\n\n    def __iter__(self):\n"
+        "        return iter([torch.ones(2)] * 3)",
     ],
 )
 def test_loaders_of_any_kind_begin_anew_after_their_end(loader, script, capsys):

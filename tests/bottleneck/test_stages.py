@@ -206,6 +206,22 @@ def test_a_dataset_that_needs_its_workers_is_measured_without_stages(look):
     assert len(found["rounds"]["alone"]) >= 3
 
 
+def test_the_loader_of_accelerate_is_profiled_like_its_own(look):
+    found = look("""
+        from accelerate import Accelerator
+
+        def jitter(samples):
+            time.sleep(0.02)
+            return torch.stack([sample for (sample,) in samples])
+
+        def make():
+            loader = DataLoader(ONES, 4, collate_fn=jitter, num_workers=1)
+            return Accelerator(cpu=True).prepare(loader)
+        """)
+    assert costliest(found)["name"] == "collate"
+    assert costliest(found)["where"].startswith("sleep in jitter")
+
+
 def test_a_slow_copy_to_the_device_is_named(look, monkeypatch):
     copy = torch.Tensor.to
 

@@ -1,10 +1,13 @@
 """What limits: by known costs, and said only where the rounds agree."""
 
+from dataclasses import replace
 from statistics import median
 
 import pytest
 
+from fastlab.bottleneck.command import investigate
 from fastlab.bottleneck.rounds import Rounds
+from fastlab.bottleneck.sentences import verdict_line
 from fastlab.bottleneck.verdict import judge
 
 FAST = [0.010, 0.011, 0.010, 0.012, 0.011]
@@ -148,3 +151,24 @@ def test_a_short_epoch_counts_with_its_beginning(look):
     assert found["length"] == 2
     assert 0.1 / 2 <= median(found["rounds"]["alone"]) < 0.1
     assert found["stages"][0]["name"] == "worker start" and found["start"] == 0
+
+
+@pytest.mark.parametrize(
+    ("both", "workers", "device", "text"),
+    [
+        (FAST, 2, None, ""),
+        (SLOW, 0, None, "take turns"),
+        (SLOW, 2, None, "compete for the cores"),
+        (SLOW, 2, "cuda", "do not overlap in full"),
+    ],
+)
+def test_a_balance_is_said_with_what_both_reach_together(both, workers, device, text, script):
+    found = investigate(f"{script('make = DataLoader(ONES, 20)')}:make", None, 60, 0.1)
+    rounds = Rounds(FAST, FAST, both)
+    verdict = judge(rounds, 0.0)
+    changed = replace(
+        found, rounds=rounds, start=0.0, verdict=verdict, workers=workers, device=device
+    )
+    line = verdict_line(changed)
+    assert line.startswith("Balanced: the loader gives 1,818 samples/s and the step takes 1,818")
+    assert text in line and ("Together they reach 909" in line) == bool(text)
