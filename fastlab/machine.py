@@ -40,7 +40,7 @@ _RECORDED = (
     "torchvision",
     "triton",
 )
-_REQUIRED = ("torch", "torchvision", "accelerate", "numpy", "numba", "simplejpeg", "webdataset")
+_REQUIRED = ("torch", "torchvision", "accelerate", "numpy", "numba", "simplejpeg")
 
 
 def environment(processes: int) -> dict[str, Any]:

@@ -30,7 +30,6 @@ from fastlab.dataset.manifest import (
     Manifest,
     SplitInfo,
     check_hashes,
-    describe_file,
 )
 from fastlab.dataset.originals import (
     SUFFIXES,
@@ -145,9 +144,7 @@ def _write_format(
     directory."""
     if name == "array":
         return decoded.formats["array"]
-    write_format(name, inputs, options.settings, partial / name)
-    paths = sorted((partial / name).iterdir())
-    return {f"{name}/{path.name}": describe_file(path) for path in paths}
+    return write_format(name, inputs, options.settings, partial / name)
 
 
 def _finish(partial: Path, manifest: Manifest, formats: list[str]) -> None:

@@ -7,6 +7,7 @@ import mmap
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -20,9 +21,10 @@ from fastlab.console import UserError
 from fastlab.dataset import formats
 from fastlab.dataset.convert import Options, convert
 from fastlab.dataset.formats import Settings, array
-from fastlab.dataset.formats.tar import open_shards
+from fastlab.dataset.formats.tar import Shards, open_shards, parse_index
 from fastlab.dataset.manifest import FileInfo, check_hashes, read_manifest
 from fastlab.dataset.originals import Split
+from fastlab.orders import epoch_order
 from tests.packages import has
 
 needs_ffcv = pytest.mark.skipif(not has("ffcv"), reason="FFCV is not installed")
@@ -124,14 +126,62 @@ def test_an_existing_file_of_images_is_not_overwritten(tmp_path):
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves files to the collector
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_webdataset_reads_the_original_bytes(tarred, originals, split):
+def test_webdataset_reads_the_original_bytes_under_their_numbers(tarred, originals, split):
     import webdataset
 
     shards = sorted(map(str, (tarred / "tar").glob(f"{split}-*.tar")))
     samples = list(webdataset.WebDataset(shards, shardshuffle=False))
-    assert [sample["jpg"] for sample in samples] == originals[split]
-    assert [int(sample["cls"]) for sample in samples] == labels(tarred, split)
-    assert [int(sample["__key__"]) for sample in samples] == list(range(len(samples)))
+    rows = [int(sample["__key__"]) for sample in samples]
+    assert sorted(rows) == list(range(len(originals[split])))
+    assert [sample["jpg"] for sample in samples] == [originals[split][row] for row in rows]
+    assert [int(sample["cls"]) for sample in samples] == [
+        labels(tarred, split)[row] for row in rows
+    ]
+    assert open_shards(tarred, read_manifest(tarred), split).order.tolist() == rows
+
+
+def test_training_images_lie_in_a_mixed_order_and_the_others_in_their_own(tarred):
+    manifest = read_manifest(tarred)
+    train, val = (open_shards(tarred, manifest, split) for split in ("train", "val"))
+    assert val.order.tolist() == list(range(20))
+    for index in train.indexes:  # 20 images of each of four classes, 30 in a shard
+        counts = np.bincount(train.labels[index.rows], minlength=4)
+        assert counts.min() >= len(index.rows) / 4 - 5
+    again = epoch_order(80, 1 << 31, 0)
+    assert train.order.tolist() == again.tolist()
+
+
+def test_the_labels_lie_beside_the_shards(tarred):
+    for split in ("train", "val"):
+        stored = np.load(tarred / "tar" / f"{split}-labels.npy")
+        assert stored.dtype == np.int64 and stored.tolist() == labels(tarred, split)
+
+
+def test_tarfile_lists_what_was_written(tarred, originals):
+    for shard in (tarred / "tar").glob("*.tar"):
+        split = shard.name.partition("-")[0]
+        with tarfile.open(shard, "r:", errorlevel=2) as archive:
+            members = archive.getmembers()
+            assert {(m.mtime, m.mode, m.uid, m.isfile()) for m in members} == {(0, 0o444, 0, True)}
+            for label, image in zip(members[::2], members[1::2], strict=True):
+                row = int(image.name.removesuffix(".jpg"))
+                assert label.name == f"{row:08d}.cls"
+                assert archive.extractfile(image).read() == originals[split][row]
+        assert shard.stat().st_size == archive.offset + 2 * 512  # of zeros
+
+
+def test_images_larger_than_the_buffer_are_written_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats.tar, "_BUFFER", 4096)
+    with formats.direct.DirectFile(tmp_path / "large.tar") as file:
+        shard = formats.tar._Buffered(file)
+        contents = [bytes([size % 251]) * size for size in (0, 1, 511, 512, 4096, 30_000)]
+        starts = [shard.add(f"{i}.png", content) for i, content in enumerate(contents)]
+        shard.end()
+    whole = (tmp_path / "large.tar").read_bytes()
+    with tarfile.open(tmp_path / "large.tar") as archive:
+        assert [archive.extractfile(f"{i}.png").read() for i in range(6)] == contents
+        assert [member.offset_data for member in archive] == starts
+    assert file.info() == FileInfo(len(whole), xxh3_128(whole).hexdigest())
 
 
 def test_a_shard_holds_the_requested_number_of_images_and_each_can_be_read(tarred, originals):
@@ -144,7 +194,52 @@ def test_a_shard_holds_the_requested_number_of_images_and_each_can_be_read(tarre
     assert [shards[row].tobytes() for row in (79, 0, 30, 29)] == [
         originals["train"][row] for row in (79, 0, 30, 29)
     ]
-    assert check_hashes(tarred, manifest) == 4 + 2 * 3 + 2
+    assert check_hashes(tarred, manifest) == 4 + 2 * 3 + 2 + 2
+
+
+def test_shards_of_older_datasets_are_read(tmp_path, originals):
+    """Their images lie in the order of their numbers, and no file holds the labels."""
+    from webdataset.writer import TarWriter
+
+    paths = [tmp_path / "train-000000.tar", tmp_path / "train-000001.tar"]
+    for path, rows in zip(paths, (range(50), range(50, 80)), strict=True):
+        with path.open("wb") as file, TarWriter(file, encoder=False, mtime=0) as shard:
+            for row in rows:
+                label = str(row // 20).encode()
+                content = originals["train"][row]
+                shard.write({"__key__": f"{row:08d}", "jpg": content, "cls": label})
+        with tarfile.open(path) as archive:
+            entries = [f"{m.name[-3:]} {m.offset_data} {m.size} {m.name}" for m in archive]
+        lines = [f"{a} {b}" for a, b in zip(entries[::2], entries[1::2], strict=True)]
+        index = "\n".join([f"v1.2 {len(rows)}", *lines]) + "\n"
+        path.with_suffix(".idx").write_text(index)
+    shards = Shards(paths)
+    assert shards.order.tolist() == list(range(80))
+    assert shards.labels.tolist() == [row // 20 for row in range(80)]
+    assert [shards[row].tobytes() for row in range(80)] == originals["train"]
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        b"",
+        b"v1.3 1\ncls 512 1 00000000.cls jpg 1536 10 00000000.jpg\n",
+        b"v1.2 2\ncls 512 1 00000000.cls jpg 1536 10 00000000.jpg\n",
+        b"v1.2 1\ncls 512 1 00000000.cls jpg 1536 10 00000001.jpg\n",
+        b"v1.2 1\ncls 512 1 00000000.cls\n",
+    ],
+)
+def test_a_damaged_index_is_refused(index):
+    with pytest.raises(ValueError):
+        parse_index(index)
+
+
+def test_shards_that_lack_an_image_are_refused(tarred):
+    paths = sorted((tarred / "tar").glob("train-*.tar"))
+    with pytest.raises(ValueError, match="lack an image, or hold one twice"):
+        Shards(paths[1:])
+    with pytest.raises(ValueError, match="lack an image, or hold one twice"):
+        Shards([*paths, paths[0]])
 
 
 @needs_dali
@@ -168,8 +263,11 @@ def test_dali_reads_the_shards(tarred, originals):
         return tuple(fn.readers.webdataset(paths=paths, index_paths=indices, ext=["jpg", "cls"]))
 
     encoded, classes = read().run()
-    assert [encoded.at(i).tobytes() for i in range(80)] == originals["train"]
-    assert [int(classes.at(i).tobytes()) for i in range(80)] == labels(tarred, "train")
+    rows = open_shards(tarred, read_manifest(tarred), "train").order.tolist()
+    assert [encoded.at(i).tobytes() for i in range(80)] == [originals["train"][row] for row in rows]
+    assert [int(classes.at(i).tobytes()) for i in range(80)] == [
+        labels(tarred, "train")[row] for row in rows
+    ]
 
 
 @needs_ffcv
@@ -207,7 +305,9 @@ def test_a_format_is_added_without_touching_the_others(synth_source, tmp_path):
     assert written
     assert _versions(out / "array") == before
     manifest = read_manifest(out)
-    assert set(manifest.formats) == {"array", "tar"} and check_hashes(out, manifest) == 8
+    assert (
+        set(manifest.formats) == {"array", "tar"} and check_hashes(out, manifest) == 4 + 2 + 2 + 2
+    )
     whole = tmp_path / "whole"
     convert(synth_source, whole, Options(formats=("array", "tar")))
     assert read_manifest(whole).formats == manifest.formats
@@ -252,18 +352,18 @@ def test_a_missing_ffcv_is_reported_before_anything_is_decoded(
     assert list(tmp_path.iterdir()) == []
 
 
-def _stalls(source, folder, shard_images, name, tick):
+def _stalls(source, folder, encoding, name, tick):
     tick()
     if os.fork() == 0:
         (folder.parent.parent / "grandchild").write_text(str(os.getpid()))
     time.sleep(600)
 
 
-def _raises(source, folder, shard_images, name, tick):
+def _raises(source, folder, encoding, name, tick):
     raise OSError(28, "No space left on device")
 
 
-def _dies(source, folder, shard_images, name, tick):
+def _dies(source, folder, encoding, name, tick):
     os.kill(os.getpid(), 9)
 
 
@@ -294,10 +394,11 @@ def test_a_failing_writer_leaves_the_dataset_unchanged(
     out = tmp_path / "dataset"
     convert(synth_source, out, Options())
     before = (out / "manifest.json").read_bytes()
-    monkeypatch.setattr(formats.tar, "write_split", writer)
+    monkeypatch.setattr(formats.ffcv, "check_installed", lambda: None)
+    monkeypatch.setattr(formats.ffcv, "write_split", writer)
     monkeypatch.setattr(formats, "_STALL", 1.0)
     with pytest.raises(UserError, match=message):
-        convert(synth_source, out, Options(formats=("tar",)))
+        convert(synth_source, out, Options(formats=("ffcv",)))
     assert (out / "manifest.json").read_bytes() == before
     assert sorted(p.name for p in out.iterdir()) == ["array", "manifest.json"]
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []

@@ -38,8 +38,8 @@ from fastlab.cli import main
 sys.exit(main())
 """
 PLACES = {
-    "decoding": ("fastlab.dataset.formats.array", "_write", "convert", "--workers", "2"),
-    "a format's writer": ("fastlab.dataset.formats.tar", "write_split", "convert"),
+    "decoding": ("fastlab.dataset.formats.array", "_write_images", "convert", "--workers", "2"),
+    "the tar writer": ("fastlab.dataset.formats.tar", "_write_shard", "convert"),
     "the end": ("fastlab.dataset.convert", "_finish", "convert"),
     "synth": ("fastlab.dataset.synth", "_save", "synth"),
 }

@@ -19,6 +19,7 @@ from fastlab.console import UserError
 from fastlab.dataset.convert import Options, convert
 from fastlab.dataset.formats import Settings
 from fastlab.dataset.formats.array import open_array
+from fastlab.dataset.formats.tar import open_shards
 from fastlab.dataset.manifest import read_manifest
 from pipelines.dali import open_engine
 
@@ -199,17 +200,19 @@ def test_epochs_at_the_same_time_do_not_mix(dataset):
 
 def damage(dataset: Path, row: int, change) -> None:
     """Overwrite the bytes of a training image with ``change(bytes)``, cut to their number."""
-    path = dataset / "tar" / f"train-{row // 30:06d}.tar"
+    shards = open_shards(dataset, read_manifest(dataset), "train")
+    path = shards.paths[shards.where[row, 0]]
     index = path.with_suffix(".idx")
     lines = index.read_text().splitlines()
-    line = lines[1 + row % 30].split()
+    place = next(i for i, line in enumerate(lines) if f"{row:08d}.cls" in line)
+    line = lines[place].split()
     at = line.index("jpg")
     offset, size = int(line[at + 1]), int(line[at + 2])
     content = bytearray(path.read_bytes())
     changed = change(bytes(content[offset : offset + size]))[:size]
     content[offset : offset + len(changed)] = changed
     line[at + 2] = str(len(changed))
-    lines[1 + row % 30] = " ".join(line)
+    lines[place] = " ".join(line)
     path.write_bytes(content)
     index.write_text("\n".join(lines) + "\n")
 

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.base import BatchPlan, Shard, epoch_order
+from fastlab.orders import epoch_order
+from pipelines.base import BatchPlan, Shard
 
 QUICK = settings(max_examples=100, deadline=None, database=None, derandomize=True)
 SEEDS = st.integers(0, 2**31 - 1)

@@ -1,7 +1,7 @@
-"""The formats of a dataset directory, and the process that writes those beside ``array``.
+"""The formats of a dataset directory, and the process that writes ``ffcv``.
 
-``ffcv`` and ``tar`` are written by the libraries that they belong to, in a child process that is
-killed when it makes no progress (FFCV's writer waits forever once one of its processes has died).
+FFCV writes that itself, in a child process that is killed when it makes no progress: FFCV's writer
+waits forever once one of its processes has died.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ from typing import Any
 from fastlab.console import UserError
 from fastlab.dataset.formats import ffcv, tar
 from fastlab.dataset.formats.array import Source
+from fastlab.dataset.manifest import FileInfo, describe_file
 from fastlab.processes import die_with_parent
 
 FORMATS = ("array", "ffcv", "tar")
@@ -43,19 +44,27 @@ class Settings:
         return recorded.get(name, {})
 
 
-def write_format(name: str, source: Source, settings: Settings, folder: Path) -> None:
-    """Write the format `name`, "ffcv" or "tar", into the new directory `folder`.
+def write_format(
+    name: str, source: Source, settings: Settings, folder: Path
+) -> dict[str, FileInfo]:
+    """Write the format `name`, "ffcv" or "tar", into the new directory `folder`; return its files
+    by their paths in the dataset directory.
 
-    Raises `UserError` where the writer fails or makes no progress for `_STALL` seconds.
+    Raises OSError, and `UserError` where an original has changed, or FFCV's writer fails or makes
+    no progress for `_STALL` seconds.
     """
     folder.mkdir()
+    if name == "tar":
+        return tar.write_splits(source, settings.shard_images, folder)
+    _write_ffcv(source, settings.ffcv_encoding, folder)
+    return {f"ffcv/{path.name}": describe_file(path) for path in sorted(folder.iterdir())}
+
+
+def _write_ffcv(source: Source, encoding: str, folder: Path) -> None:
     fork = multiprocessing.get_context("fork")
     resource_tracker.ensure_running()  # not in the child's session: it outlives a kill of that
     done, problem = fork.Value("q", 0), fork.SimpleQueue()
-    if name == "ffcv":
-        write = functools.partial(ffcv.write_split, source, folder, settings.ffcv_encoding)
-    else:
-        write = functools.partial(tar.write_split, source, folder, settings.shard_images)
+    write = functools.partial(ffcv.write_split, source, folder, encoding)
     splits = list(source.originals.splits)
     child = fork.Process(target=_write_in_child, args=(write, splits, done, problem))
     child.start()
@@ -68,10 +77,10 @@ def write_format(name: str, source: Source, settings: Settings, folder: Path) ->
             child.kill()
         child.join()
     if not problem.empty():
-        raise UserError(f"--formats {name}: {problem.get()}")
+        raise UserError(f"--formats ffcv: {problem.get()}")
     if child.exitcode:
         raise UserError(
-            f"--formats {name}: its writer died or made no progress for {_STALL:.0f} s; run again"
+            f"--formats ffcv: its writer died or made no progress for {_STALL:.0f} s; run again"
         )
 
 

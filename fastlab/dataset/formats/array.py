@@ -1,18 +1,13 @@
 """The ``array`` format: the decoded images and the labels of each split as NumPy files.
 
 ``array/<split>-images.npy`` is uint8 [N, S, S, 3], RGB; ``array/<split>-labels.npy`` is int64 [N].
-The other formats are written from these images.
+The pixels start on a page. The other formats are written from these images.
 """
 
-import contextlib
-import errno
-import fcntl
 import itertools
 import mmap
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,10 +15,9 @@ import numpy as np
 
 from fastlab.console import UserError, printable
 from fastlab.dataset.archives import Tree, mark
-from fastlab.dataset.manifest import FileInfo, Manifest, check_labels, describe_file, new_hash
+from fastlab.dataset.formats.direct import PAGE, DirectFile
+from fastlab.dataset.manifest import FileInfo, Manifest, check_labels, describe_file
 from fastlab.dataset.originals import Originals, Split
-
-_HEADER = 4096  # bytes: the pixels start on a page
 
 
 @dataclass(frozen=True)
@@ -41,8 +35,12 @@ class Source:
     it."""
 
     def original(self, path: str) -> bytes:
-        """The bytes that were decoded. Raises `UserError` where the file changed since."""
-        data, stamp = self.tree.read(path)
+        """The bytes that were decoded. Raises `UserError` where the file changed since, or cannot
+        be read."""
+        try:
+            data, stamp = self.tree.read(path)
+        except OSError as error:
+            raise UserError(f"{printable(path)} cannot be read ({error})") from None
         before = self.marks[path]
         if [*mark(data, stamp)][: len(before)] != before:
             raise UserError(f"{printable(path)} changed while it was converted; run again")
@@ -76,40 +74,20 @@ def write_split(
 
 
 def _write_images(path: Path, images: int, side: int, pixels: Iterable[np.ndarray]) -> FileInfo:
-    """Write the blocks as one array, without the page cache: filling it took 5.7 s for the 1.35 GB
-    of Tiny ImageNet on a virtual machine whose disk takes them directly in 1.0 s."""
-    size, digest = 0, new_hash()
-    with path.open("xb", buffering=0) as file:
-        with contextlib.suppress(OSError):  # some file systems have no direct writes
-            fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) | os.O_DIRECT)
+    """Write the blocks as one array."""
+    with DirectFile(path) as file:
         for block in itertools.chain([_header(images, side)], pixels):
-            data = block.data.cast("B")
-            digest.update(data)
-            size += len(data)
-            _write(file, data)
-    return FileInfo(size, digest.hexdigest())
+            file.write(block.data.cast("B"))
+        return file.info()
 
 
 def _header(images: int, side: int) -> np.ndarray:
-    """The header of an ``.npy`` file: uint8 [_HEADER], in memory aligned as direct writes need."""
+    """The header of an ``.npy`` file: uint8 [PAGE], in memory aligned as direct writes need."""
     shape = f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({images}, {side}, {side}, 3), }}"
-    start = np.lib.format.magic(1, 0) + (_HEADER - 10).to_bytes(2, "little")
-    memory = mmap.mmap(-1, _HEADER)
-    memory.write(start + shape.ljust(_HEADER - 11).encode() + b"\n")
+    start = np.lib.format.magic(1, 0) + (PAGE - 10).to_bytes(2, "little")
+    memory = mmap.mmap(-1, PAGE)
+    memory.write(start + shape.ljust(PAGE - 11).encode() + b"\n")
     return np.frombuffer(memory, dtype=np.uint8)
-
-
-def _write(file: FileIO, data: memoryview) -> None:
-    """Write all of `data` (bytes). Direct writes end where one is refused: the length of the last
-    block is not a multiple of the disk's sectors, and a file system may demand more alignment."""
-    while data:
-        try:
-            data = data[os.write(file.fileno(), data) :]
-        except OSError as error:
-            flags = fcntl.fcntl(file, fcntl.F_GETFL)
-            if error.errno != errno.EINVAL or not flags & os.O_DIRECT:
-                raise
-            fcntl.fcntl(file, fcntl.F_SETFL, flags & ~os.O_DIRECT)
 
 
 def open_array(directory: Path, manifest: Manifest, split: str) -> Arrays:

@@ -1,61 +1,147 @@
 """The ``tar`` format: WebDataset shards of the original bytes, with DALI's index.
 
 Shards are ``tar/<split>-<number>.tar``. Image number i of the split (as in the ``array`` format) is
-the member ``<i, eight digits>.<jpg, png or webp>``, and ``<i>.cls`` is its label in ASCII. Beside
-each shard lies its ``.idx``, as DALI's wds2idx writes it: "v1.2 <samples>", then for each sample a
-line with extension, offset, size and name of each member.
+the member ``<i, eight digits>.<jpg, png or webp>``, and ``<i>.cls`` before it is its label in
+ASCII. The images of "train" lie in an order that is random but always the same, so that a reader of
+one shard after another meets all classes; those of the other splits lie in the order of their
+numbers. Beside each shard lies its ``.idx``, as DALI's wds2idx writes it: "v1.2 <samples>", then
+for each sample a line with extension, offset, size and name of each member.
+``tar/<split>-labels.npy`` is int64 [N], as in the ``array`` format.
 """
 
-import tarfile
-from collections.abc import Callable
+import mmap
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from fastlab.console import UserError
 from fastlab.dataset.formats.array import Source
-from fastlab.dataset.manifest import Manifest, check_labels
+from fastlab.dataset.formats.direct import DirectFile
+from fastlab.dataset.manifest import FileInfo, Manifest, check_labels, describe_file
+from fastlab.orders import epoch_order
+
+_BLOCK = 512  # bytes: every member starts at a multiple of it
+_END = bytes(2 * _BLOCK)
+_BUFFER = 8 << 20  # bytes that are written at once
+_SEED = 1 << 31  # of no training, whose order would otherwise be that of the shards
+# Of a header, by their place: mode, owner and group; time of the last change; all from the kind on.
+_OWNER = b"0000444\0" + b"0000000\0" * 2
+_TIME = b"%011o\0" % 0
+_REST = b"0".ljust(101, b"\0") + b"ustar\00000" + bytes(247)
+_SPACES = 8 * ord(" ")  # POSIX sums a header with spaces in place of its checksum
+# Of an index, all but the numbers of its lines: the bytes that become spaces.
+_NO_DIGITS = bytes(range(256)).translate(
+    bytes(byte if chr(byte) in "0123456789" else ord(" ") for byte in range(256))
+)
 
 
-def write_split(
-    source: Source, folder: Path, shard_images: int, name: str, tick: Callable[[], None]
-) -> None:
-    """Write the shards of split `name`; `tick` is called after each image. Raises OSError, and
-    `UserError` for an original that changed."""
-    images = len(source.originals.splits[name].paths)
-    for number, start in enumerate(range(0, images, shard_images)):
-        path = folder / f"{name}-{number:06d}.tar"
-        rows = range(start, min(start + shard_images, images))
-        _write_shard(source, name, rows, path, tick)
-        _write_index(path)
+def write_splits(source: Source, shard_images: int, folder: Path) -> dict[str, FileInfo]:
+    """Write the shards of all splits into `folder`; return its files by their paths in the dataset
+    directory. Raises OSError, and `UserError` for an original that changed."""
+    files: dict[str, FileInfo] = {}
+    total = sum(len(split.paths) for split in source.originals.splits.values())
+    with tqdm(total=total, unit="img", disable=None) as bar:
+        for name, split in source.originals.splits.items():
+            labels = folder / f"{name}-labels.npy"
+            np.save(labels, split.labels)
+            files[f"tar/{labels.name}"] = describe_file(labels)
+            order = _file_order(name, len(split.paths))
+            for number, start in enumerate(range(0, len(order), shard_images)):
+                path = folder / f"{name}-{number:06d}.tar"
+                rows = order[start : start + shard_images].tolist()
+                files |= _write_shard(source, name, rows, path)
+                bar.update(len(rows))
+    return files
 
 
-def _write_shard(
-    source: Source, name: str, rows: range, path: Path, tick: Callable[[], None]
-) -> None:
-    from webdataset.writer import TarWriter
+def _file_order(split: str, images: int) -> np.ndarray:
+    """The numbers of a split's images in the order of its shards: int64 [images]."""
+    return epoch_order(images, _SEED, 0) if split == "train" else np.arange(images)
 
-    split = source.originals.splits[name]
-    with path.open("wb") as file, TarWriter(file, encoder=False, mtime=0) as shard:
+
+def _write_shard(source: Source, name: str, rows: list[int], path: Path) -> dict[str, FileInfo]:
+    split, lines = source.originals.splits[name], [f"v1.2 {len(rows)}"]
+    with DirectFile(path) as file:
+        shard = _Buffered(file)
         for row in rows:
             suffix = split.paths[row].rpartition(".")[2].lower().replace("jpeg", "jpg")
-            data = source.original(split.paths[row])
-            label = str(split.labels[row]).encode()
-            shard.write({"__key__": f"{row:08d}", suffix: data, "cls": label})
-            tick()
+            data, label = source.original(split.paths[row]), b"%d" % split.labels[row]
+            entries = [
+                f"{kind} {shard.add(f'{row:08d}.{kind}', content)} {len(content)} {row:08d}.{kind}"
+                for kind, content in (("cls", label), (suffix, data))
+            ]
+            lines.append(" ".join(entries))
+        shard.end()
+        info = file.info()
+    index = path.with_suffix(".idx")
+    index.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return {f"tar/{path.name}": info, f"tar/{index.name}": describe_file(index)}
 
 
-def _write_index(shard: Path) -> None:
-    """Write the index that DALI's wds2idx would write, which needs a tar command and DALI."""
-    samples: dict[str, list[str]] = {}
-    with tarfile.open(shard, "r:") as archive:
-        for member in archive:
-            key, _, extension = member.name.partition(".")
-            entry = f"{extension} {member.offset_data} {member.size} {member.name}"
-            samples.setdefault(key, []).append(entry)
-    lines = [f"v1.2 {len(samples)}", *map(" ".join, samples.values())]
-    shard.with_suffix(".idx").write_text("\n".join(lines) + "\n", encoding="utf-8")
+class _Buffered:
+    """Writes the members of a shard in large parts, from memory that starts on a page."""
+
+    def __init__(self, file: DirectFile) -> None:
+        self._file, self._buffer = file, memoryview(mmap.mmap(-1, _BUFFER))
+        self._used = self._written = 0
+
+    def add(self, name: str, data: bytes) -> int:
+        """Add a file; return where its bytes start in the shard."""
+        self._put(_header(name.encode(), len(data)))
+        start = self._written + self._used
+        self._put(data)
+        self._put(bytes(-len(data) % _BLOCK))
+        return start
+
+    def end(self) -> None:
+        self._put(_END)
+        self._flush()
+
+    def _put(self, data: bytes) -> None:
+        rest = memoryview(data)
+        while rest:
+            part = rest[: _BUFFER - self._used]
+            self._buffer[self._used : self._used + len(part)] = part
+            self._used += len(part)
+            rest = rest[len(part) :]
+            if self._used == _BUFFER:
+                self._flush()
+
+    def _flush(self) -> None:
+        self._file.write(self._buffer[: self._used])
+        self._written, self._used = self._written + self._used, 0
+
+
+def _header(name: bytes, size: int) -> bytes:
+    """A header of the ustar format (POSIX.1-1988)."""
+    start = name.ljust(100, b"\0") + _OWNER + b"%011o\0" % size + _TIME
+    return start + b"%06o\0 " % (sum(start) + _SPACES + sum(_REST)) + _REST
+
+
+class ShardIndex(NamedTuple):
+    """What the index of a shard says of its n samples, in the order in which they lie there."""
+
+    rows: np.ndarray
+    """int64 [n]: the number of each image in its split."""
+    images: np.ndarray
+    """int64 [n, 2]: offset and size of each image in the shard, bytes."""
+    labels: np.ndarray
+    """int64 [n, 2]: likewise of the text that is its label."""
+
+
+def parse_index(index: bytes) -> ShardIndex:
+    """`index` is the content of the ``.idx`` file. Raises ValueError where it is damaged."""
+    head, _, lines = index.partition(b"\n")
+    if not head.startswith(b"v1.2 "):
+        raise ValueError("no index of version 1.2")
+    numbers = np.fromstring(lines.translate(_NO_DIGITS), dtype=np.int64, sep=" ")
+    numbers = numbers.reshape(int(head[5:]), 6)
+    if not np.array_equal(numbers[:, 2], numbers[:, 5]):
+        raise ValueError("an index in which a label has no image")
+    return ShardIndex(numbers[:, 5], numbers[:, 3:5], numbers[:, :2])
 
 
 class Shards:
@@ -64,20 +150,27 @@ class Shards:
     A pickled copy holds no memory maps: the process that unpickles it maps the shards again.
     """
 
-    def __init__(self, paths: list[Path]) -> None:
-        """Raises `ValueError`, `IndexError` or `OSError` where a shard does not fit its index."""
+    def __init__(self, paths: list[Path], labels: np.ndarray | None = None) -> None:
+        """`labels` (int64 [images], by the number of the image) are read from the shards where they
+        are not given. Raises `ValueError` or `OSError` where a shard does not fit its index."""
         self.paths = paths
         self._maps: list[np.ndarray] | None = None
-        indexes = [_read_index(path.with_suffix(".idx")) for path in paths]
-        self.labels = self._read_labels(indexes)
-        """int64 [images]"""
-        members = np.concatenate(indexes)
-        shard = np.repeat(np.arange(len(indexes)), [len(index) for index in indexes])
-        self.where = np.column_stack([shard, members[:, :2]])
+        self.indexes = [_read_index(path) for path in paths]
+        self.order = np.concatenate([index.rows for index in self.indexes])
+        """int64 [images]: the numbers of the images in the order in which they lie in the shards.
+        """
+        if not np.array_equal(np.sort(self.order), np.arange(len(self.order))):
+            raise ValueError("the shards lack an image, or hold one twice")
+        images = np.concatenate([index.images for index in self.indexes])
+        shard = np.repeat(np.arange(len(paths)), [len(index.rows) for index in self.indexes])
+        self.where = np.empty((len(images), 3), dtype=np.int64)
         """int64 [images, 3]: number of the shard, offset and size in it, bytes."""
+        self.where[self.order] = np.column_stack([shard, images])
+        self.labels = self._read_labels() if labels is None else labels
+        """int64 [images]"""
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.where)
 
     def __getitem__(self, row: int) -> np.ndarray:
         """The encoded bytes of image `row`: uint8, a view of the mapped file."""
@@ -95,15 +188,15 @@ class Shards:
             ]
         return self._maps
 
-    def _read_labels(self, indexes: list[np.ndarray]) -> np.ndarray:
-        labels = []
-        for path, shard, members in zip(self.paths, self._mapped(), indexes, strict=True):
-            ends = members[:, [0, 2]] + members[:, [1, 3]]
-            if members.min(initial=0) < 0 or ends.max(initial=0) > len(shard):
-                raise ValueError(f"{path.name} is shorter than its index says")
-            data = shard.data
-            labels += [int(bytes(data[at : at + size])) for at, size in members[:, 2:].tolist()]
-        return np.array(labels, dtype=np.int64)
+    def _read_labels(self) -> np.ndarray:
+        texts: Iterable[bytes] = (
+            bytes(shard.data[at : at + size])
+            for shard, index in zip(self._mapped(), self.indexes, strict=True)
+            for at, size in index.labels.tolist()
+        )
+        labels = np.empty(len(self.order), dtype=np.int64)
+        labels[self.order] = [int(text) for text in texts]
+        return labels
 
 
 def open_shards(directory: Path, manifest: Manifest, split: str) -> Shards:
@@ -116,18 +209,21 @@ def open_shards(directory: Path, manifest: Manifest, split: str) -> Shards:
         for name in manifest.formats["tar"]
         if name.startswith(f"tar/{split}-") and name.endswith(".tar")
     )
+    labels = f"tar/{split}-labels.npy"  # older datasets have none
     try:
-        shards = Shards([directory / name for name in names])
+        given = np.load(directory / labels) if labels in manifest.formats["tar"] else None
+        shards = Shards([directory / name for name in names], given)
         check_labels(shards.labels, manifest, split)
-    except (OSError, ValueError, IndexError, OverflowError) as error:
+        if len(shards) != len(shards.labels) or shards.labels.dtype != np.int64:
+            raise ValueError("the labels are not those of the images")
+    except (OSError, ValueError, EOFError, OverflowError) as error:
         raise UserError(f"{directory}/tar: damaged ({error}); convert again with --force") from None
     return shards
 
 
-def _read_index(path: Path) -> np.ndarray:
-    """int64 [samples, 4]: offset and size of each image, offset and size of its label. The label
-    comes first in each line, since webdataset sorts the members of a sample."""
-    _, *lines = path.read_text(encoding="utf-8").splitlines()
-    fields = (line.split() for line in lines)
-    rows = [(int(f[5]), int(f[6]), int(f[1]), int(f[2])) for f in fields]
-    return np.array(rows, dtype=np.int64).reshape(-1, 4)
+def _read_index(shard: Path) -> ShardIndex:
+    index = parse_index(shard.with_suffix(".idx").read_bytes())
+    ends = np.concatenate([index.images.sum(axis=1), index.labels.sum(axis=1)])
+    if ends.max(initial=0) > shard.stat().st_size or ends.min(initial=0) < 0:
+        raise ValueError(f"{shard.name} is shorter than its index says")
+    return index
