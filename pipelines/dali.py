@@ -231,10 +231,7 @@ def _fit(dali: Any, pixels: Any, images: _Images) -> Any:
         return dali.fn.crop(inside, crop=square, out_of_bounds_policy="pad", rounding="truncate")
     size = pixels.shape(dtype=dali.types.FLOAT)[:2]
     shorter = dali.fn.reductions.min(size)
+    start = dali.math.floor((size - shorter) / 2)
     return dali.fn.resize(
-        pixels,
-        size=square,
-        roi_start=(size - shorter) / 2,
-        roi_end=(size + shorter) / 2,
-        interp_type=cubic,
+        pixels, size=square, roi_start=start, roi_end=start + shorter, interp_type=cubic
     )

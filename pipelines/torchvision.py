@@ -1,7 +1,6 @@
 """torchvision: a DataLoader whose workers decode whole batches; on a GPU, batches by nvJPEG.
 
-It reads the ``tar`` format. On a CPU the pixels equal those of the ``array`` format where the
-originals have the dataset's size; others are resampled differently (antialiased bicubic). What
+It reads the ``tar`` format. On a CPU the pixels equal those of the ``array`` format. What
 torchvision would decode differently (EXIF rotations, 16 bits, CMYK) is left to the converter's
 decoder.
 """
@@ -17,13 +16,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_image, decode_jpeg
-from torchvision.transforms import v2
 
 from fastlab.config import DataConfig
 from fastlab.console import UserError, first_line
-from fastlab.dataset.decode import CorruptImage, decode_into, is_plain, padded_size
+from fastlab.dataset.decode import CorruptImage, decode_into, is_plain
 from fastlab.dataset.formats.tar import Shards, open_shards
 from fastlab.dataset.manifest import Manifest
+from fastlab.dataset.resize import fitted
 from fastlab.machine import cores
 from pipelines.engine import Decoded, ahead
 
@@ -185,11 +184,6 @@ def _decode(encoded: torch.Tensor, shape: _Shape) -> torch.Tensor:
 
 def _fit(image: torch.Tensor, shape: _Shape) -> torch.Tensor:
     """`image`, uint8 [3, H, W], as [3, S, S], in the way of `decode_into`."""
-    side, fit = shape
-    height, width = image.shape[1:]
-    if (height, width) == (side, side):
+    if image.shape[1:] == (shape.side, shape.side):
         return image
-    sizes = {"crop": [side], "squash": [side, side], "pad": [*padded_size(height, width, side)]}
-    bicubic = v2.InterpolationMode.BICUBIC
-    image = v2.functional.resize(image, sizes[fit], bicubic, antialias=True)
-    return v2.functional.center_crop(image, [side, side])
+    return fitted(image.permute(1, 2, 0), *shape).permute(2, 0, 1)

@@ -1,10 +1,14 @@
 """Blocks of images, decoded by worker processes into memory that they share with the parent."""
 
+import contextlib
+import importlib
 import itertools
 import math
 import mmap
 import multiprocessing
+import os
 import signal
+import sys
 from collections import deque
 from collections.abc import Generator
 from concurrent.futures import ProcessPoolExecutor
@@ -16,7 +20,7 @@ from tqdm import tqdm
 
 from fastlab.console import UserError
 from fastlab.dataset.archives import Tree, mark
-from fastlab.dataset.decode import decode_into
+from fastlab.dataset.decode import decode_into, read_header
 from fastlab.dataset.originals import Originals
 from fastlab.processes import check_address_space, die_with_parent
 
@@ -93,6 +97,7 @@ def decoded_blocks(
     workers = min(workers, len(tasks))
     shape = (_SLOTS * workers, size, side, side, 3)
     slots = np.frombuffer(mmap.mmap(-1, math.prod(shape)), dtype=np.uint8).reshape(shape)
+    _import_resizing(tree, originals, side)
     fork = multiprocessing.get_context("fork")
     inherited = _Inherited(tree, originals, fit, slots)
     others = set(multiprocessing.active_children())
@@ -108,6 +113,14 @@ def decoded_blocks(
         for child in set(multiprocessing.active_children()) - others:
             child.kill()  # of a pool of which only a part started
             child.join()
+
+
+def _import_resizing(tree: Tree, originals: Originals, side: int) -> None:
+    """Import what resizes images, if the first of them needs it: it takes seconds and memory, which
+    the workers then share. Another image that needs it has its worker import it."""
+    with contextlib.suppress(OSError, ValueError):  # the worker reports that the image is corrupt
+        if read_header(tree.read(originals.splits["train"].paths[0])[0], side).fitted:
+            importlib.import_module("fastlab.dataset.resize")
 
 
 def _in_order(tasks: list[_Task], pool: ProcessPoolExecutor, slots: np.ndarray) -> Generator[Block]:
@@ -129,6 +142,10 @@ def _start(inherited: _Inherited) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _inherited = inherited
+    # Of torch, where it resizes images: the threads of its parent do not exist here.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
 
 
 def _decode(task: _Task, slot: int) -> Report:

@@ -49,8 +49,8 @@ def decode_into(data: bytes, out: np.ndarray, fit: str = "crop") -> Decoded:
     JPEGs go straight through libjpeg-turbo, with the same pixels as Pillow's, but where bytes are
     missing and Pillow would invent pixels the image is refused. Pillow decodes PNG, WebP and JPEGs
     of four channels or with metadata that may hold an orientation, which it applies. Images of
-    other sizes are resized, bicubic: by "crop" the shorter side to S, of which the centre is kept;
-    by "squash" both sides; by "pad" the longer side, with black beside the image.
+    other sizes are resized by `resize.fitted`: by "crop" the square in their centre; by "squash"
+    both sides; by "pad" the longer side, with black beside the image.
 
     Raises `CorruptImage`.
     """
@@ -116,7 +116,7 @@ def _decode_unknown(data: bytes, out: np.ndarray, fit: str) -> Decoded:
         return _decode_with_pillow(data, out, fit)
     decoded = Decoded(space == "Gray", pixels.shape != out.shape)
     if decoded.fitted:
-        out[:] = _fit(Image.fromarray(pixels), out.shape[0], fit)
+        _fit(pixels, out, fit)
     elif len(_plain) < _MAX_HEADERS:
         _plain[data[:scan]] = decoded
     return decoded
@@ -135,6 +135,22 @@ def is_plain(data: bytes) -> bool:
     # After the bit depth, an orientation may come as EXIF or XMP in three kinds of chunks.
     png = data[:4] == b"\x89PNG" and data[24:25] in (b"\1", b"\2", b"\4", b"\x08")
     return png and not any(kind in data for kind in _PNG_METADATA)
+
+
+def read_header(data: bytes, side: int) -> Decoded:
+    """What `decode_into` gives for a whole image in a dataset of this `side`, from its header.
+
+    Raises `CorruptImage` where the header is damaged or announces too many pixels.
+    """
+    try:
+        if data[:2] == b"\xff\xd8":
+            height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+            _check_pixels(int(height), int(width))
+            return Decoded(space == "Gray", (height, width) != (side, side))
+    except ValueError as error:
+        raise CorruptImage(str(error)) from None
+    with _opened(data, _FORMATS) as image:
+        return _described(image, side)
 
 
 def _plain_until(jpeg: bytes) -> int:
@@ -162,21 +178,33 @@ def _check_pixels(height: int, width: int) -> None:
 def _decode_with_pillow(
     data: bytes, out: np.ndarray, fit: str, formats: tuple[str, ...] = _FORMATS
 ) -> Decoded:
+    with _opened(data, formats) as image:
+        if image.format == "PNG":
+            # The checksum of every chunk: while it decodes, Pillow checks only some.
+            Image.open(io.BytesIO(data), formats=("PNG",)).verify()
+        if image.format == "TIFF" and image.mode in ("I", "F"):
+            raise CorruptImage("32 bits a channel; save it with 8 or 16")
+        decoded = _described(image, out.shape[0])
+        _fit(_upright(image), out, fit)
+        return decoded
+
+
+def _described(image: Image.Image, side: int) -> Decoded:
+    grey = image.mode in ("1", "L", "LA", "I", "I;16", "F")
+    return Decoded(grey, image.size != (side, side))
+
+
+@contextmanager
+def _opened(data: bytes, formats: tuple[str, ...]) -> Generator[Image.Image]:
+    """The image, of which Pillow has read the header. Raises `CorruptImage` for all that is wrong
+    with it within the block."""
     try:
         with warnings.catch_warnings():
-            # A decompression bomb is refused below; warnings of EXIF or ICC concern no pixels.
+            # A decompression bomb is refused here; warnings of EXIF or ICC concern no pixels.
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=formats) as image:
                 _check_pixels(image.height, image.width)
-                if image.format == "PNG":
-                    # The checksum of every chunk: while it decodes, Pillow checks only some.
-                    Image.open(io.BytesIO(data), formats=("PNG",)).verify()
-                if image.format == "TIFF" and image.mode in ("I", "F"):
-                    raise CorruptImage("32 bits a channel; save it with 8 or 16")
-                grey = image.mode in ("1", "L", "LA", "I", "I;16", "F")
-                decoded = Decoded(grey, image.size != out.shape[:2])
-                out[:] = _fit(image, out.shape[0], fit)
-                return decoded
+                yield image
     except CorruptImage:
         raise
     except UnidentifiedImageError:
@@ -185,27 +213,22 @@ def _decode_with_pillow(
         raise CorruptImage(first_line(error)) from None
 
 
-def _fit(image: Image.Image, side: int, fit: str) -> np.ndarray:
-    """uint8 [side, side, 3], upright."""
+def _upright(image: Image.Image) -> np.ndarray:
+    """uint8 [H, W, 3], turned as its metadata says."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         # 16-bit greyscale, which Pillow's conversion would clip at 255 instead of scaling.
         scaled = np.asarray(image, dtype=np.float64) / 65535 * 255
         image = Image.fromarray(scaled.round().astype(np.uint8))
-    image = image.convert("RGB")
-    if image.size == (side, side):
-        return np.asarray(image)
-    if fit == "crop":
-        return np.asarray(ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC))
-    height, width = padded_size(image.height, image.width, side) if fit == "pad" else (side, side)
-    pixels = np.zeros((side, side, 3), dtype=np.uint8)
-    top, left = (side - height) // 2, (side - width) // 2
-    resized = image.resize((width, height), Image.Resampling.BICUBIC)
-    pixels[top : top + height, left : left + width] = resized
-    return pixels
+    return np.array(image.convert("RGB"))
 
 
-def padded_size(height: int, width: int, side: int) -> tuple[int, int]:
-    """Height and width, in pixels, whose longer one is `side`; by "pad", black surrounds them."""
-    longer = max(height, width)
-    return max(1, round(height * side / longer)), max(1, round(width * side / longer))
+def _fit(pixels: np.ndarray, out: np.ndarray, fit: str) -> None:
+    """Write `pixels` (uint8 [H, W, 3]) into `out`, resized where they have another size."""
+    if pixels.shape != out.shape:
+        import torch  # takes a second, which images of the dataset's size need not wait for
+
+        from fastlab.dataset.resize import fitted
+
+        pixels = fitted(torch.from_numpy(pixels), out.shape[0], fit).numpy()
+    out[:] = pixels
