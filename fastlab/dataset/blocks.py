@@ -28,6 +28,7 @@ _BLOCK = 512  # images: some milliseconds of work
 _BLOCK_BYTES = 6 << 20
 _SLOTS = 3  # blocks per worker that may be decoded before the parent has taken them
 _STRIPE = 256  # rows that are summed in 16 bits, which hold the sum of 257 values
+_ROW = 512  # pixels, at most
 
 
 class Report(NamedTuple):
@@ -173,12 +174,17 @@ def channel_sums(pixels: np.ndarray) -> np.ndarray:
     The sums of short columns fit in narrow integers: numpy is slow to widen while it sums.
     """
     side = pixels.shape[1]
-    rows = pixels.reshape(-1, 3 * side * math.gcd(side, 8))
+    # Rows of several image lines, and stripes of them that fit a core's cache.
+    lines = math.gcd(side, 1 << max(1, _ROW // side).bit_length() - 1)
+    rows = pixels.reshape(-1, 3 * side * lines)
     sums = np.zeros((2, rows.shape[1]), dtype=np.int64)
+    stripe = np.empty((_STRIPE, rows.shape[1]), dtype=np.uint16)
     for first in range(0, len(rows), _STRIPE):
-        values = rows[first : first + _STRIPE].astype(np.uint16)
+        values = stripe[: len(rows) - first]
+        values[:] = rows[first : first + _STRIPE]
         sums[0] += values.sum(axis=0, dtype=np.uint16)
-        sums[1] += (values * values).sum(axis=0, dtype=np.uint32)
+        values *= values
+        sums[1] += values.sum(axis=0, dtype=np.uint32)
     return sums.reshape(2, -1, 3).sum(axis=1)
 
 
