@@ -109,6 +109,11 @@ def _convert_options(parser: ArgumentParser) -> None:
     add("--fit", default="crop", metavar="crop|squash|pad", help=fit)
     corrupt = "skip: leave corrupt images out; the manifest and reports name and count them"
     add("--on-corrupt", default="error", metavar="error|skip", help=corrupt)
+    undecoded = (
+        "with --formats tar: copy the originals at the speed of the disk and read their headers "
+        "alone; the training that decodes a damaged image then names it"
+    )
+    add("--undecoded", action="store_true", help=undecoded)
     add("--force", action="store_true", help="replace another dataset")
 
 
@@ -129,6 +134,7 @@ def _convert(args: Namespace) -> None:
         val_fraction=args.val_fraction,
         fit=args.fit,
         on_corrupt=args.on_corrupt,
+        undecoded=args.undecoded,
         force=args.force,
     )
     with interrupted_by_signals():

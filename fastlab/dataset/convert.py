@@ -8,29 +8,20 @@ import contextlib
 import errno
 import itertools
 import os
-import platform
 import shutil
 from collections.abc import Generator, Iterable
 from dataclasses import replace
-from datetime import UTC, datetime
-from importlib.metadata import version
 from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
 
-import fastlab
 from fastlab.console import UserError, printable, tell
 from fastlab.dataset.archives import Tree, open_tree
-from fastlab.dataset.blocks import Block, Report, decoded_blocks, mean_and_std
+from fastlab.dataset.blocks import Block, Report, decoded_blocks
+from fastlab.dataset.describe import Found, new_manifest, refuse, statistics
 from fastlab.dataset.formats import FORMATS, array, write_format
-from fastlab.dataset.manifest import (
-    NAME,
-    FileInfo,
-    Manifest,
-    SplitInfo,
-    check_hashes,
-)
+from fastlab.dataset.manifest import NAME, FileInfo, Manifest, check_hashes
 from fastlab.dataset.originals import (
     SUFFIXES,
     Originals,
@@ -45,6 +36,7 @@ from fastlab.dataset.request import (
     make_request,
     read_stamps,
 )
+from fastlab.dataset.undecoded import copy
 from fastlab.files import (
     check_free,
     check_replaceable,
@@ -91,27 +83,19 @@ def _convert(source: Path, out: Path, options: Options, partial: Path) -> tuple[
     missing = [name for name in options.formats if not old or name not in old.formats]
     if old and not missing:
         return old, False
-    if originals.ignored:
-        tell(
-            f"{printable(str(source))}: skipped {len(originals.ignored)} files that are not "
-            f"{', '.join(SUFFIXES)}, such as {printable(originals.ignored[0])}"
-        )
-    if old and "array" in old.formats:  # the other formats are written from it
-        check_hashes(out, replace(old, formats={"array": old.formats["array"]}))
-        decoded, folder = old, out / "array"
-        seen = _by_path(originals, marks)
+    _report_ignored(originals, source)
+    if options.undecoded:
+        manifest = copy(tree, originals, source, options, partial)
     else:
-        decoded, seen = _decode(tree, originals, source, options, partial)
-        folder = partial / "array"
-    kept = originals.without(decoded.skipped)
-    inputs = array.Source(tree, kept, folder, options.image_size, seen)
-    formats = {name: _write_format(name, decoded, inputs, options, partial) for name in missing}
-    base = old or replace(decoded, formats={})
-    manifest = replace(
-        base,
-        formats=base.formats | formats,
-        settings=base.settings | {name: options.settings.of(name) for name in missing},
-    )
+        if old and "array" in old.formats:  # the other formats are written from it
+            decoded, inputs = old, _reopen(tree, originals, out, old, marks)
+        else:
+            decoded, inputs = _decode(tree, originals, source, options, partial)
+        base = old or replace(decoded, formats={})
+        formats = {name: _write_format(name, decoded, inputs, options, partial) for name in missing}
+        manifest = replace(base, formats=base.formats | formats)
+    settings = {name: options.settings.of(name) for name in missing}
+    manifest = replace(manifest, settings=manifest.settings | settings)
     _finish(partial, manifest, missing)
     if old:
         _add_into_place(partial, out, missing)
@@ -121,20 +105,31 @@ def _convert(source: Path, out: Path, options: Options, partial: Path) -> tuple[
     return manifest, True
 
 
+def _report_ignored(originals: Originals, source: Path) -> None:
+    if originals.ignored:
+        tell(
+            f"{printable(str(source))}: skipped {len(originals.ignored)} files that are not "
+            f"{', '.join(SUFFIXES)}, such as {printable(originals.ignored[0])}"
+        )
+
+
+def _reopen(
+    tree: Tree, originals: Originals, out: Path, old: Manifest, stamps: dict[str, np.ndarray]
+) -> array.Source:
+    """What the other formats of the dataset `out` are written from. Raises `UserError` where its
+    ``array`` format is damaged."""
+    check_hashes(out, replace(old, formats={"array": old.formats["array"]}))
+    if old.skipped:
+        kept = originals.without(old.skipped)
+        return array.Source(tree, kept, out / "array", old.image_size, read_stamps(tree, kept))
+    return array.Source(tree, originals, out / "array", old.image_size, stamps)
+
+
 def _check_place(out: Path, options: Options) -> None:
     if options.force:
         check_replaceable(out, "dataset directory", NAME, (NAME, *FORMATS).__contains__)
     else:
         check_free(out)
-
-
-def _by_path(originals: Originals, marks: dict[str, np.ndarray]) -> dict[str, list[int]]:
-    """`marks`: int64 [images, n] of each split."""
-    return {
-        path: mark
-        for name, split in originals.splits.items()
-        for path, mark in zip(split.paths, marks[name].tolist(), strict=True)
-    }
 
 
 def _write_format(
@@ -175,9 +170,9 @@ def _select(originals: Originals, options: Options) -> Originals:
 
 def _decode(
     tree: Tree, originals: Originals, source: Path, options: Options, partial: Path
-) -> tuple[Manifest, dict[str, list[int]]]:
+) -> tuple[Manifest, array.Source]:
     """Write the ``array`` format into `partial`; return the manifest of a dataset of just that, and
-    the `mark` of each image by its path."""
+    what the other formats are written from."""
     whole, side = originals, options.image_size
     files, reports = _write_images(tree, originals, options, partial)
     skipped = _corrupt(reports) if options.on_corrupt == "skip" else {}
@@ -186,40 +181,20 @@ def _decode(
         originals = originals.without(skipped)
         check_counts(originals, f"{source}, without {len(skipped)} corrupt images")
         files, reports = _write_images(tree, originals, options, partial)
-    _refuse(_corrupt(reports))
+    refuse(_corrupt(reports))
     marks = {name: np.concatenate([r.marks for r in each]) for name, each in reports.items()}
+    sums = [report.sums for report in reports["train"]]
+    mean_std = statistics(sums, len(originals.splits["train"].paths) * side * side)
     stamps = {name: each[:, :2] for name, each in marks.items()}
-    mean, std = _statistics(reports["train"], len(originals.splits["train"].paths) * side * side)
-    manifest = Manifest(
-        name=_dataset_name(source),
-        classes=originals.classes,
-        image_size=side,
-        splits={
-            name: _split_info(originals, name, reports[name], stamps[name])
-            for name in originals.splits
-        },
-        mean=mean,
-        std=std,
-        formats={"array": files},
-        skipped=skipped,
-        request=make_request(whole, read_stamps(tree, whole) if skipped else stamps, options),
-        versions=_versions(),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        fit=options.fit,
-    )
-    return manifest, _by_path(originals, marks)
+    request = make_request(whole, read_stamps(tree, whole) if skipped else stamps, options)
+    found = {name: _found(each, marks[name]) for name, each in reports.items()}
+    manifest = new_manifest(source, originals, found, mean_std, request, options)
+    inputs = array.Source(tree, originals, partial / "array", side, marks)
+    return replace(manifest, formats={"array": files}, skipped=skipped), inputs
 
 
-def _statistics(reports: list[Report], pixels: int) -> tuple[list[float], list[float]]:
-    """`mean_and_std` of the training images. Raises `UserError` for a deviation of 0, by which no
-    image can be divided."""
-    mean, std = mean_and_std(np.sum([report.sums for report in reports], axis=0), pixels)
-    if min(std) == 0:
-        raise UserError(
-            f"the {('red', 'green', 'blue')[std.index(0)]} channel of every training image has the "
-            f"same value everywhere, so it cannot be normalised; convert other images"
-        )
-    return mean, std
+def _found(reports: list[Report], marks: np.ndarray) -> Found:
+    return Found(marks[:, 0], sum(r.greyscale for r in reports), sum(r.fitted for r in reports))
 
 
 def _write_images(
@@ -252,38 +227,3 @@ def _corrupt(reports: dict[str, list[Report]]) -> dict[str, str]:
     """Path of each corrupt image -> what is wrong with it."""
     every = itertools.chain.from_iterable(reports.values())
     return {path: problem for report in every for path, problem in report.corrupt}
-
-
-def _refuse(corrupt: dict[str, str]) -> None:
-    if corrupt:
-        shown = "; ".join(f"{printable(path)} ({why})" for path, why in list(corrupt.items())[:5])
-        raise UserError(
-            f"corrupt images: {len(corrupt)}, such as {shown}; fix them, or skip them with "
-            f"--on-corrupt skip"
-        )
-
-
-def _split_info(
-    originals: Originals, name: str, reports: list[Report], stamps: np.ndarray
-) -> SplitInfo:
-    """`stamps`: int64 [images, 2]."""
-    counts = np.bincount(originals.splits[name].labels, minlength=len(originals.classes))
-    return SplitInfo(
-        images=int(counts.sum()),
-        per_class_min=int(counts.min()),
-        per_class_max=int(counts.max()),
-        greyscale=sum(report.greyscale for report in reports),
-        original_bytes=int(stamps[:, 0].sum()),
-        largest_original=int(stamps[:, 0].max()),
-        fitted=sum(report.fitted for report in reports),
-    )
-
-
-def _dataset_name(source: Path) -> str:
-    name = source.resolve().name.split(".")[0]
-    return name.encode(errors="surrogateescape").decode(errors="replace")
-
-
-def _versions() -> dict[str, str]:
-    packages = {name: version(name) for name in ("numpy", "pillow", "simplejpeg")}
-    return {"fastlab": fastlab.__version__, "python": platform.python_version(), **packages}

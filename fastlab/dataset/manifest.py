@@ -299,6 +299,7 @@ def table(manifest: Manifest) -> str:
         f"dataset     {printable(manifest.name)}, {len(manifest.classes)} classes, "
         f"{side}x{side} RGB, converted {printable(manifest.created)}",
         *_fitting(manifest),
+        *_copying(manifest),
         f"mean, std   {_numbers(manifest.mean)}   {_numbers(manifest.std)}",
         "",
         f"{'split':<8}{'images':>10}{'per class':>12}{'greyscale':>11}"
@@ -332,6 +333,14 @@ def _fitting(manifest: Manifest) -> list[str]:
     }
     originals = f"{fitted:,} originals of another size"
     return [f"fit         {manifest.fit}: {originals}, {how[manifest.fit]}"] if fitted else []
+
+
+def _copying(manifest: Manifest) -> list[str]:
+    """The line of the table that says what an undecoded conversion did not look at."""
+    if not manifest.request.get("undecoded"):
+        return []
+    sampled = manifest.request["sampled"]
+    return [f"undecoded   only headers were read; mean and std are those of {sampled:,} images"]
 
 
 def _numbers(values: list[float]) -> str:

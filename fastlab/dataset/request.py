@@ -15,7 +15,8 @@ from fastlab.dataset.originals import Originals
 # Options that do not change what is converted, only how or into which formats.
 _NO_IDENTITY = ("force", "workers", "formats", "settings", "on_corrupt")
 # Recorded only where they are used, so that datasets from before they existed compare equal.
-_ADDED = {"fit": "crop", "val_fraction": 0.0}
+_ADDED = {"fit": "crop", "val_fraction": 0.0, "undecoded": False}
+_SAMPLE = 5000  # training images that an undecoded conversion decodes
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Options:
     """How images of another size are fitted: one of `FITS`."""
     on_corrupt: str = "error"
     """"skip": convert the other images, and record the corrupt ones in the manifest."""
+    undecoded: bool = False
+    """Copy the originals into `tar` shards, and decode no more than a sample of them."""
     force: bool = False
 
 
@@ -71,6 +74,10 @@ def check_options(options: Options) -> None:
         raise UserError(f"--val-fraction {options.val_fraction}: expected more than 0, less than 1")
     if options.val_fraction and options.holdout:
         raise UserError("--val-fraction and --holdout: choose one of them")
+    if options.undecoded and options.formats != ("tar",):
+        raise UserError("--undecoded: the other formats hold decoded images; add --formats tar")
+    if options.undecoded and options.on_corrupt == "skip":
+        raise UserError("--undecoded: finds no corrupt images to skip; convert without it")
     if options.on_corrupt not in ("error", "skip"):
         raise UserError(f"--on-corrupt {options.on_corrupt}: expected error or skip")
     for name in ("workers", "limit_per_class", "holdout", "seed"):
@@ -93,8 +100,15 @@ def make_request(
         for key, value in asdict(options).items()
         if key not in _NO_IDENTITY and (key not in _ADDED or value != _ADDED[key])
     }
+    if options.undecoded:
+        values["sampled"] = sampled(originals)
     values["seed"] = options.seed if options.holdout or options.val_fraction else 0
     return {"layout": originals.layout, **values, "originals_xxh128": digest.hexdigest()}
+
+
+def sampled(originals: Originals) -> int:
+    """The number of training images that an undecoded conversion decodes for their statistics."""
+    return min(_SAMPLE, len(originals.splits["train"].paths))
 
 
 def existing_dataset(out: Path, request: dict[str, Any], options: Options) -> Manifest:

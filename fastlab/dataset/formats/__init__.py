@@ -55,7 +55,7 @@ def write_format(
     """
     folder.mkdir()
     if name == "tar":
-        return tar.write_splits(source, settings.shard_images, folder)
+        return tar.write_splits(source.originals, source.original, settings.shard_images, folder)
     _write_ffcv(source, settings.ffcv_encoding, folder)
     return {f"ffcv/{path.name}": describe_file(path) for path in sorted(folder.iterdir())}
 

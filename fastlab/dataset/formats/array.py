@@ -30,18 +30,18 @@ class Source:
     """Folder of the ``array`` format."""
     side: int
     """Side of the images, pixels."""
-    marks: dict[str, list[int]]
-    """Path of each original -> its `mark`, or just its stamp where an earlier conversion decoded
-    it."""
+    marks: dict[str, np.ndarray]
+    """Split -> the `mark` of each original, int64 [images, 3], or just their stamps, int64 [images,
+    2], where an earlier conversion decoded them."""
 
-    def original(self, path: str) -> bytes:
+    def original(self, split: str, row: int) -> bytes:
         """The bytes that were decoded. Raises `UserError` where the file changed since, or cannot
         be read."""
+        path, before = self.originals.splits[split].paths[row], self.marks[split][row].tolist()
         try:
             data, stamp = self.tree.read(path)
         except OSError as error:
             raise UserError(f"{printable(path)} cannot be read ({error})") from None
-        before = self.marks[path]
         if [*mark(data, stamp)][: len(before)] != before:
             raise UserError(f"{printable(path)} changed while it was converted; run again")
         return data

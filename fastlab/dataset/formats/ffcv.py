@@ -17,7 +17,6 @@ from fastlab.console import UserError, first_line, printable
 from fastlab.dataset.decode import is_plain
 from fastlab.dataset.formats.array import Source
 from fastlab.dataset.manifest import Manifest, check_labels
-from fastlab.dataset.originals import Split
 from fastlab.machine import FFCV_MISSING
 
 ENCODINGS = ("raw", "jpeg")
@@ -79,12 +78,12 @@ def write_split(
     images: Callable[[int], Any] = source.pixels(name).__getitem__
     given = images
     if encoding == "jpeg":
-        _check_jpegs(source, split, tick)
+        _check_jpegs(source, name, tick)
         # The field would encode pixels a second time. Readers know its type, so the type stays.
         image.encode = _pass_through
         # FFCV would wait forever for its process that raises: what changed, `_compare` finds.
         images = lambda row: source.tree.read(split.paths[row])[0]  # noqa: E731
-        given = lambda row: source.original(split.paths[row])  # noqa: E731
+        given = lambda row: source.original(name, row)  # noqa: E731
     # One process: several write the pages in the order in which they happen to fill.
     writer = DatasetWriter(
         str(path), {"image": image, "label": IntField()}, page_size=_PAGE, num_workers=1
@@ -93,10 +92,10 @@ def write_split(
     _compare(path, given, split.labels, tick)
 
 
-def _check_jpegs(source: Source, split: Split, tick: Callable[[], None]) -> None:
-    for path in split.paths:
+def _check_jpegs(source: Source, name: str, tick: Callable[[], None]) -> None:
+    for row, path in enumerate(source.originals.splits[name].paths):
         tick()
-        data = source.original(path)
+        data = source.original(name, row)
         jpeg = data[:2] == b"\xff\xd8" and is_plain(data)
         if not jpeg or simplejpeg.decode_jpeg_header(data)[:2] != (source.side, source.side):
             raise UserError(

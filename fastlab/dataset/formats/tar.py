@@ -9,8 +9,9 @@ for each sample a line with extension, offset, size and name of each member.
 ``tar/<split>-labels.npy`` is int64 [N], as in the ``array`` format.
 """
 
+import functools
 import mmap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,9 +19,9 @@ import numpy as np
 from tqdm import tqdm
 
 from fastlab.console import UserError
-from fastlab.dataset.formats.array import Source
 from fastlab.dataset.formats.direct import DirectFile
 from fastlab.dataset.manifest import FileInfo, Manifest, check_labels, describe_file
+from fastlab.dataset.originals import Originals, Split
 from fastlab.orders import epoch_order
 
 _BLOCK = 512  # bytes: every member starts at a multiple of it
@@ -38,37 +39,42 @@ _NO_DIGITS = bytes(range(256)).translate(
 )
 
 
-def write_splits(source: Source, shard_images: int, folder: Path) -> dict[str, FileInfo]:
+def write_splits(
+    originals: Originals, read: Callable[[str, int], bytes], shard_images: int, folder: Path
+) -> dict[str, FileInfo]:
     """Write the shards of all splits into `folder`; return its files by their paths in the dataset
-    directory. Raises OSError, and `UserError` for an original that changed."""
+    directory. ``read(split, row)`` gives the bytes of an image. Raises OSError, and what `read`
+    raises."""
     files: dict[str, FileInfo] = {}
-    total = sum(len(split.paths) for split in source.originals.splits.values())
+    total = sum(len(split.paths) for split in originals.splits.values())
     with tqdm(total=total, unit="img", disable=None) as bar:
-        for name, split in source.originals.splits.items():
+        for name, split in originals.splits.items():
             labels = folder / f"{name}-labels.npy"
             np.save(labels, split.labels)
             files[f"tar/{labels.name}"] = describe_file(labels)
-            order = _file_order(name, len(split.paths))
+            order, read_row = file_order(name, len(split.paths)), functools.partial(read, name)
             for number, start in enumerate(range(0, len(order), shard_images)):
                 path = folder / f"{name}-{number:06d}.tar"
                 rows = order[start : start + shard_images].tolist()
-                files |= _write_shard(source, name, rows, path)
+                files |= _write_shard(split, read_row, rows, path)
                 bar.update(len(rows))
     return files
 
 
-def _file_order(split: str, images: int) -> np.ndarray:
+def file_order(split: str, images: int) -> np.ndarray:
     """The numbers of a split's images in the order of its shards: int64 [images]."""
     return epoch_order(images, _SEED, 0) if split == "train" else np.arange(images)
 
 
-def _write_shard(source: Source, name: str, rows: list[int], path: Path) -> dict[str, FileInfo]:
-    split, lines = source.originals.splits[name], [f"v1.2 {len(rows)}"]
+def _write_shard(
+    split: Split, read: Callable[[int], bytes], rows: list[int], path: Path
+) -> dict[str, FileInfo]:
+    lines = [f"v1.2 {len(rows)}"]
     with DirectFile(path) as file:
         shard = _Buffered(file)
         for row in rows:
             suffix = split.paths[row].rpartition(".")[2].lower().replace("jpeg", "jpg")
-            data, label = source.original(split.paths[row]), b"%d" % split.labels[row]
+            data, label = read(row), b"%d" % split.labels[row]
             entries = [
                 f"{kind} {shard.add(f'{row:08d}.{kind}', content)} {len(content)} {row:08d}.{kind}"
                 for kind, content in (("cls", label), (suffix, data))
