@@ -1,20 +1,26 @@
-"""Conversion beside bare decoding of the same bytes on the same cores.
+"""Conversion beside bare decoding of the same bytes on the same cores, and beside its alternatives.
 
     python -m benchmarks.convert tiny-imagenet-200/ tiny-imagenet-200.tar --rounds 5
+    python -m benchmarks.convert --photos 20000 --image-size 224 --rounds 5
 
 "decode" is the limit: processes that hold all the encoded bytes in memory decode each image into
 the same buffer, by libjpeg-turbo, and do nothing else. "read, decode SOURCE" reads each file of the
 source first, "read, decode, write" also writes the pixels to a file. "convert SOURCE" is `fastlab
 convert` to the array format: list, read, check, decode, channel statistics, hash, write, move into
-place. It makes images as high as the first of them, and resizes those of another size, which the
-limit does not. The page cache is warm; earlier output is removed outside of the timed part.
+place. It makes images as high as the first of them, or of `--image-size`, and resizes those of
+another size, which the limit does not. For "Pillow, processes" and "FFCV's writer" see
+`convert_process`.
+
+"copy SOURCE" is `cp` until the disk has the bytes, and "undecoded SOURCE" is `fastlab convert
+--formats tar --undecoded`. The page cache is warm; earlier output is removed outside of the timed
+part. `--photos N` generates the images, `photos.make_photos`, as a folder and as a tar.
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import shutil
+import subprocess
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -36,10 +42,10 @@ from benchmarks.measurements import (
     receive,
     share_cell,
 )
+from benchmarks.photos import make_photos
 from fastlab.console import UserError, first_line, positive_int, run_command
 from fastlab.dataset.archives import Tree, open_tree
 from fastlab.dataset.blocks import block_size
-from fastlab.dataset.convert import Options, convert
 from fastlab.dataset.originals import read_originals
 from fastlab.machine import cores
 from fastlab.processes import die_with_parent
@@ -47,42 +53,64 @@ from fastlab.processes import die_with_parent
 
 def main(argv: list[str] | None = None) -> int:
     parser = command_line(__doc__, rounds=5)
-    parser.add_argument("sources", nargs="+", type=Path, help="JPEGs, the same in each source")
+    parser.add_argument("sources", nargs="*", type=Path, help="JPEGs, the same in each source")
+    parser.add_argument("--photos", type=positive_int, metavar="N", help="generate the images")
+    parser.add_argument("--image-size", type=positive_int, metavar="S", help="side in pixels")
     parser.add_argument("--workers", type=positive_int, default=cores())
     parser.add_argument("--scratch", type=Path, default=Path("benchmark-scratch"))
-    parser.add_argument("--side", type=int, help=argparse.SUPPRESS)
     return run_command(run, parser.parse_args(argv))
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.side:
-        convert_once(args)
-        return
+    if bool(args.sources) == bool(args.photos):
+        raise UserError("expected sources, or --photos N")
     results = Results("convert", args.out)
     args.scratch.mkdir(parents=True, exist_ok=True)
-    tree, paths = _open(args.sources[0], args.scratch)
+    try:
+        problems = interleave(_cases(args), args.rounds, results, warmup=1)
+    finally:
+        shutil.rmtree(args.scratch, ignore_errors=True)
+    results.report(table, problems)
+
+
+def _cases(args: argparse.Namespace) -> dict[str, Callable[[], Round]]:
+    sources = args.sources or _photos(args.photos, args.scratch)
+    tree, paths = _open(sources[0], args.scratch)
     data = [tree.read(path)[0] for path in paths]
     sizes = _sizes(paths, data)
     largest = max(height * width * 3 for height, width in sizes)
-    details = {"images": len(data), "bytes": sum(map(len, data)), "workers": args.workers}
+    side, workers = args.image_size or sizes[0][0], args.workers
+    details = {"images": len(data), "bytes": sum(map(len, data)), "workers": workers}
 
     def case(measure: Callable[..., float], *arguments: Any) -> Callable[[], Round]:
         return lambda: Round(measure(*arguments), {}, details)
 
-    decoding = [(part, largest) for part in _split(data, args.workers)]
-    cases = {"decode": case(rate, _decode_all, decoding)}
-    for source in args.sources:
+    def process(name: str, source: Path) -> Callable[[], Round]:
+        options = ["--workers", str(workers), "--side", str(side)]
+        return case(process_rate, name, source, args.scratch / "dataset", options, len(data))
+
+    cases = {"decode": case(rate, _decode_all, [(each, largest) for each in _split(data, workers)])}
+    for source in sources:
         name = "directory" if source.is_dir() else source.name.partition(".")[2]
         tree, paths = _open(source, args.scratch)
-        block = block_size(sizes[0][0])
-        parts = [Share(tree, part, largest, block) for part in _split(paths, args.workers)]
+        parts = [Share(tree, each, largest, block_size(side)) for each in _split(paths, workers)]
         writing = [part._replace(out=args.scratch / f"{i}.raw") for i, part in enumerate(parts)]
         cases[f"read, decode {name}"] = case(rate, _read_decode, parts)
         cases[f"read, decode, write {name}"] = case(rate, _read_decode, writing)
-        cases[f"convert {name}"] = case(convert_rate, source, args, sizes[0][0], len(data))
-    problems = interleave(cases, args.rounds, results, warmup=1)
-    shutil.rmtree(args.scratch, ignore_errors=True)
-    results.report(table, problems)
+        cases[f"convert {name}"] = process("convert", source)
+        if source.is_dir():
+            cases[f"Pillow, processes {name}"] = process("pillow", source)
+            cases[f"FFCV's writer {name}"] = process("ffcv", source)
+        cases[f"copy {name}"] = case(copy_rate, source, args.scratch / "copy", len(data))
+        cases[f"undecoded {name}"] = process("undecoded", source)
+    return cases
+
+
+def _photos(images: int, scratch: Path) -> list[Path]:
+    folder, archive = scratch / "photos", scratch / "photos.tar"
+    make_photos(folder, images)
+    subprocess.run(["tar", "-cf", archive, "-C", folder, "."], check=True)
+    return [folder, archive]
 
 
 def _sizes(paths: list[str], data: list[bytes]) -> list[tuple[int, int]]:
@@ -109,12 +137,17 @@ def _split(items: list[Any], parts: int) -> list[list[Any]]:
 
 
 def table(session: Session) -> str:
-    """In Markdown: a row for each case."""
-    lines = ["| case | images/s | of bare decoding |", "| --- | --- | --- |"]
-    limit = session.get("decode")
+    """In Markdown: a row for each case. MB/s are those of the encoded bytes."""
+    lines = [
+        "| case | images/s | MB/s | of bare decoding, or of a copy |",
+        "| --- | --- | --- | --- |",
+    ]
     for record in session.records:
+        kind, _, source = record.case.partition(" ")
+        limit = session.get(f"copy {source}" if kind in ("copy", "undecoded") else "decode")
         shares = share_cell(record.rounds, limit.rounds, digits=0) if limit else "not measured"
-        lines.append(f"| {record.case} | {record.cell()} | {shares} |")
+        speed = record.median * record.details["bytes"] / record.details["images"] / 1e6
+        lines.append(f"| {record.case} | {record.cell()} | {speed:,.0f} | {shares} |")
     return "\n".join(lines)
 
 
@@ -207,19 +240,19 @@ def _read_decode(share: Share, ready: Callable[[], object]) -> int:
     return len(share.paths)
 
 
-def convert_rate(source: Path, args: argparse.Namespace, side: int, images: int) -> float:
-    out = args.scratch / "dataset"
+def process_rate(case: str, source: Path, out: Path, options: list[str], images: int) -> float:
     shutil.rmtree(out, ignore_errors=True)
     # A new process, like that of the command: this process holds all the encoded images.
-    options = ["--scratch", str(out), "--workers", str(args.workers), "--side", str(side)]
-    return images / child_result("benchmarks.convert", [str(source), *options])["seconds"]
+    arguments = [case, str(source), str(out), *options]
+    return images / child_result("benchmarks.convert_process", arguments)["seconds"]
 
 
-def convert_once(args: argparse.Namespace) -> None:
-    """What the process of a conversion does: it prints the seconds."""
+def copy_rate(source: Path, out: Path, images: int) -> float:
+    subprocess.run(["rm", "-rf", out], check=True)
     started = time.perf_counter()
-    convert(args.sources[0], args.scratch, Options(workers=args.workers, image_size=args.side))
-    print(json.dumps({"seconds": time.perf_counter() - started}))
+    subprocess.run(["cp", "-r", source, out], check=True)
+    subprocess.run(["sync", "-f", out], check=True)
+    return images / (time.perf_counter() - started)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from fastlab.dataset.originals import Originals
 _NO_IDENTITY = ("force", "workers", "formats", "settings", "on_corrupt")
 # Recorded only where they are used, so that datasets from before they existed compare equal.
 _ADDED = {"fit": "crop", "val_fraction": 0.0, "undecoded": False}
-_SAMPLE = 5000  # training images that an undecoded conversion decodes
+_SAMPLE = 2000  # training images that an undecoded conversion decodes
 
 
 @dataclass(frozen=True)

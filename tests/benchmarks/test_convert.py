@@ -4,16 +4,19 @@ import sys
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image
 
-from benchmarks import convert
-from benchmarks.measurements import load
+from benchmarks import convert, convert_process
+from benchmarks.measurements import child_result, load
+from benchmarks.photos import make_photos
 
 SIZES = [(96, 96), (80, 120)]  # of the images of each class: height and width, pixels
 
 
 @pytest.mark.multiprocess
 def test_conversion_is_measured(originals, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(convert, "child_result", lambda module, arguments: {"seconds": 1.0})
     out = tmp_path / "convert.json"
     arguments = [str(originals), "--rounds", "1", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["x", *arguments, "--scratch", str(tmp_path / "scratch")])
@@ -21,7 +24,9 @@ def test_conversion_is_measured(originals, tmp_path, monkeypatch, capsys):
     loaded = load(out)
     assert loaded["decode"].details["images"] == 4 * 80 + 4 * 16  # a fifth as many for val
     assert all(rate > 0 for record in loaded.records for rate in record.rounds)
-    assert "| convert directory |" in convert.table(loaded)
+    table = convert.table(loaded)
+    for case in ("convert", "Pillow, processes", "copy", "undecoded"):
+        assert f"| {case} directory |" in table
     assert not (tmp_path / "scratch").exists()
 
 
@@ -36,6 +41,7 @@ def make_images(folder, suffix):
 
 @pytest.mark.multiprocess
 def test_images_of_any_size_are_measured_and_written_whole(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(convert, "child_result", lambda module, arguments: {"seconds": 1.0})
     make_images(tmp_path / "images", "jpg")
     monkeypatch.setattr(convert.shutil, "rmtree", lambda *args, **options: None)
     options = ["--rounds", "1", "--workers", "1", "--scratch", str(tmp_path / "scratch")]
@@ -43,8 +49,51 @@ def test_images_of_any_size_are_measured_and_written_whole(tmp_path, monkeypatch
     assert "skipped" not in capsys.readouterr().err
     pixels = 2 * 3 * 3 * sum(height * width for height, width in SIZES)
     assert (tmp_path / "scratch/0.raw").stat().st_size == pixels
-    written = tmp_path / "scratch/dataset/array/train-images.npy"
-    assert np.load(written).shape == (6, 96, 96, 3)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(case for case in convert_process.CASES if case != "ffcv"),
+        pytest.param("ffcv", marks=[pytest.mark.ffcv, pytest.mark.slow]),
+    ],
+)
+def test_each_conversion_writes_all_images(tmp_path, case, capfd):
+    if case == "ffcv":
+        pytest.importorskip("ffcv")
+    make_images(tmp_path / "images", "jpg")
+    out = tmp_path / "out"
+    arguments = [case, str(tmp_path / "images"), str(out), "--workers", "1", "--side", "64"]
+    assert child_result("benchmarks.convert_process", arguments)["seconds"] > 0
+    if case == "ffcv":
+        from ffcv.reader import Reader
+
+        assert Reader(str(out / "images.beton")).num_samples == 12
+    elif case == "undecoded":
+        assert len(np.load(out / "tar/train-labels.npy")) == 6
+    else:
+        images = out / ("images.npy" if case == "pillow" else "array/train-images.npy")
+        written = np.load(images)
+        assert written.shape == (12 if case == "pillow" else 6, 64, 64, 3)
+        assert (written.std(axis=(1, 2, 3)) > 0).all()
+
+
+def test_generated_photos_are_as_large_as_real_ones_and_always_the_same(tmp_path):
+    for name in ("first", "second"):
+        make_photos(tmp_path / name, 10)
+    files = sorted(path for path in (tmp_path / "first").rglob("*.jpg"))
+    assert len(files) == 20
+    for path in files:
+        again = tmp_path / "second" / path.relative_to(tmp_path / "first")
+        assert path.read_bytes() == again.read_bytes()
+        assert 60_000 < path.stat().st_size < 110_000
+        assert simplejpeg.decode_jpeg_header(path.read_bytes())[:2] == (375, 500)
+
+
+def test_sources_or_photos_are_asked_for(tmp_path, capsys):
+    assert convert.main(["--scratch", str(tmp_path / "scratch")]) == 2
+    assert "expected sources, or --photos N" in capsys.readouterr().err
 
 
 def test_images_other_than_jpeg_are_refused_by_name(tmp_path, capsys):
