@@ -16,6 +16,7 @@ import tarfile
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -119,7 +120,7 @@ class DirectoryTree(Tree):
 class _ArchiveTree(Tree):
     """An archive, whose folders follow from the paths of its files."""
 
-    def __init__(self, members: dict[str, Any]) -> None:
+    def __init__(self, members: Mapping[str, Any]) -> None:
         self._members = members
         folders: dict[str, list[str]] = {}
         parts = map(str.rpartition, members, itertools.repeat("/"))

@@ -7,20 +7,21 @@ in 0.1 s; any other by tarfile.
 
 import mmap
 import tarfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
 _HEADER = 512  # bytes of a header, and of the blocks that a tar consists of
 _USTAR = np.frombuffer(b"ustar", np.uint8)
-
+_PART = 1 << 12  # headers that are read at once, so that many take no more memory
 _LONGEST = 4096  # characters of a name: no file system takes a longer path
 
 Place = tuple[int, int, int]
 """Start in the archive and size, bytes, and the time of the last change."""
 
 
-def list_members(path: Path, data: mmap.mmap) -> dict[str, Place | None]:
+def list_members(path: Path, data: mmap.mmap) -> Mapping[str, Place | None]:
     """List the tar at `path`, whose bytes are `data`: None for a sparse file, and for a link that
     leads out of the archive. Of members with the same name, the last counts.
 
@@ -46,28 +47,60 @@ def _any_members(path: Path, data: mmap.mmap) -> dict[str, Place | None]:
     return members
 
 
-def plain_members(data: mmap.mmap) -> dict[str, Place | None]:
+def plain_members(data: mmap.mmap) -> "Members":
     """The members of a plain tar; empty for any other tar, and for a damaged one."""
     blocks = np.frombuffer(data, np.uint8, len(data) // _HEADER * _HEADER).reshape(-1, _HEADER)
-    at = np.flatnonzero((blocks[:, 257:262] == _USTAR).all(axis=1))
-    headers = blocks[at]
-    sizes, times, sums = (_octal(headers, *field) for field in ((124, 11), (136, 11), (148, 6)))
-    kinds = headers[:, 156]
+    marked = [
+        first + np.flatnonzero((blocks[first : first + _PART, 257:262] == _USTAR).all(axis=1))
+        for first in range(0, len(blocks), _PART)
+    ]
+    at = np.concatenate([np.zeros(0, dtype=np.int64), *marked])
+    sizes, times, files = (np.empty(len(at), dtype=kind) for kind in (np.int64, np.int64, bool))
+    names: list[str] = []
+    for part in (slice(first, first + _PART) for first in range(0, len(at), _PART)):
+        headers = blocks[at[part]]
+        sizes[part], times[part] = _octal(headers, 124, 11), _octal(headers, 136, 11)
+        files[part] = headers[:, 156] == ord("0")
+        if not _are_plain(headers, sizes[part], times[part]):
+            return Members([], np.zeros((0, 3), dtype=np.int64))
+        fields = np.ascontiguousarray(headers[files[part], :100]).view("S100")[:, 0]
+        names += map(_name, fields.tolist())
+    # Each header follows the member before it: nothing lies between, or only looks like a header.
+    expected = np.concatenate([[0], at + 1 + -(-sizes // _HEADER)])
+    end = int(expected[-1]) * _HEADER
+    if not np.array_equal(expected[:-1], at) or data[end : end + _HEADER] != bytes(_HEADER):
+        return Members([], np.zeros((0, 3), dtype=np.int64))
+    return Members(names, np.column_stack([(at + 1) * _HEADER, sizes, times])[files])
+
+
+def _are_plain(headers: np.ndarray, sizes: np.ndarray, times: np.ndarray) -> bool:
+    """Whether these headers (uint8 [n, 512]) are undamaged, and of files and folders alone."""
+    kinds, sums = headers[:, 156], _octal(headers, 148, 6)
     # POSIX sums a header with spaces in place of its checksum.
     actual = headers.sum(axis=1, dtype=np.int64) - headers[:, 148:156].sum(axis=1) + 8 * ord(" ")
     plain = (sums == actual) & (sizes >= 0) & (times >= 0)
     plain &= (kinds == ord("0")) | ((kinds == ord("5")) & (sizes == 0))
     plain &= headers[:, 345] == 0  # otherwise the name goes on there
-    # Each header follows the member before it: nothing lies between, or only looks like a header.
-    expected = np.concatenate([[0], at + 1 + -(-sizes // _HEADER)])
-    end = int(expected[-1]) * _HEADER
-    whole = np.array_equal(expected[:-1], at) and data[end : end + _HEADER] == bytes(_HEADER)
-    if not whole or not plain.all():
-        return {}
-    files = kinds == ord("0")
-    names = np.ascontiguousarray(headers[files, :100]).view("S100")[:, 0].tolist()
-    columns = (values[files].tolist() for values in ((at + 1) * _HEADER, sizes, times))
-    return dict(zip(map(_name, names), zip(*columns, strict=True), strict=True))
+    return bool(plain.all())
+
+
+class Members(Mapping[str, Place]):
+    """Files by their names, in a quarter of the memory that tuples in a dictionary take."""
+
+    def __init__(self, names: list[str], places: np.ndarray) -> None:
+        """`places` is int64 [files, 3]. Of files with the same name, the last counts."""
+        self._places = places
+        self._rows = dict(zip(names, range(len(names)), strict=True))
+
+    def __getitem__(self, name: str) -> Place:
+        start, size, changed = self._places[self._rows[name]].tolist()
+        return start, size, changed
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
 
 
 def _name(field: bytes) -> str:

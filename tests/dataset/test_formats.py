@@ -173,7 +173,7 @@ def test_tarfile_lists_what_was_written(tarred, originals):
 def test_images_larger_than_the_buffer_are_written_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(formats.tar, "_BUFFER", 4096)
     with formats.direct.DirectFile(tmp_path / "large.tar") as file:
-        shard = formats.tar._Buffered(file)
+        shard = formats.tar.Buffered(file)
         contents = [bytes([size % 251]) * size for size in (0, 1, 511, 512, 4096, 30_000)]
         starts = [shard.add(f"{i}.png", content) for i, content in enumerate(contents)]
         shard.end()

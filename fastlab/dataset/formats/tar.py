@@ -71,7 +71,7 @@ def _write_shard(
 ) -> dict[str, FileInfo]:
     lines = [f"v1.2 {len(rows)}"]
     with DirectFile(path) as file:
-        shard = _Buffered(file)
+        shard = Buffered(file)
         for row in rows:
             suffix = split.paths[row].rpartition(".")[2].lower().replace("jpeg", "jpg")
             data, label = read(row), b"%d" % split.labels[row]
@@ -87,7 +87,7 @@ def _write_shard(
     return {f"tar/{path.name}": info, f"tar/{index.name}": describe_file(index)}
 
 
-class _Buffered:
+class Buffered:
     """Writes the members of a shard in large parts, from memory that starts on a page."""
 
     def __init__(self, file: DirectFile) -> None:
