@@ -19,6 +19,7 @@ import shutil
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -95,8 +96,8 @@ def write_tar(path: Path, images: int) -> None:
         stream = io.BytesIO()
         Image.fromarray(pixels).save(stream, "JPEG", quality=50)
         data.append(stream.getvalue())
-    with DirectFile(path) as file:
-        archive = Buffered(file)
+    with DirectFile(path) as file, ThreadPoolExecutor(1) as thread:
+        archive = Buffered(file, thread)
         classes = min(_CLASSES, images)
         for split, count in (("train", images), ("val", max(classes, images // 100))):
             for number in range(count):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -172,8 +173,8 @@ def test_tarfile_lists_what_was_written(tarred, originals):
 
 def test_images_larger_than_the_buffer_are_written_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(formats.tar, "_BUFFER", 4096)
-    with formats.direct.DirectFile(tmp_path / "large.tar") as file:
-        shard = formats.tar.Buffered(file)
+    with formats.direct.DirectFile(tmp_path / "large.tar") as file, ThreadPoolExecutor(1) as thread:
+        shard = formats.tar.Buffered(file, thread)
         contents = [bytes([size % 251]) * size for size in (0, 1, 511, 512, 4096, 30_000)]
         starts = [shard.add(f"{i}.png", content) for i, content in enumerate(contents)]
         shard.end()
@@ -182,6 +183,16 @@ def test_images_larger_than_the_buffer_are_written_whole(tmp_path, monkeypatch):
         assert [archive.extractfile(f"{i}.png").read() for i in range(6)] == contents
         assert [member.offset_data for member in archive] == starts
     assert file.info() == FileInfo(len(whole), xxh3_128(whole).hexdigest())
+
+
+def test_a_full_disk_while_shards_are_written_is_one_line(synth_source, tmp_path, monkeypatch):
+    def full(file, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(formats.direct.os, "write", full)
+    with pytest.raises(UserError, match=r"cannot be written .No space left on device"):
+        convert(synth_source, tmp_path / "out", Options(formats=("tar",), undecoded=True))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_shard_holds_the_requested_number_of_images_and_each_can_be_read(tarred, originals):

@@ -12,6 +12,7 @@ for each sample a line with extension, offset, size and name of each member.
 import functools
 import mmap
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ _SEED = 1 << 31  # of no training, whose order would otherwise be that of the sh
 _OWNER = b"0000444\0" + b"0000000\0" * 2
 _TIME = b"%011o\0" % 0
 _REST = b"0".ljust(101, b"\0") + b"ustar\00000" + bytes(247)
-_SPACES = 8 * ord(" ")  # POSIX sums a header with spaces in place of its checksum
+_SUM = sum(_REST) + 8 * ord(" ")  # POSIX sums a header with spaces in place of its checksum
 # Of an index, all but the numbers of its lines: the bytes that become spaces.
 _NO_DIGITS = bytes(range(256)).translate(
     bytes(byte if chr(byte) in "0123456789" else ord(" ") for byte in range(256))
@@ -70,8 +71,8 @@ def _write_shard(
     split: Split, read: Callable[[int], bytes], rows: list[int], path: Path
 ) -> dict[str, FileInfo]:
     lines = [f"v1.2 {len(rows)}"]
-    with DirectFile(path) as file:
-        shard = Buffered(file)
+    with DirectFile(path) as file, ThreadPoolExecutor(1) as thread:
+        shard = Buffered(file, thread)
         for row in rows:
             suffix = split.paths[row].rpartition(".")[2].lower().replace("jpeg", "jpg")
             data, label = read(row), b"%d" % split.labels[row]
@@ -88,10 +89,13 @@ def _write_shard(
 
 
 class Buffered:
-    """Writes the members of a shard in large parts, from memory that starts on a page."""
+    """Writes the members of a shard in large parts, from memory that starts on a page. A thread
+    writes one part while the next is filled."""
 
-    def __init__(self, file: DirectFile) -> None:
-        self._file, self._buffer = file, memoryview(mmap.mmap(-1, _BUFFER))
+    def __init__(self, file: DirectFile, thread: ThreadPoolExecutor) -> None:
+        self._file, self._thread = file, thread
+        self._writing: Future[None] | None = None
+        self._buffer, self._other = (memoryview(mmap.mmap(-1, _BUFFER)) for _ in range(2))
         self._used = self._written = 0
 
     def add(self, name: str, data: bytes) -> int:
@@ -103,8 +107,10 @@ class Buffered:
         return start
 
     def end(self) -> None:
+        """Raises OSError, as `add` does, where a part could not be written."""
         self._put(_END)
         self._flush()
+        self._wait()
 
     def _put(self, data: bytes) -> None:
         rest = memoryview(data)
@@ -117,14 +123,20 @@ class Buffered:
                 self._flush()
 
     def _flush(self) -> None:
-        self._file.write(self._buffer[: self._used])
+        self._wait()
+        self._writing = self._thread.submit(self._file.write, self._buffer[: self._used])
+        self._buffer, self._other = self._other, self._buffer
         self._written, self._used = self._written + self._used, 0
+
+    def _wait(self) -> None:
+        if self._writing:
+            self._writing.result()
 
 
 def _header(name: bytes, size: int) -> bytes:
     """A header of the ustar format (POSIX.1-1988)."""
     start = name.ljust(100, b"\0") + _OWNER + b"%011o\0" % size + _TIME
-    return start + b"%06o\0 " % (sum(start) + _SPACES + sum(_REST)) + _REST
+    return start + b"%06o\0 " % (sum(start) + _SUM) + _REST
 
 
 class ShardIndex(NamedTuple):
