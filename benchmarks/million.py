@@ -5,9 +5,9 @@
 It writes a tar of small JPEGs, `train/<class>/<number>.jpg` of a thousand classes and a hundredth
 as many for validation, and converts it to images of 8x8 pixels in processes of their own: to the
 array format, and undecoded to the tar format. "listing" opens the tar and finds classes and splits.
-Memory is anonymous memory at its peak, sampled every 20 ms: not the pages of the tar that the
-processes map, nor what they share; of the workers it is that of the largest. Per image, it is the
-growth from a tenth of the images.
+Memory is anonymous memory at its peak, sampled every 20 ms, without the pages of the tar, which the
+processes map; of the workers it is that of the largest, most of which it shares with the parent.
+Per image, it is the growth from a tenth of the images.
 """
 
 import argparse
