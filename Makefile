@@ -15,12 +15,13 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --quiet -e ".[dev]"
 	touch $@
 
-# The optional engines and the trace viewer. FFCV is compiled here: it needs libopencv-dev,
-# libturbojpeg0-dev and pkg-config. Its declared dependencies are more than it uses.
+# The optional engines, the trace viewer, and the loaders that the benchmarks compare them with. FFCV
+# is compiled here: it needs libopencv-dev, libturbojpeg0-dev and pkg-config. Its declared
+# dependencies are more than it uses.
 extras: $(VENV)/.extras
 
 $(VENV)/.extras: $(VENV)/.installed
-	$(BIN)/pip install --quiet -e ".[dev,dali,energy,ffcv,moto,profile,remote,sources]"
+	$(BIN)/pip install --quiet -e ".[dev,dali,energy,ffcv,moto,profile,remote,rivals,sources,torchcodec]"
 	$(BIN)/pip install --quiet --no-deps ffcv==1.0.2
 	touch $@
 

@@ -28,7 +28,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch._dynamo import config as dynamo
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from benchmarks.measurements import (
     Record,
@@ -52,6 +51,7 @@ from pipelines.augment import device_augmenter, epoch_key, make_augmenter
 from pipelines.base import Batch
 from pipelines.pairs import pairing
 from pipelines.resident import ResidentEpoch, upload
+from pipelines.torchvision import nvjpeg
 
 _ROOF = "copy roof"
 _DTYPE = torch.bfloat16
@@ -267,7 +267,7 @@ def _nvjpeg_alone(data: Data, batch: int) -> Work:
     size = sum(len(image) for image in encoded) / batch
 
     def batches(number: int) -> Iterator[Any]:
-        return (decode_jpeg(encoded, ImageReadMode.RGB, device=data.device) for _ in range(number))
+        return (nvjpeg()(encoded, device=data.device) for _ in range(number))
 
     return Work(batches, size + data.pixels)
 

@@ -30,13 +30,17 @@ FFCV_MISSING = (
 _RECORDED = (
     "accelerate",
     "ffcv",
+    "grain",
+    "litdata",
     "numba",
     "numpy",
     "nvidia-dali-cuda130",
     "pillow",
     "safetensors",
     "simplejpeg",
+    "spdl",
     "torch",
+    "torchcodec",
     "torchvision",
     "triton",
 )
@@ -222,7 +226,10 @@ def _extras() -> list[Finding]:
         ("nccl", torch.distributed.is_nccl_available, "several processes on GPUs"),
     ]
     missing = f"torch-tb-profiler is not installed here; {installing('profile')}"
+    deprecated = f"torchvision's deprecated decoder takes its place; {installing('torchcodec')}"
+    codec = "JPEGs on a GPU, from version 0.16 on"
     return [
         *(Finding("processes", name, works(), detail) for name, works, detail in backends),
+        _import("decoders", "torchcodec", "torchcodec", codec, deprecated),
         _import("traces", "tensorboard", "torch_tb_profiler", "traces in TensorBoard", missing),
     ]

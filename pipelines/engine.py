@@ -33,9 +33,8 @@ class Engine(Protocol):
         """The decoded images of each row of `rows`: int64 [steps, b], numbers of images in the
         split, which may repeat.
 
-        A batch is valid until the next is asked for. Closing the generator early frees its threads,
-        processes and memory. Raises `UserError`, within seconds, where an image cannot be read or a
-        worker died.
+        A batch is valid until the next is asked for. Closing the generator early frees its threads
+        and memory. Raises `UserError`, within seconds, where an image cannot be read.
         """
         ...
 

@@ -8,17 +8,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
-import torch
 
-from fastlab.config import DataConfig
 from fastlab.console import UserError
 from fastlab.dataset.convert import Options, convert
-from fastlab.dataset.manifest import read_manifest
-from pipelines import torchvision
 from tests.packages import has
 from tests.trainings import ROOT, command, launch, wait_until
 
@@ -166,22 +160,3 @@ def test_a_data_file_that_shrinks_while_it_is_read_is_reported_in_one_line(
         process.kill()
     assert process.returncode != 0 and len(errors.splitlines()) == 1, errors
     assert errors.startswith("fastlab: a data file became shorter while it was read")
-
-
-def test_batches_that_do_not_fit_into_shared_memory_are_refused(
-    synth_source, tmp_path, monkeypatch
-):
-    """Before any worker starts: one that finds no room dies, and the loader waits a minute."""
-    convert(synth_source, tmp_path / "data", Options(formats=("tar",)))
-    engine = torchvision.open_engine(
-        DataConfig(path=str(tmp_path / "data"), pipeline="torchvision", workers=2),
-        read_manifest(tmp_path / "data"),
-        "train",
-        torch.device("cpu"),
-    )
-    small = SimpleNamespace(f_bavail=100, f_frsize=4096)
-    monkeypatch.setattr(os, "statvfs", lambda path: small)
-    with pytest.raises(UserError, match=r"data\.workers = 2: .* of /dev/shm"):
-        next(engine.batches(np.zeros((1, 10), dtype=np.int64)))
-    fitting = next(engine.batches(np.zeros((1, 8), dtype=np.int64)))
-    assert len(fitting[1]) == 8

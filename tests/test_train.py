@@ -534,41 +534,6 @@ def test_sample_predictions_compile_nothing(synth_dataset):
     assert len(samples) == 12 and not graphs
 
 
-@pytest.mark.slow
-@pytest.mark.multiprocess
-def test_a_killed_decoding_worker_is_reported_in_one_line_and_the_run_can_be_resumed(
-    synth_source, tmp_path
-):
-    dataset, run = tmp_path / "dataset", tmp_path / "run"
-    convert(synth_source, dataset, Options(formats=("array", "tar")))
-    sets = ("data.pipeline=torchvision", "data.workers=2", "train.epochs=500")
-    process = launch(command(dataset, run, *sets))
-    try:
-        assert wait_until((run / "metrics.jsonl").exists, process)
-        os.kill(forks(process.pid)[-1], signal.SIGKILL)
-        _, errors = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode == 2, errors
-    (line,) = [line for line in errors.splitlines() if line.startswith("fastlab: ")]
-    assert "a decoding worker failed" in line
-    kept = len(metrics(run))
-    resumed = launch(["--resume", str(run)])
-    try:
-        assert wait_until(lambda: len(metrics(run)) > kept, resumed)
-        assert resumed.poll() is None
-    finally:
-        resumed.kill()
-        resumed.communicate()
-
-
-def forks(process: int) -> list[int]:
-    """The children of `process` that have its command line."""
-    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    words = Path(f"/proc/{process}/cmdline").read_bytes()
-    return [int(c) for c in children if Path(f"/proc/{c}/cmdline").read_bytes() == words]
-
-
 # The main process sends itself a signal in its seventh step.
 SIGNALLED = """
 import os, signal, sys

@@ -1,4 +1,4 @@
-"""Exhausted memory, a full disk and dead workers, as one line for the user."""
+"""Exhausted memory, a full disk and dead processes, as one line for the user."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from fastlab.config import Config
-from fastlab.console import UserError, first_line
+from fastlab.console import UserError
 from fastlab.runs import RunDir
 
 
@@ -63,11 +63,8 @@ def batch_fits(cfg: Config, model: nn.Module, accelerator: Accelerator) -> Gener
 
 @contextmanager
 def failures_explained(run: RunDir) -> Generator[None]:
-    """A full disk, a dead decoding worker or another process of the training that died becomes a
-    `UserError` that says how to resume.
-
-    PyTorch's signal handler reports a dead worker by raising at whatever line runs then.
-    """
+    """A full disk or another process of the training that died becomes a `UserError` that says how
+    to resume."""
     try:
         yield
     except BrokenPipeError:
@@ -78,10 +75,6 @@ def failures_explained(run: RunDir) -> Generator[None]:
             f"{run.resume_hint()}"
         ) from None
     except RuntimeError as error:
-        if "DataLoader worker" in str(error):
-            problem = f"a decoding worker failed ({first_line(error)})"
-        elif "gloo/transport" in str(error):
-            problem = "another process of this training ended"
-        else:
+        if "gloo/transport" not in str(error):
             raise
-        raise UserError(f"{problem}; {run.resume_hint()}") from None
+        raise UserError(f"another process of this training ended; {run.resume_hint()}") from None

@@ -102,7 +102,7 @@ def test_a_copy_moves_as_many_bytes_as_a_batch(dataset):
 
 @pytest.mark.multiprocess
 def test_nvjpeg_counts_the_bytes_that_it_decodes(dataset, compiled, monkeypatch):
-    """torchvision's CPU decoder takes nvJPEG's place here."""
+    """A decoder of the CPU takes nvJPEG's place here."""
     monkeypatch.setattr(device_loaders, "_check_gpu", lambda device: None)
     data = device_loaders.Data(dataset, CPU)
     sizes = [len(data.shards[row]) for row in range(80)]

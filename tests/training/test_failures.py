@@ -1,4 +1,4 @@
-"""Exhausted memory, a full disk and dead workers: one line each, which says what to do."""
+"""Exhausted memory, a full disk and dead processes: one line each, which says what to do."""
 
 import errno
 
@@ -78,10 +78,6 @@ def test_images_that_do_not_fit_are_reported_in_one_line(
     ("error", "message"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), "(No space left on device)"),
-        (
-            RuntimeError("DataLoader worker (pid 7) is killed\nby a signal"),
-            "worker (pid 7) is killed",
-        ),
         (
             RuntimeError(
                 "[/gloo/gloo/transport/tcp/pair.cc:545] Read error [10.0.0.2]:3457: reset"
