@@ -13,10 +13,10 @@ import json
 import os
 import resource
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -31,12 +31,11 @@ from benchmarks.measurements import (
     command_line,
     interleave,
 )
-from fastlab.console import UserError, positive_ints, run_command
+from benchmarks.rivals import BATCH, RIVALS, TRANSLATE, Batches, Loader, forever
+from fastlab.console import positive_ints, run_command
 from fastlab.dataset.manifest import read_manifest
 from fastlab.machine import cores
 
-BATCH = 256
-TRANSLATE = 4
 _WARM = 8  # batches before the clock starts
 _LIMIT = "memory gather, no augmentation"
 
@@ -44,11 +43,12 @@ _LIMIT = "memory gather, no augmentation"
 def main(argv: list[str] | None = None) -> int:
     parser = command_line(__doc__, rounds=5)
     parser.add_argument("dataset", type=Path, help="dataset directory with all formats")
-    parser.add_argument("--originals", type=Path, help="unpacked images, for DataLoader + PIL")
+    parser.add_argument("--originals", type=Path, help="unpacked images, for most of the rivals")
     parser.add_argument("--cores", type=positive_ints, default=[cores()], help="such as 1,2")
     parser.add_argument("--seconds", type=float, default=3.0, help="timed part of a round")
     parser.add_argument("--only", default="", help="names of cases, separated by semicolons")
     parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
     return run_command(run, parser.parse_args(argv))
 
 
@@ -59,17 +59,20 @@ def run(args: argparse.Namespace) -> None:
     names = chosen(args.only, CASES, "--only")
     check_dataset(args.dataset)
     results = Results("loaders", args.out)
-    cases = {
-        f"{name}, {count}": partial(_measure_in_child, args, name, count)
-        for count, name in itertools.product(args.cores, CASES)
-        if name in names
-    }
-    results.report(table, interleave(cases, args.rounds, results, warmup=1))
+    with TemporaryDirectory(prefix="loaders-") as scratch:
+        args.scratch = scratch
+        cases = {
+            f"{name}, {count}": partial(_measure_in_child, args, name, count)
+            for count, name in itertools.product(args.cores, CASES)
+            if name in names
+        }
+        problems = interleave(cases, args.rounds, results, warmup=1)
+    results.report(table, problems)
 
 
 def _measure_in_child(args: argparse.Namespace, name: str, cores: int) -> Round:
     arguments = [str(args.dataset), "--case", name, "--cores", str(cores)]
-    arguments += ["--seconds", str(args.seconds)]
+    arguments += ["--seconds", str(args.seconds), "--scratch", str(args.scratch)]
     arguments += ["--originals", str(args.originals)] if args.originals else []
     details = child_result("benchmarks.loaders", arguments)
     return Round(details.pop("rate"), {}, {"cores": cores, **details})
@@ -148,19 +151,10 @@ def _peak_memory() -> int:
     return peak
 
 
-# Batches without end: anything whose length is the number of its images.
-_Batches = Iterator[Any]
-_Loader = Callable[[argparse.Namespace, int], _Batches]
-"""Takes the options and the number of cores."""
 Engine = Literal["resident", "ffcv", "dali", "torchvision"]
 
 
-def _forever(epoch: Callable[[], _Batches]) -> _Batches:
-    while True:
-        yield from epoch()
-
-
-def _fastlab(args: argparse.Namespace, cores: int, engine: Engine, dtype: str = "") -> _Batches:
+def _fastlab(args: argparse.Namespace, cores: int, engine: Engine, dtype: str = "") -> Batches:
     """`dtype` names the type of normalised batches; "" gives uint8, as the alternatives do."""
     import torch
 
@@ -184,7 +178,7 @@ def _fastlab(args: argparse.Namespace, cores: int, engine: Engine, dtype: str = 
     return (batch.images for epoch in itertools.count() for batch in data.epoch(epoch))
 
 
-def _gather(args: argparse.Namespace, cores: int) -> _Batches:
+def _gather(args: argparse.Namespace, cores: int) -> Batches:
     """Copies of random images and nothing else, by a thread for each core."""
     images = np.asarray(np.load(args.dataset / "array" / "train-images.npy", mmap_mode="r"))
     pool = ThreadPoolExecutor(cores)
@@ -195,16 +189,16 @@ def _gather(args: argparse.Namespace, cores: int) -> _Batches:
     def gather(rows: np.ndarray, buffer: np.ndarray) -> np.ndarray:
         return np.take(images, rows, axis=0, out=buffer, mode="clip")
 
-    def epoch() -> _Batches:
+    def epoch() -> Batches:
         order = generator.permutation(len(images))
         rows = [order[i : i + BATCH] for i in range(0, len(order) - BATCH + 1, BATCH)]
         for first in range(0, len(rows), cores):
             yield from pool.map(gather, rows[first : first + cores], buffers)
 
-    return _forever(epoch)
+    return forever(epoch)
 
 
-def _decode(args: argparse.Namespace, cores: int) -> _Batches:
+def _decode(args: argparse.Namespace, cores: int) -> Batches:
     """libjpeg-turbo by way of simplejpeg, a thread for each core, encoded bytes in memory."""
     import simplejpeg
 
@@ -217,95 +211,24 @@ def _decode(args: argparse.Namespace, cores: int) -> _Batches:
         rows = range(first, first + BATCH)
         return [simplejpeg.decode_jpeg(shards[row], "RGB") for row in rows]
 
-    def epoch() -> _Batches:
+    def epoch() -> Batches:
         firsts = range(0, len(shards) - BATCH + 1, BATCH)
         for start in range(0, len(firsts), cores):
             yield from pool.map(decode, firsts[start : start + cores])
 
-    return _forever(epoch)
+    return forever(epoch)
 
 
-def _pil(args: argparse.Namespace, cores: int) -> _Batches:
-    """What most scripts do: ImageFolder, PIL, torchvision's transforms, DataLoader."""
-    from torch.utils.data import DataLoader
-    from torchvision.datasets import ImageFolder
-    from torchvision.transforms import v2
-
-    if args.originals is None:
-        raise UserError("needs --originals")
-    translate = v2.RandomAffine([0, 0], translate=(TRANSLATE / 64, TRANSLATE / 64))
-    transform = v2.Compose([v2.RandomHorizontalFlip(), translate, v2.PILToTensor()])
-    loader = DataLoader(
-        ImageFolder(str(args.originals / "train"), transform),
-        BATCH,
-        shuffle=True,
-        num_workers=cores if cores > 1 else 0,
-        drop_last=True,
-        persistent_workers=cores > 1,
-    )
-    return (images for images, _ in _forever(lambda: iter(loader)))
-
-
-def _stock_ffcv(args: argparse.Namespace, cores: int, augmented: bool) -> _Batches:
-    from ffcv.fields.decoders import SimpleRGBImageDecoder
-    from ffcv.loader import Loader, OrderOption
-    from ffcv.transforms import RandomHorizontalFlip, RandomTranslate, ToTensor
-
-    operations: list[Any] = [SimpleRGBImageDecoder()]
-    if augmented:
-        operations += [RandomHorizontalFlip(), RandomTranslate(padding=TRANSLATE)]
-    fields: dict[str, Any] = {"image": [*operations, ToTensor()], "label": None}
-    loader = Loader(
-        str(args.dataset / "ffcv" / "train.beton"),
-        batch_size=BATCH,
-        num_workers=cores,
-        order=OrderOption.RANDOM,
-        os_cache=True,
-        drop_last=True,
-        pipelines=fields,
-    )
-    return (images for (images,) in _forever(lambda: iter(loader)))
-
-
-def _stock_dali(args: argparse.Namespace, cores: int) -> _Batches:
-    import nvidia.dali as untyped
-
-    if args.originals is None:
-        raise UserError("needs --originals")
-    dali: Any = untyped
-    fn, types = dali.fn, dali.types
-    files = sorted(map(str, (args.originals / "train").rglob("*.JPEG")))
-
-    @dali.pipeline_def(batch_size=BATCH, num_threads=cores, device_id=None, seed=0)
-    def graph() -> tuple[Any, Any]:
-        encoded, labels = fn.readers.file(files=files, random_shuffle=True)
-        images = fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
-        images = fn.flip(images, horizontal=fn.random.coin_flip())
-        # Slicing is twice as fast as warping.
-        shift = fn.random.uniform(range=(-TRANSLATE, TRANSLATE), shape=(2,))
-        shift = fn.cast(shift, dtype=types.INT32)
-        size = fn.shapes(images, dtype=types.INT32)[:2]
-        return fn.slice(images, shift, size, axes=(0, 1), out_of_bounds_policy="pad"), labels
-
-    pipeline = graph()
-    pipeline.build()
-    while True:
-        yield pipeline.run()[0]
-
-
-CASES: dict[str, _Loader] = {
+CASES: dict[str, Loader] = {
     _LIMIT: _gather,
     "fastlab resident": partial(_fastlab, engine="resident"),
     "fastlab resident, normalised fp32": partial(_fastlab, engine="resident", dtype="float32"),
     "fastlab resident, normalised bf16": partial(_fastlab, engine="resident", dtype="bfloat16"),
     "fastlab ffcv, raw": partial(_fastlab, engine="ffcv"),
-    "stock FFCV, raw": partial(_stock_ffcv, augmented=True),
-    "stock FFCV, raw, no augmentation": partial(_stock_ffcv, augmented=False),
     "libjpeg-turbo decode, no augmentation": _decode,
     "fastlab dali": partial(_fastlab, engine="dali"),
-    "stock DALI": _stock_dali,
     "fastlab torchvision": partial(_fastlab, engine="torchvision"),
-    "DataLoader + PIL": _pil,
+    **RIVALS,
 }
 
 if __name__ == "__main__":
