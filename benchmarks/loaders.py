@@ -22,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 
 from benchmarks.measurements import (
+    Record,
     Results,
     Round,
     Session,
@@ -38,6 +39,12 @@ from fastlab.machine import cores
 
 _WARM = 8  # batches before the clock starts
 _LIMIT = "memory gather, no augmentation"
+# The cases of `benchmarks.device_loaders` that do the same on a GPU, by nvJPEG where they decode.
+_ON_GPU = {
+    "fastlab resident, normalised bf16": "flip and translate",
+    "fastlab torchvision": "nvJPEG",
+    "libjpeg-turbo decode, no augmentation": "nvJPEG decode alone",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -78,26 +85,34 @@ def _measure_in_child(args: argparse.Namespace, name: str, cores: int) -> Round:
     return Round(details.pop("rate"), {}, {"cores": cores, **details})
 
 
-def table(session: Session) -> str:
-    """In Markdown: a row for each case, a column for each number of cores."""
+def table(session: Session, on_gpu: Session | None = None) -> str:
+    """In Markdown: a row for each case, a column for each number of cores; with `on_gpu`, a record
+    of `benchmarks.device_loaders`, a last column of what gives such batches on the GPU."""
     counts = sorted({record.details["cores"] for record in session.records})
     names = dict.fromkeys(record.case.rpartition(", ")[0] for record in session.records)
-    head = "| case | " + " | ".join(f"{n} core{'s' * (n > 1)}" for n in counts)
-    lines = [
-        f"{head} | of the limit | CPU cores used | peak memory |",
-        "| --- |" + " --- |" * (len(counts) + 3),
-    ]
+    heads = ["case", *(f"{n} core{'s' * (n > 1)}" for n in counts)]
+    heads += ["of the limit", "CPU cores used", "peak memory"]
+    rows = [[name, *_cells(session, name, counts)] for name in names]
+    if on_gpu:
+        heads.append(f"on {on_gpu.machine['gpus'][0]}")
+        for row in rows:
+            row.append(_cell(on_gpu.get(f"{_ON_GPU.get(row[0])}, {BATCH}")))
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cells(session: Session, name: str, counts: list[int]) -> list[str]:
+    """What the table says of the case `name`, but for its name."""
     limit = session.get(f"{_LIMIT}, {counts[-1]}")
-    for name in names:
-        records = [session.get(f"{name}, {n}") for n in counts]
-        cells = [record.cell() if record else "not measured" for record in records]
-        last = records[-1]
-        share = f"{last.median / limit.median:.1%}" if last and limit else "not measured"
-        used, memory = (last.details["cpu"], last.details["memory"]) if last else (0, 0)
-        lines.append(
-            f"| {name} | {' | '.join(cells)} | {share} | {used:.1f} | {memory / 1e6:,.0f} MB |"
-        )
-    return "\n".join(lines)
+    records = [session.get(f"{name}, {n}") for n in counts]
+    last = records[-1]
+    share = f"{last.median / limit.median:.1%}" if last and limit else "not measured"
+    used, memory = (last.details["cpu"], last.details["memory"]) if last else (0, 0)
+    return [*map(_cell, records), share, f"{used:.1f}", f"{memory / 1e6:,.0f} MB"]
+
+
+def _cell(record: Record | None) -> str:
+    return record.cell() if record else "not measured"
 
 
 # What follows runs in the process of one case.

@@ -6,8 +6,8 @@
 
 A page marks each table: ``<!-- table: cpu-2026-11-24/loaders -->`` … ``<!-- end -->``. Two records
 give the table of their agreement: ``<!-- table: DATE/loaders DATE/loaders-again -->``; of counts,
-which are exact, they give one table of both. ``<!-- table: leaderboard -->`` is that of the speed
-records.
+which are exact, and of different benchmarks they give one table of both. ``<!-- table: leaderboard
+-->`` is that of the speed records.
 
 Two runs of a benchmark agree where every ratio of a case to the run's first case differs by no more
 than half the range of that ratio in both runs. Ratios are taken round by round. They are what the
@@ -58,14 +58,16 @@ def update(page: Path, write: bool) -> bool:
 
 def render(name: str, again: str | None = None) -> str:
     """In Markdown: the table of ``benchmarks/results/<name>.json`` and what made it; with `again`
-    the table of how the two records agree, or of the counts in both."""
+    the table of how the two records agree, or one of both where they are counts or of different
+    benchmarks."""
     if name == "leaderboard":
         return importlib.import_module("benchmarks.records.leaderboard").table()
     results = ROOT / "benchmarks" / "results"
     sessions = [load(results / f"{part}.json") for part in (name, again) if part]
-    if again and sessions[0].benchmark != _EXACT:
+    benchmarks = [session.benchmark for session in sessions]
+    if len(set(benchmarks)) < len(benchmarks) and _EXACT not in benchmarks:
         return agreement_table(compare(*sessions))
-    table = importlib.import_module(f"benchmarks.{sessions[0].benchmark}").table(*sessions)
+    table = importlib.import_module(f"benchmarks.{benchmarks[0]}").table(*sessions)
     return "\n\n".join([table, *map(origin, sessions)])
 
 

@@ -5,8 +5,8 @@ import argparse
 import numpy as np
 import pytest
 
-from benchmarks import loaders, rivals
-from benchmarks.measurements import Record, child_result, new_session
+from benchmarks import loaders, rivals, tables
+from benchmarks.measurements import Record, child_result, new_session, save
 from tests.packages import has
 
 
@@ -65,15 +65,33 @@ def test_a_flipped_and_translated_image_is_a_part_of_the_image_or_of_its_mirror_
     assert seen == expected and len(expected) == 2 * 81
 
 
-def test_the_table_of_loaders_shows_what_was_not_measured():
-    def record(name, cores, rate):
-        details = {"cores": cores, "cpu": 1.0, "memory": 1e9}
-        return Record(f"{name}, {cores}", "images/s", [rate], details)
+def record(name: str, cores: int, rate: float) -> Record:
+    details = {"cores": cores, "cpu": 1.0, "memory": 1e9}
+    return Record(f"{name}, {cores}", "images/s", [rate], details)
 
-    limit = "memory gather, no augmentation"
-    made = new_session(
-        "loaders", [record(limit, 1, 50.0), record(limit, 2, 100.0), record("x", 2, 25.0)]
-    )
-    rows = loaders.table(made).splitlines()
-    assert rows[2].startswith(f"| {limit} | 50 ± 0% | 100 ± 0% | 100.0% |")
+
+LIMIT = "memory gather, no augmentation"
+
+
+def test_the_table_of_loaders_shows_what_was_not_measured():
+    records = [record(LIMIT, 1, 50.0), record(LIMIT, 2, 100.0), record("x", 2, 25.0)]
+    rows = loaders.table(new_session("loaders", records)).splitlines()
+    assert rows[2].startswith(f"| {LIMIT} | 50 ± 0% | 100 ± 0% | 100.0% |")
     assert rows[3].startswith("| x | not measured | 25 ± 0% | 25.0% |")
+
+
+def test_the_table_of_loaders_has_a_column_of_what_decodes_on_a_gpu(tmp_path, monkeypatch):
+    """Two records of different benchmarks give one table; a GPU's figure is that of 256 images."""
+    made = new_session("loaders", [record(LIMIT, 1, 50.0), record("fastlab torchvision", 1, 5.0)])
+    rates = {"nvJPEG, 256": 7.0, "nvJPEG, 1024": 8.0}
+    on_gpu = new_session(
+        "device_loaders", [Record(case, "images/s", [rate]) for case, rate in rates.items()]
+    )
+    on_gpu.machine["gpus"] = ["Some GPU"]
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    for name, session in (("cpu", made), ("gpu", on_gpu)):
+        save(session, tmp_path / "benchmarks" / "results" / f"{name}.json")
+    lines = tables.render("cpu", "gpu").splitlines()
+    assert lines[0].endswith("| peak memory | on Some GPU |")
+    assert lines[2].endswith("| 1,000 MB | not measured |")
+    assert lines[3].endswith("| 1,000 MB | 7 ± 0% |")
