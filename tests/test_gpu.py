@@ -7,6 +7,7 @@ lines; with a simpler compiler than Inductor, which would take minutes.
 import json
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
@@ -41,7 +42,7 @@ from fastlab.training.setup import DTYPES, compile_forward, make_accelerator, to
 from pipelines import PipelineSpec, make_pipeline
 from pipelines.augment import device_augmenter, make_augmenter
 from pipelines.augment_cpu import augment_on_cpu
-from pipelines.torchvision import open_engine
+from pipelines.torchvision import nvjpeg, open_engine
 from tests.trainings import ROOT, TINY, assert_same_run, command, launch, same_weights, train
 
 # Which warnings torch, Triton and Accelerate raise depends on the machine. fastlab raises none.
@@ -255,6 +256,24 @@ def test_decoded_pixels_are_the_converters_to_within_a_few_levels(device, encode
         assert difference.max() < 48, difference.max(axis=1)
         grey = images[torch.from_numpy(np.isin(row % EACH, (GREY, ODD_GREY))).to(device)]
         assert torch.equal(grey, grey[..., :1].expand_as(grey))
+
+
+@gpu_only
+def test_torchcodec_and_torchvision_decode_to_the_same_pixels(device, encoded_dataset, monkeypatch):
+    """Both call nvJPEG."""
+    pytest.importorskip("torchcodec", "0.16")
+    manifest = read_manifest(encoded_dataset)
+    settings = DataConfig(path=str(encoded_dataset), pipeline="torchvision", workers=1)
+    decoded = []
+    for decoder in ("torchcodec", "torchvision"):
+        if decoder == "torchvision":
+            monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+        nvjpeg.cache_clear()
+        engine = open_engine(settings, manifest, "train", torch.device(device))
+        ((images, _),) = engine.batches(np.arange(2 * EACH)[None])
+        decoded.append(images)
+    nvjpeg.cache_clear()
+    assert torch.equal(*decoded)
 
 
 # Arithmetic

@@ -14,7 +14,7 @@ import mmap
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -163,16 +163,14 @@ def parse_index(index: bytes) -> ShardIndex:
 
 
 class Shards:
-    """Random access to the encoded images and the labels of some shards, mapped into memory.
-
-    A pickled copy holds no memory maps: the process that unpickles it maps the shards again.
-    """
+    """Random access to the encoded images and the labels of some shards, mapped into memory."""
 
     def __init__(self, paths: list[Path], labels: np.ndarray | None = None) -> None:
         """`labels` (int64 [images], by the number of the image) are read from the shards where they
         are not given. Raises `ValueError` or `OSError` where a shard does not fit its index."""
         self.paths = paths
-        self._maps: list[np.ndarray] | None = None
+        # Plain views: slicing np.memmap itself costs microseconds an image.
+        self._maps = [np.asarray(np.memmap(path, dtype=np.uint8, mode="r")) for path in paths]
         self.indexes = [_read_index(path) for path in paths]
         self.order = np.concatenate([index.rows for index in self.indexes])
         """int64 [images]: the numbers of the images in the order in which they lie in the shards.
@@ -193,23 +191,12 @@ class Shards:
     def __getitem__(self, row: int) -> np.ndarray:
         """The encoded bytes of image `row`: uint8, a view of the mapped file."""
         shard, offset, size = self.where[row]
-        return self._mapped()[shard][offset : offset + size]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": None}
-
-    def _mapped(self) -> list[np.ndarray]:
-        if self._maps is None:
-            # Plain views: slicing np.memmap itself costs microseconds an image.
-            self._maps = [
-                np.asarray(np.memmap(path, dtype=np.uint8, mode="r")) for path in self.paths
-            ]
-        return self._maps
+        return self._maps[shard][offset : offset + size]
 
     def _read_labels(self) -> np.ndarray:
         texts: Iterable[bytes] = (
             bytes(shard.data[at : at + size])
-            for shard, index in zip(self._mapped(), self.indexes, strict=True)
+            for shard, index in zip(self._maps, self.indexes, strict=True)
             for at, size in index.labels.tolist()
         )
         labels = np.empty(len(self.order), dtype=np.int64)
