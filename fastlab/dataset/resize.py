@@ -2,9 +2,11 @@
 
 It is torch's antialiased bicubic resampling of bytes (a = -0.5, as in Pillow), by SIMD on a CPU.
 Where both resize the same pixels, those of Pillow's `Image.resize` are at most a level away in an
-image made smaller, two in one made larger, 0.02 on average. By "crop", `ImageOps.fit` differs at
-the border, since Pillow also takes in what lies beside the square; and where the longer side
-exceeds the shorter by an odd number, Pillow's square begins half a pixel later.
+image made smaller, two in one made larger, 0.02 on average. Three cases differ more. Where one side
+is made smaller and the other larger, Pillow may take the sides in another order, and clips what
+overshoots in between: up to 20 levels, 0.5 on average, for noise. By "crop", `ImageOps.fit` also
+takes in what lies beside the square, at its border; and where the longer side exceeds the shorter
+by an odd number, Pillow's square begins half a pixel later.
 """
 
 import torch

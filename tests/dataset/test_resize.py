@@ -46,6 +46,12 @@ def test_whole_images_are_resized_as_by_pillow(fit, size, make):
     assert difference.max() <= (1 if min(size) >= 64 else 2) and difference.mean() < 0.02
 
 
+def test_one_side_made_smaller_and_the_other_larger_is_clipped_in_another_order():
+    expected = Image.fromarray(noise(100, 50)).resize((64, 64), BICUBIC)
+    difference = differences(noise(100, 50), np.asarray(expected), "squash")
+    assert difference.max() <= 20 and difference.mean() < 0.5
+
+
 @pytest.mark.parametrize("make", [noise, photo])
 @pytest.mark.parametrize("size", LARGER + SMALLER)
 def test_a_crop_is_that_square_resized_by_pillow(size, make):

@@ -34,10 +34,8 @@ _OWNER = b"0000444\0" + b"0000000\0" * 2
 _TIME = b"%011o\0" % 0
 _REST = b"0".ljust(101, b"\0") + b"ustar\00000" + bytes(247)
 _SUM = sum(_REST) + 8 * ord(" ")  # POSIX sums a header with spaces in place of its checksum
-# Of an index, all but the numbers of its lines: the bytes that become spaces.
-_NO_DIGITS = bytes(range(256)).translate(
-    bytes(byte if chr(byte) in "0123456789" else ord(" ") for byte in range(256))
-)
+# Leaves of an index its numbers alone.
+_DIGITS = bytes(byte if chr(byte) in "0123456789" else ord(" ") for byte in range(256))
 
 
 def write_splits(
@@ -155,7 +153,7 @@ def parse_index(index: bytes) -> ShardIndex:
     head, _, lines = index.partition(b"\n")
     if not head.startswith(b"v1.2 "):
         raise ValueError("no index of version 1.2")
-    numbers = np.fromstring(lines.translate(_NO_DIGITS), dtype=np.int64, sep=" ")
+    numbers = np.fromstring(lines.translate(_DIGITS), dtype=np.int64, sep=" ")
     numbers = numbers.reshape(int(head[5:]), 6)
     if not np.array_equal(numbers[:, 2], numbers[:, 5]):
         raise ValueError("an index in which a label has no image")
