@@ -9,6 +9,7 @@ takes in what lies beside the square, at its border; and where the longer side e
 by an odd number, Pillow's square begins half a pixel later.
 """
 
+import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
@@ -30,14 +31,18 @@ def fitted(image: torch.Tensor, side: int, fit: str) -> torch.Tensor:
 
 
 def _resized(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    on_cpu = image.device.type == "cpu"
+    if on_cpu:
+        # Copied by NumPy: torch would take all cores, which decode other images at that moment.
+        image = torch.from_numpy(np.ascontiguousarray(image.numpy()))
     # A batch of one in channels-last strides, which the kernel takes without repacking.
-    batch = image.contiguous().unsqueeze(0).permute(0, 3, 1, 2)
-    if image.device.type != "cpu":  # no other device resizes bytes
+    batch = image.unsqueeze(0).permute(0, 3, 1, 2)
+    if on_cpu:
+        resized = interpolate(batch, (height, width), mode="bicubic", antialias=True)
+    else:  # no other device resizes bytes
         pixels = interpolate(batch.float(), (height, width), mode="bicubic", antialias=True)
-        batch = pixels.round().clamp(0, 255).byte()
-    else:
-        batch = interpolate(batch, (height, width), mode="bicubic", antialias=True)
-    return batch[0].permute(1, 2, 0)
+        resized = pixels.round().clamp(0, 255).byte()
+    return resized[0].permute(1, 2, 0)
 
 
 def padded_size(height: int, width: int, side: int) -> tuple[int, int]:
