@@ -279,7 +279,7 @@ def interleave(
 
 def check_dataset(path: str | Path) -> None:
     """Raises `UserError` here, once, rather than in every case."""
-    check_sizes(Path(path), read_manifest(Path(path)))
+    check_sizes(path, read_manifest(path))
 
 
 def chosen(names: str, known: Collection[str], option: str) -> list[str]:

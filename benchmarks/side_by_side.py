@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> None:
     cfg = configs.load(args.config, args.overrides)
     check_dataset(cfg.data.path)
-    images = cfg.train.epochs * read_manifest(Path(cfg.data.path)).splits["train"].images
+    images = cfg.train.epochs * read_manifest(cfg.data.path).splits["train"].images
     results = Results("side_by_side", args.out)
     cases = {
         f"{count} {policy}": partial(train, args, images, policy, count)

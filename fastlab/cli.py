@@ -145,7 +145,7 @@ def _convert(args: Namespace) -> None:
 
 
 def _inspect_options(parser: ArgumentParser) -> None:
-    parser.add_argument("directory", type=Path)
+    parser.add_argument("directory", help="dataset directory, or its URL")
     parser.add_argument("--json", action="store_true", help="print the manifest")
     parser.add_argument("--verify", action="store_true", help="read every file, check its hash")
     show = "draw training images, and below each the same one augmented: flip, shift, cutout, crop"
@@ -158,21 +158,24 @@ def _inspect_options(parser: ArgumentParser) -> None:
 def _inspect(args: Namespace) -> None:
     from fastlab.config import load
     from fastlab.dataset.manifest import check_hashes, check_sizes, read_manifest, table
+    from fastlab.dataset.remote import is_remote
 
     configured = args.config or args.overrides
     if configured and not args.show:
         raise UserError("inspect: --config and --set say what --show FILE.png draws; add --show")
     augment = load(args.config, args.overrides).augment if configured else None
+    if is_remote(args.directory) and (args.verify or args.show):
+        raise UserError(f"{args.directory}: --verify and --show read all files; give a local copy")
     manifest = read_manifest(args.directory)
     check_sizes(args.directory, manifest)
-    verified = check_hashes(args.directory, manifest) if args.verify else 0
+    verified = check_hashes(Path(args.directory), manifest) if args.verify else 0
     print(manifest.to_json() if args.json else table(manifest))
     if args.verify:
         print(f"verified: {verified} files agree with their hashes", file=sys.stderr)
     if args.show:
         from pipelines.samples import draw_samples  # imports torch and numba, which take seconds
 
-        draw_samples(args.directory, manifest, args.show, augment)
+        draw_samples(Path(args.directory), manifest, args.show, augment)
         print(f"samples: {printable(str(args.show))}", file=sys.stderr)
 
 
@@ -190,7 +193,7 @@ def _model_options(parser: ArgumentParser) -> None:
         "--checkpoint", choices=("best", "last"), default="best", help="which weights to use"
     )
     data = "the run's dataset, where it does not lie at data.path of the run"
-    parser.add_argument("--data", type=Path, metavar="DIR", help=data)
+    parser.add_argument("--data", metavar="DIR", help=data)
 
 
 def _evaluate_options(parser: ArgumentParser) -> None:

@@ -45,8 +45,9 @@ ModelName = Literal[
 @dataclass(frozen=True)
 class DataConfig(Section):
     path: str = "data/tiny-imagenet"
-    """Dataset directory that `fastlab convert` wrote; relative to the working directory."""
-    pipeline: Literal["resident", "ffcv", "dali", "torchvision"] = "resident"
+    """Dataset directory that `fastlab convert` wrote, relative to the working directory; for
+    "stream" also its URL, such as s3://bucket/dataset."""
+    pipeline: Literal["resident", "ffcv", "dali", "torchvision", "stream"] = "resident"
     """What reads and decodes the images; pipelines/README.md says which engine suits what."""
     workers: Count = 0
     """Threads or processes that read and decode for each training process; 0: one per core."""
@@ -55,6 +56,17 @@ class DataConfig(Section):
     the file into memory and copies batches ahead of use, "auto" takes "device" where they fit."""
     hardware_load: Share = 0.9
     """Share of the images that the GPU's JPEG hardware decodes (dali)."""
+    window: Positive = 8
+    """stream: successive shards of an epoch whose images are shuffled together."""
+    lanes: Positive = 1
+    """stream: equal parts into which an epoch's sequence of shards is cut; each batch takes an
+    equal share from every part. With as many machines, or a divisor of it, each machine reads only
+    its own parts. The batches depend on this number, but not on that of the machines."""
+    cache: str = ""
+    """stream: folder of this machine for the shards of a URL; "": fastlab-stream-UID in the
+    temporary folder."""
+    cache_gib: AboveZero = 20.0
+    """stream: GiB that the cache may hold; the shards that were used longest ago are removed."""
 
 
 @dataclass(frozen=True)

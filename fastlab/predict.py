@@ -64,7 +64,7 @@ def _load_last(model: nn.Module, run: RunDir, cfg: Config) -> None:
         average.apply()
 
 
-def open_run(run: RunDir, data: Path | None) -> tuple[Config, Manifest]:
+def open_run(run: RunDir, data: Path | str | None) -> tuple[Config, Manifest]:
     """The configuration of a run and the manifest of its dataset, which lies at `data` or, without
     it, at `data.path` of the run. Raises `UserError` where it is missing or another dataset."""
     cfg = run.load_config()
@@ -82,7 +82,7 @@ def evaluate_run(
     split: str,
     which: str,
     as_json: bool,
-    dataset: Path | None = None,
+    dataset: Path | str | None = None,
     tta: Tta | None = None,
 ) -> str:
     """Figures of a run on every image of a split of its dataset, as a line or as JSON; `tta`, where
@@ -120,7 +120,11 @@ def evaluate_run(
 
 
 def predict_images(
-    directory: Path, paths: Iterable[Path], which: str, top: int = 5, data: Path | None = None
+    directory: Path,
+    paths: Iterable[Path],
+    which: str,
+    top: int = 5,
+    data: Path | str | None = None,
 ) -> Iterator[tuple[Path, Guesses] | UserError]:
     """For each image file in `paths`, and in the folders among them, its `top` most probable
     classes; for each that cannot be read, the `UserError` that says why.

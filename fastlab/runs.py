@@ -163,8 +163,9 @@ class RunDir:
         return read_object(self.dataset)
 
     def check_data_path(self, path: str) -> None:
-        """Raises `UserError` where `path`, which is `data.path` of the run, does not exist."""
-        if os.path.exists(path):
+        """Raises `UserError` where `path`, which is `data.path` of the run, does not exist; whether
+        a URL does, reading it shows."""
+        if "://" in path or os.path.exists(path):
             return
         relative = "data.path is relative to where training was started; run the command there, or "
         raise UserError(

@@ -1,16 +1,22 @@
 """How images reach the device: one contract, one augmentation, one file for each engine."""
 
 import importlib
-from pathlib import Path
 
 from fastlab.console import UserError
 from fastlab.dataset.manifest import read_manifest
+from fastlab.dataset.remote import is_remote
 from fastlab.processes import report_bus_errors
 from pipelines.base import Pipeline, PipelineSpec
 from pipelines.engine import EnginePipeline
 from pipelines.resident import ResidentPipeline
 
-FORMATS = {"resident": "array", "ffcv": "ffcv", "dali": "tar", "torchvision": "tar"}
+FORMATS = {
+    "resident": "array",
+    "ffcv": "ffcv",
+    "dali": "tar",
+    "torchvision": "tar",
+    "stream": "tar",
+}
 """Each value of `data.pipeline` and the format of a dataset that it reads. All but "resident" are
 engines, each the `open_engine` of a module of its name."""
 
@@ -27,6 +33,10 @@ def make_pipeline(spec: PipelineSpec) -> Pipeline:
         "fastlab: a data file became shorter while it was read, or its disk failed (bus error); "
         "check it with: fastlab inspect DATASET --verify"
     )
+    if is_remote(spec.data.path) and spec.data.pipeline != "stream":
+        raise UserError(
+            f'data.path = "{spec.data.path}": only data.pipeline = "stream" reads from a URL'
+        )
     if spec.data.pipeline == "resident":
         pipeline = ResidentPipeline(spec)
     else:
@@ -39,7 +49,7 @@ def make_pipeline(spec: PipelineSpec) -> Pipeline:
 
 def _refuse_replaced(spec: PipelineSpec) -> None:
     form, before = FORMATS[spec.data.pipeline], spec.manifest
-    now = read_manifest(Path(spec.data.path))
+    now = read_manifest(spec.data.path)
     # Another format may have been added, which changes no file of this one.
     if (now.classes, now.formats.get(form)) != (before.classes, before.formats[form]):
         raise UserError(f"{spec.data.path}: was replaced by another dataset while it was in use")

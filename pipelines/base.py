@@ -17,6 +17,7 @@ from fastlab.config import AugmentConfig, DataConfig
 from fastlab.console import UserError
 from fastlab.dataset.manifest import Manifest
 from fastlab.orders import epoch_order
+from pipelines.windows import WindowedOrder
 
 
 class Batch(NamedTuple):
@@ -107,8 +108,8 @@ class BatchPlan:
     """Which images each step of one process takes.
 
     A training epoch cuts a permutation of the split into whole batches; the images left over, less
-    than a batch, differ from epoch to epoch. Evaluation takes each image once, in order, over all
-    processes and steps.
+    than a batch, differ from epoch to epoch. Evaluation takes each image once, in the order of
+    their numbers or of the shards, over all processes and steps.
     """
 
     images: int
@@ -117,6 +118,9 @@ class BatchPlan:
     shard: Shard
     seed: int
     train: bool
+    windows: WindowedOrder | None = None
+    """The order of images that are read shard by shard; None: that of `epoch_order`, or of their
+    numbers."""
 
     def steps(self) -> int:
         if self.train:
@@ -131,10 +135,18 @@ class BatchPlan:
         """
         shape = self.steps(), self.shard.world, self._share()
         count = math.prod(shape)
-        order = epoch_order(self.images, self.seed, epoch) if self.train else np.arange(count)
-        rows = order[:count].reshape(shape)[start:, self.shard.rank]
-        mask = rows < self.images
-        return np.where(mask, rows, 0), mask
+        order = self._order(epoch)[:count]
+        rows, mask = np.zeros(count, dtype=np.int64), np.arange(count) < len(order)
+        rows[: len(order)] = order
+        rows, mask = (part.reshape(shape)[start:, self.shard.rank] for part in (rows, mask))
+        return rows, mask
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """The numbers of all images in the order in which `epoch` takes them, int64 [images]."""
+        if self.windows:
+            windows = self.windows
+            return windows.epoch(self.seed, epoch, self.batch_size) if self.train else windows.rows
+        return epoch_order(self.images, self.seed, epoch) if self.train else np.arange(self.images)
 
     def _share(self) -> int:
         """Images of each process in a batch."""
@@ -158,6 +170,11 @@ def plan_batches(spec: PipelineSpec) -> BatchPlan:
         raise UserError(
             f"train.batch_size = {batch_size}: expected a multiple of {2 * world} (two for each "
             f"process), since augment.mixup and augment.cutmix mix images in pairs"
+        )
+    if spec.train and batch_size % spec.data.lanes:
+        raise UserError(
+            f"train.batch_size = {batch_size}: expected a multiple of data.lanes = "
+            f"{spec.data.lanes}, each of which gives an equal share of a batch"
         )
     if not spec.train:  # all beyond the split would be padding
         batch_size = min(batch_size, images)

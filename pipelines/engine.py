@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -27,7 +28,8 @@ _Result = TypeVar("_Result")
 
 
 class Engine(Protocol):
-    """Reads and decodes the images of one split."""
+    """Reads and decodes the images of one split. One that reads shard by shard has the attribute
+    `windows`, a `WindowedOrder`, in which it is given the rows."""
 
     def batches(self, rows: np.ndarray) -> Generator[Decoded]:
         """The decoded images of each row of `rows`: int64 [steps, b], numbers of images in the
@@ -50,6 +52,8 @@ class EnginePipeline:
         """Raises `UserError` as `pipelines.make_pipeline` does."""
         self._spec, self._plan, manifest = spec, plan_batches(spec), spec.manifest
         self._engine = open_engine(spec.data, manifest, spec.split, spec.device)
+        if windows := getattr(self._engine, "windows", None):
+            self._plan = replace(self._plan, windows=windows)
         self._augmenter = make_augmenter(
             spec.augment, manifest.image_size, manifest.mean, manifest.std, spec.dtype, spec.device
         )
@@ -94,15 +98,18 @@ class EnginePipeline:
             yield Batch(pixels, labels.clone(), mask, *self._pair(labels, ids, key_tensor))
 
 
-def ahead(job: Callable[..., _Result], threads: int, *arguments: Iterable) -> Generator[_Result]:
-    """``map(job, *arguments)``, computed by `threads` ahead of use: two results for each thread
-    are under way or wait. Closing the generator ends the threads."""
+def ahead(
+    job: Callable[..., _Result], threads: int, *arguments: Iterable, depth: int | None = None
+) -> Generator[_Result]:
+    """``map(job, *arguments)``, computed by `threads` ahead of use: `depth` results, by default two
+    for each thread, are under way or wait. Closing the generator ends the threads."""
+    depth = 2 * threads if depth is None else depth
     pool = ThreadPoolExecutor(threads, thread_name_prefix="pipeline")
     waiting: deque[Future[_Result]] = deque()
     try:
         for each in zip(*arguments, strict=True):
             waiting.append(pool.submit(job, *each))
-            if len(waiting) > 2 * threads:
+            if len(waiting) > depth:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

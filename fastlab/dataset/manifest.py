@@ -11,6 +11,7 @@ from xxhash import xxh3_128
 
 from fastlab.console import UserError, printable
 from fastlab.dataset.originals import ImageClass
+from fastlab.dataset.remote import Remote, is_remote
 
 FORMAT_VERSION = 4
 SIDES = range(8, 1025)
@@ -141,12 +142,14 @@ def describe_file(path: Path) -> FileInfo:
 
 
 def read_manifest(directory: Path | str) -> Manifest:
-    """Read the manifest of a dataset directory. Raises `UserError` where it is missing or
-    damaged."""
+    """Read the manifest of a dataset directory, which may be a URL. Raises `UserError` where it is
+    missing or damaged."""
+    if is_remote(directory):
+        return _parse(Remote(str(directory)).read(NAME), f"{directory}/{NAME}")
     directory = Path(directory)
     path = directory / NAME
     try:
-        return _from_json(json.loads(path.read_text(encoding="utf-8")))
+        return _parse(path.read_bytes(), str(path))
     except (FileNotFoundError, NotADirectoryError):
         why, command = f"no {NAME}", f"{directory} OUT"
         if not directory.exists():
@@ -158,8 +161,13 @@ def read_manifest(directory: Path | str) -> Manifest:
         ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _parse(content: bytes, where: str) -> Manifest:
+    try:
+        return _from_json(json.loads(content.decode()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: damaged ({error}); convert again with --force") from None
+        raise UserError(f"{where}: damaged ({error}); convert again with --force") from None
 
 
 def _from_json(raw: dict[str, Any]) -> Manifest:
@@ -255,15 +263,24 @@ def _is_possible(split: SplitInfo, classes: int) -> bool:
     )
 
 
-def check_sizes(directory: Path, manifest: Manifest) -> None:
+def check_sizes(directory: Path | str, manifest: Manifest) -> None:
     """Cheap check at every opening. Raises `UserError` for a file that is missing or has another
-    size."""
-    for path, info in _files(manifest):
-        file = directory / path
-        size = file.stat().st_size if file.is_file() else None
-        if size != info.bytes:
+    size. Behind a URL, only the format ``tar`` is read, and needed."""
+    if is_remote(directory):
+        files = list(manifest.formats.get("tar", {}).items())
+        sizes = {name: file.size for name, file in Remote(str(directory)).files().items()}
+        repair = "copy the dataset there again"
+    else:
+        files, repair = _files(manifest), "convert again with --force"
+        sizes = {name: _size(Path(directory) / name) for name, _ in files}
+    for name, info in files:
+        if (size := sizes.get(name)) != info.bytes:
             problem = "missing" if size is None else f"{size} bytes instead of {info.bytes}"
-            raise UserError(f"{file}: {problem}; convert again with --force")
+            raise UserError(f"{str(directory).rstrip('/')}/{name}: {problem}; {repair}")
+
+
+def _size(file: Path) -> int | None:
+    return file.stat().st_size if file.is_file() else None
 
 
 def check_hashes(directory: Path, manifest: Manifest) -> int:

@@ -4,6 +4,7 @@ What fails is tried again, with growing pauses: servers throttle, and connection
 here may be used in a forked process, where fsspec's thread no longer runs.
 """
 
+import errno
 import random
 import time
 from collections.abc import Callable
@@ -17,6 +18,8 @@ _TRIES = 6
 _PAUSE = 0.2  # seconds before the second try; each further pause is twice as long
 # What another try does not change.
 _LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # on this machine
 
 _Result = TypeVar("_Result")
 
@@ -69,7 +72,8 @@ class Remote:
     def fetch(self, path: str, target: Path, size: int | None = None) -> None:
         """Copy the file at the relative `path` to `target`, under another name until it is whole.
 
-        `size`, bytes, is what it must have; another try follows where it has not.
+        `size`, bytes, is what it must have; another try follows where it has not. Raises OSError
+        where there is no room for it.
         """
         partial = target.with_name(f".{target.name}.partial")
 
@@ -97,6 +101,8 @@ class Remote:
             except _LASTING as error:
                 raise UserError(f"{where}: cannot be read ({_reason(error)})") from None
             except Exception as error:  # each client has errors of its own, some no OSError
+                if getattr(error, "errno", None) in _NO_ROOM:
+                    raise
                 problem = _reason(error)
         raise UserError(f"{where}: cannot be read in {_TRIES} tries ({problem})")
 

@@ -18,7 +18,6 @@ import sys
 from collections import Counter
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from fastlab.console import UserError, public_command
@@ -104,7 +103,7 @@ def is_wanted(state: State, retry: bool) -> bool:
 def check_datasets(tasks: list[Task]) -> None:
     """Raises `UserError` for a missing or incomplete dataset, once rather than in every run."""
     for path in sorted({task.config.data.path for task in tasks}):
-        check_sizes(Path(path), read_manifest(Path(path)))
+        check_sizes(path, read_manifest(path))
 
 
 def plan(studies: list[Study], tasks: list[Task], states: dict[str, State]) -> str:
@@ -138,7 +137,7 @@ def evaluate_best(folder: StudyDir, studies: list[Study]) -> None:
 
 def _test_figures(folder: StudyDir, task: Task) -> dict[str, Any]:
     """The figures of a run on the test split, or a note why there are none."""
-    split = read_manifest(Path(task.config.data.path)).splits.get("test")
+    split = read_manifest(task.config.data.path).splits.get("test")
     if split is None or not split.images:
         return {"note": "The dataset has no labelled test split."}
     run = str(folder.run(task))

@@ -13,7 +13,7 @@ from fastlab.fields import field_types
 from fastlab.runs import RunDir
 
 CHANGEABLE = {
-    "data": {"path", "workers", "placement"},
+    "data": {"path", "workers", "placement", "cache", "cache_gib"},
     "optim": {"lr", "weight_decay"},
     "schedule": set(field_types(config.ScheduleConfig)) - {"name"},
     "train": {

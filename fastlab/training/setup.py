@@ -4,7 +4,6 @@ import os
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -125,8 +124,8 @@ def torch_settings(cfg: Config) -> Generator[None]:
 def open_dataset(cfg: Config) -> Manifest:
     """The manifest of `data.path`. Raises `UserError` where files are missing, the model needs
     larger images, or `train.image_size` asks for some that do not exist."""
-    manifest = read_manifest(Path(cfg.data.path))
-    check_sizes(Path(cfg.data.path), manifest)
+    manifest = read_manifest(cfg.data.path)
+    check_sizes(cfg.data.path, manifest)
     smallest = models.SMALLEST_IMAGE.get(cfg.model.name, 1)
     if manifest.image_size < smallest:
         raise UserError(

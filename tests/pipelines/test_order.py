@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fastlab.orders import epoch_order
 from pipelines.base import BatchPlan, Shard
+from pipelines.windows import WindowedOrder
 
 QUICK = settings(max_examples=100, deadline=None, database=None, derandomize=True)
 SEEDS = st.integers(0, 2**31 - 1)
@@ -133,3 +134,132 @@ def test_a_resumed_evaluation_is_the_rest_of_the_whole(images, batch, world, dat
     start = data.draw(st.integers(0, plan.steps()))
     for whole, rest in zip(plan.rows(0), plan.rows(0, start), strict=True):
         assert rest.tolist() == whole.tolist()[start:]
+
+
+def windowed(sizes: list[int], window: int, lanes: int = 1) -> WindowedOrder:
+    """Shards whose images lie in an order of their own, as the converter mixes them."""
+    rows = epoch_order(sum(sizes), 1, 1)
+    return WindowedOrder(rows, np.array(sizes), window, lanes)
+
+
+def shards_of(order: WindowedOrder, rows: np.ndarray) -> np.ndarray:
+    """The shard of each image in `rows`."""
+    shard = np.empty(len(order.rows), dtype=np.int64)
+    shard[order.rows] = np.repeat(np.arange(len(order.sizes)), order.sizes)
+    return shard[rows]
+
+
+SHARD_SIZES = st.lists(st.integers(1, 30), min_size=1, max_size=20)
+
+
+@QUICK
+@given(
+    sizes=SHARD_SIZES,
+    window=st.integers(1, 8),
+    lanes=st.integers(1, 4),
+    each=st.integers(1, 4),
+    seed=SEEDS,
+    epoch=EPOCHS,
+)
+def test_a_windowed_order_is_a_permutation_and_a_pure_function(
+    sizes, window, lanes, each, seed, epoch
+):
+    order = windowed(sizes, window, lanes)
+    assume(sum(sizes) >= lanes * each)
+    rows = order.epoch(seed, epoch, lanes * each)
+    assert rows.dtype == np.int64 and sorted(rows.tolist()) == list(range(sum(sizes)))
+    np.testing.assert_array_equal(order.epoch(seed, epoch, lanes * each), rows)
+
+
+@QUICK
+@given(sizes=SHARD_SIZES, window=st.integers(1, 8), seed=SEEDS, epoch=EPOCHS)
+def test_the_images_of_a_window_come_before_those_of_other_shards(sizes, window, seed, epoch):
+    order = windowed(sizes, window)
+    shards = shards_of(order, order.epoch(seed, epoch, 1)).tolist()
+    sequence = {shard: sizes[shard] for shard in dict.fromkeys(shards)}
+    assert len(sequence) == len(sizes)
+    for _ in range(0, len(sizes), window):
+        # A shard is complete before any beyond its window begins.
+        taken = []
+        while len(taken) < window and shards:
+            taken += [shards[0]] if shards[0] not in taken else []
+            head = [shard for shard in shards if shard in taken]
+            shards = [shard for shard in shards if shard not in taken]
+            assert head
+        assert not set(taken) & set(shards)
+
+
+@QUICK
+@given(
+    sizes=st.lists(st.integers(5, 30), min_size=4, max_size=20),
+    window=st.integers(1, 4),
+    lanes=st.sampled_from([2, 4]),
+    seed=SEEDS,
+    epoch=EPOCHS,
+)
+def test_ranks_with_their_own_lanes_share_only_the_shard_at_the_cut(
+    sizes, window, lanes, seed, epoch
+):
+    order = windowed(sizes, window, lanes)
+    plans = [
+        BatchPlan(sum(sizes), lanes * 2, Shard(rank, 2), seed, True, order) for rank in range(2)
+    ]
+    read = [set(shards_of(order, plan.rows(epoch)[0]).ravel().tolist()) for plan in plans]
+    assert len(read[0] & read[1]) <= 1
+
+
+def test_equal_shards_are_each_read_by_one_rank():
+    order = windowed([25] * 16, 2, lanes=4)
+    for epoch in range(20):
+        plans = [BatchPlan(400, 20, Shard(rank, 4), 3, True, order) for rank in range(4)]
+        read = [np.unique(shards_of(order, plan.rows(epoch)[0])) for plan in plans]
+        assert sorted(np.concatenate(read).tolist()) == list(range(16))
+
+
+def test_the_batches_of_lanes_do_not_depend_on_the_number_of_ranks():
+    order = windowed([11, 8, 9, 14, 3, 20], 2, lanes=2)
+    whole, _ = BatchPlan(65, 12, Shard(), 3, True, order).rows(1)
+    for world in (2, 3, 4):
+        shares = [
+            BatchPlan(65, 12, Shard(rank, world), 3, True, order).rows(1, 2)[0]
+            for rank in range(world)
+        ]
+        np.testing.assert_array_equal(np.concatenate(shares, axis=1), whole[2:])
+
+
+def test_the_images_left_over_differ_by_epoch():
+    order = windowed([11] * 10, 3)
+    left = [order.epoch(0, epoch, 30)[90:].tolist() for epoch in range(5)]
+    assert len({tuple(each) for each in left}) == 5
+
+
+def test_evaluation_takes_the_images_of_one_shard_after_another():
+    order = windowed([10, 20, 7], 1)
+    rows, mask = BatchPlan(37, 8, Shard(), 0, False, order).rows(0)
+    assert rows[mask].tolist() == order.rows.tolist() and mask.sum() == 37
+
+
+MIXED = WindowedOrder(epoch_order(19_200, 9, 9), np.full(96, 200), 8, 1)
+"""96 shards, filled at random as the converter fills them, in 12 windows."""
+
+
+def test_a_batch_of_a_window_holds_as_many_classes_as_one_of_a_full_shuffle():
+    """Of 100 classes, 64 images drawn at random hold 100 (1 - 0.99^64) = 47.4 on average."""
+    labels = np.arange(19_200) % 100
+    batches = np.concatenate([MIXED.epoch(0, epoch, 64).reshape(-1, 64) for epoch in range(4)])
+    assert abs(np.mean([len(set(labels[batch])) for batch in batches]) - 47.4) < 0.3
+
+
+def test_pairs_of_a_batch_meet_again_in_the_next_epoch_as_often_as_their_windows_do():
+    """A window holds 8 shards and 32 batches of 50. Two images of one shard are in one window
+    again for certain, two of different shards with a probability of 7 in 95. So of the 1225 pairs
+    in a batch, 7.2 share one of the next epoch too; with a full shuffle, 3.2."""
+    expected = 1225 * (199 / 1599 + 1400 / 1599 * 7 / 95) / 32
+    meeting = []
+    for epoch in range(6):
+        one, other = (MIXED.epoch(0, each, 50).reshape(-1, 50) for each in (epoch, epoch + 1))
+        batch = np.empty(19_200, dtype=np.int64)
+        batch[other] = np.arange(384)[:, None]
+        counts = [np.bincount(batch[rows]) for rows in one]
+        meeting += [(count * (count - 1) / 2).sum() for count in counts]
+    assert abs(np.mean(meeting) - expected) < 0.5

@@ -160,6 +160,23 @@ def parse_index(index: bytes) -> ShardIndex:
     return ShardIndex(numbers[:, 5], numbers[:, 3:5], numbers[:, :2])
 
 
+def locate(indexes: list[ShardIndex]) -> tuple[np.ndarray, np.ndarray]:
+    """(order, where) of the images in the shards of a split.
+
+    `order`, int64 [images], holds their numbers in the order in which they lie in the shards;
+    `where`, int64 [images, 3], holds for each number the shard, and the offset and size in it,
+    bytes. Raises ValueError where they are not all of a split's images.
+    """
+    order = np.concatenate([index.rows for index in indexes])
+    if not np.array_equal(np.sort(order), np.arange(len(order))):
+        raise ValueError("the shards lack an image, or hold one twice")
+    images = np.concatenate([index.images for index in indexes])
+    shard = np.repeat(np.arange(len(indexes)), [len(index.rows) for index in indexes])
+    where = np.empty((len(images), 3), dtype=np.int64)
+    where[order] = np.column_stack([shard, images])
+    return order, where
+
+
 class Shards:
     """Random access to the encoded images and the labels of some shards, mapped into memory."""
 
@@ -170,16 +187,8 @@ class Shards:
         # Plain views: slicing np.memmap itself costs microseconds an image.
         self._maps = [np.asarray(np.memmap(path, dtype=np.uint8, mode="r")) for path in paths]
         self.indexes = [_read_index(path) for path in paths]
-        self.order = np.concatenate([index.rows for index in self.indexes])
-        """int64 [images]: the numbers of the images in the order in which they lie in the shards.
-        """
-        if not np.array_equal(np.sort(self.order), np.arange(len(self.order))):
-            raise ValueError("the shards lack an image, or hold one twice")
-        images = np.concatenate([index.images for index in self.indexes])
-        shard = np.repeat(np.arange(len(paths)), [len(index.rows) for index in self.indexes])
-        self.where = np.empty((len(images), 3), dtype=np.int64)
-        """int64 [images, 3]: number of the shard, offset and size in it, bytes."""
-        self.where[self.order] = np.column_stack([shard, images])
+        self.order, self.where = locate(self.indexes)
+        """Those of `locate`."""
         self.labels = self._read_labels() if labels is None else labels
         """int64 [images]"""
 
@@ -205,14 +214,8 @@ class Shards:
 def open_shards(directory: Path, manifest: Manifest, split: str) -> Shards:
     """Open the shards of a split. Raises `UserError` where the format is missing or does not fit
     the manifest."""
-    if "tar" not in manifest.formats:
-        raise UserError(f"{directory}: has no tar format; convert with --formats tar")
-    names = sorted(
-        name
-        for name in manifest.formats["tar"]
-        if name.startswith(f"tar/{split}-") and name.endswith(".tar")
-    )
-    labels = f"tar/{split}-labels.npy"  # older datasets have none
+    names = shard_names(str(directory), manifest, split)
+    labels = labels_name(split)  # older datasets have none
     try:
         given = np.load(directory / labels) if labels in manifest.formats["tar"] else None
         shards = Shards([directory / name for name in names], given)
@@ -224,9 +227,29 @@ def open_shards(directory: Path, manifest: Manifest, split: str) -> Shards:
     return shards
 
 
+def shard_names(directory: str, manifest: Manifest, split: str) -> list[str]:
+    """The paths of a split's shards in `directory`, sorted. Raises `UserError` where the format is
+    missing."""
+    if "tar" not in manifest.formats:
+        raise UserError(f"{directory}: has no tar format; convert with --formats tar")
+    start = f"tar/{split}-"
+    files = manifest.formats["tar"]
+    return sorted(name for name in files if name.startswith(start) and name.endswith(".tar"))
+
+
+def labels_name(split: str) -> str:
+    """The path of a split's labels in the directory of a dataset."""
+    return f"tar/{split}-labels.npy"
+
+
 def _read_index(shard: Path) -> ShardIndex:
     index = parse_index(shard.with_suffix(".idx").read_bytes())
-    ends = np.concatenate([index.images.sum(axis=1), index.labels.sum(axis=1)])
-    if ends.max(initial=0) > shard.stat().st_size or ends.min(initial=0) < 0:
-        raise ValueError(f"{shard.name} is shorter than its index says")
+    check_index(index, shard.stat().st_size)
     return index
+
+
+def check_index(index: ShardIndex, size: int) -> None:
+    """Raises ValueError unless all of `index` lies within the `size` bytes of its shard."""
+    ends = np.concatenate([index.images.sum(axis=1), index.labels.sum(axis=1)])
+    if ends.max(initial=0) > size or ends.min(initial=0) < 0:
+        raise ValueError("a shard is shorter than its index says")
