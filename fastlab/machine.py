@@ -188,9 +188,16 @@ def _engines() -> list[Finding]:
     return [
         Finding("engines", "resident", True, "reads the array format"),
         Finding("engines", "torchvision", True, "reads the tar format"),
+        _stream(),
         _import("engines", "ffcv", "ffcv", "reads the ffcv format", FFCV_MISSING),
         _import("engines", "dali", "nvidia.dali", "reads the tar format", dali),
     ]
+
+
+def _stream() -> Finding:
+    remote = _import("engines", "stream", "s3fs", "reads the tar format, also from URLs", "")
+    local = f"reads the tar format of local folders; for URLs, {installing('remote')}"
+    return remote if remote.usable else Finding("engines", "stream", True, local)
 
 
 def _import(group: str, name: str, module: str, usable: str, missing: str) -> Finding:

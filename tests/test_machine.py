@@ -28,7 +28,7 @@ def test_doctor_names_every_engine_and_the_running_versions(capsys):
     printed = {(f["group"], f["name"]): f for f in json.loads(capsys.readouterr().out)}
     assert printed["versions", "torch"]["detail"] == torch.__version__.partition("+")[0]
     engines = {name for group, name in printed if group == "engines"}
-    assert engines == {"resident", "torchvision", "ffcv", "dali"}
+    assert engines == {"resident", "torchvision", "ffcv", "dali", "stream"}
     assert printed["devices", "cuda"]["usable"] == torch.cuda.is_available()
 
 

@@ -18,6 +18,7 @@ import torch
 from fastlab.config import AugmentConfig, DataConfig
 from fastlab.console import UserError
 from fastlab.dataset.convert import Options, convert
+from fastlab.dataset.formats import Settings
 from fastlab.dataset.manifest import read_manifest
 from fastlab.fields import field_types
 from pipelines import FORMATS, make_pipeline
@@ -38,6 +39,7 @@ def _needs(package: str, *marks) -> list:
 ENGINES = [
     "resident",
     "torchvision",
+    "stream",
     pytest.param("ffcv", marks=_needs("ffcv", pytest.mark.ffcv)),
     pytest.param("dali", marks=_needs("nvidia.dali")),
 ]
@@ -46,12 +48,22 @@ engines = pytest.mark.parametrize("engine", ENGINES)
 
 @pytest.fixture(scope="module")
 def dataset(synth_source, tmp_path_factory):
-    """All formats that can be written here. No two images are equal."""
+    """All formats that can be written here, in several shards. No two images are equal."""
     path = tmp_path_factory.mktemp("contract") / "dataset"
     ffcv = importlib.util.find_spec("ffcv") is not None
     formats = ("array", "tar", "ffcv") if ffcv else ("array", "tar")
-    convert(synth_source, path, Options(formats=formats))
+    convert(synth_source, path, Options(formats=formats, settings=Settings(shard_images=8)))
     return path
+
+
+def resident_like(data, dataset, **options):
+    """`resident` in the order of the pipeline `data`, which is its own unless `data` reads shard by
+    shard."""
+    reference = pipeline(dataset, "resident", **options)
+    if data._plan.windows:
+        reference._plan = data._plan
+    assert reference._plan == data._plan
+    return reference
 
 
 def assert_equal(batches, expected):
@@ -92,12 +104,26 @@ def test_evaluation_takes_each_image_once(dataset, engine, batch, world):
 
 
 @engines
+def test_training_takes_each_image_at_most_once_on_any_number_of_processes(dataset, engine):
+    (everything,) = copied(pipeline(dataset, "resident", "train", batch=80).epoch(0))
+    known = {image.numpy().tobytes(): int(n) for image, n in zip(*everything[:2], strict=True)}
+    whole = copied(pipeline(dataset, engine, batch=12).epoch(2))
+    labels = [known.pop(i.numpy().tobytes()) for batch in whole for i in batch.images]
+    assert labels == [n for batch in whole for n in batch.labels.tolist()]
+    assert len(known) == 80 % 12
+    ranks = [copied(pipeline(dataset, engine, batch=12, rank=r, world=2).epoch(2)) for r in (0, 1)]
+    for batch, *shares in zip(whole, *ranks, strict=True):
+        assert torch.equal(torch.cat([share.images for share in shares]), batch.images)
+        assert torch.equal(torch.cat([share.labels for share in shares]), batch.labels)
+
+
+@engines
 @pytest.mark.parametrize("world", [1, 2])
 def test_training_takes_the_batches_of_resident(dataset, engine, world):
     for rank in range(world):
         options = {"augment": AUGMENT, "rank": rank, "world": world}
         data = pipeline(dataset, engine, **options)
-        reference = pipeline(dataset, "resident", **options)
+        reference = resident_like(data, dataset, **options)
         for epoch, start in ((0, 0), (1, 0), (1, 3)):  # the last resumes within an epoch
             expected = copied(reference.epoch(epoch, start))
             assert_equal(copied(data.epoch(epoch, start)), expected)
@@ -107,7 +133,7 @@ def test_training_takes_the_batches_of_resident(dataset, engine, world):
 def test_mixed_batches_are_those_of_resident(dataset, engine):
     mixing = AugmentConfig(flip=True, mixup=0.4, cutmix=1.0, erasing=0.5)
     data = pipeline(dataset, engine, augment=mixing, rank=1, world=2)
-    expected = copied(pipeline(dataset, "resident", augment=mixing, rank=1, world=2).epoch(1))
+    expected = copied(resident_like(data, dataset, augment=mixing, rank=1, world=2).epoch(1))
     assert all(batch.partners is not None for batch in expected)
     assert_equal(copied(data.epoch(1)), expected)
 
@@ -157,7 +183,7 @@ def _held() -> dict[str, float]:
 
 @engines
 def test_a_missing_format_is_named(dataset, engine):
-    format = {"resident": "array", "torchvision": "tar", "dali": "tar", "ffcv": "ffcv"}[engine]
+    format = FORMATS[engine]
     manifest = read_manifest(dataset)
     others = {name: files for name, files in manifest.formats.items() if name != format}
     without = replace(spec(dataset, engine, "val"), manifest=replace(manifest, formats=others))
@@ -181,8 +207,9 @@ def test_a_corrupt_image_of_a_shard_is_named(dataset, tmp_path):
     data = bytearray(shard.read_bytes())
     data[offset : offset + size] = np.zeros(size, np.uint8).tobytes()
     shard.write_bytes(data)
-    with pytest.raises(UserError, match="image 5: "):
-        list(pipeline(copy, "torchvision", "val", batch=8).epoch(0))
+    for engine in ("torchvision", "stream"):
+        with pytest.raises(UserError, match="image 5: "):
+            list(pipeline(copy, engine, "val", batch=8).epoch(0))
 
 
 def test_the_readmes_example_keeps_the_contract(dataset):
