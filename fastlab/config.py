@@ -357,7 +357,7 @@ def _parse_override(text: str) -> tuple[str, str, Any]:
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except (ValueError, RecursionError):
-        if not re.fullmatch(r"[\w./~+-]+", value):
+        if not re.fullmatch(r"[\w.:/~+-]+", value):
             raise UserError(f"--set {printable(text)}: {value!r} is not a TOML value") from None
         parsed = value  # a shell eats the quotes of --set model.name="cnn8"
     return section, key, parsed

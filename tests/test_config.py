@@ -40,6 +40,10 @@ VALUES = {
         "placement": st.sampled_from(["auto", "device", "stream"]),
         "workers": st.integers(0, 64),
         "hardware_load": st.floats(0, 1),
+        "window": COUNT,
+        "lanes": COUNT,
+        "cache": st.text(),
+        "cache_gib": POSITIVE,
     },
     "augment": {
         "flip": st.booleans(),

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastlab import train as training
+from fastlab.cli import main
 from fastlab.config import AugmentConfig
 from fastlab.console import UserError
 from fastlab.dataset.convert import Options, convert
@@ -19,9 +21,11 @@ from fastlab.dataset.formats import Settings
 from fastlab.dataset.manifest import FileInfo, check_sizes, describe_file, read_manifest
 from fastlab.dataset.remote import Remote
 from fastlab.dataset.shard_cache import CachedFiles
+from fastlab.predict import evaluate_run
 from pipelines import make_pipeline
 from tests.pipelines.specs import spec
 from tests.s3 import Faults
+from tests.trainings import assert_same_run, command
 
 AUGMENT = AugmentConfig(flip=True, translate=4)
 
@@ -271,3 +275,24 @@ def test_a_full_disk_is_named(cache, monkeypatch):
     monkeypatch.setattr(cache.remote._fs, "get_file", full)
     with pytest.raises(UserError, match=r"^\S+/c: cannot hold the stream's cache \(No space left"):
         cache.open("a")
+
+
+def test_a_run_is_trained_resumed_and_evaluated_from_a_url(s3, dataset, tmp_path, capsys):
+    """It equals the run of the local dataset. The URL is read through another cache each time."""
+    url = s3.bucket("data", dataset)
+    sets = ["data.pipeline=stream", "data.window=2", "train.compile=false", "train.epochs=2"]
+    sets += ["schedule.name=constant"]
+    here = command(dataset, tmp_path / "here", *sets)
+    there = command(url, tmp_path / "there", *sets, f"data.cache={tmp_path / 'one'}")
+    assert training.main(here) == 0 and training.main([*there, "--set", "train.epochs=1"]) == 0
+    more = ["--set", "train.epochs=2", "--set", f"data.cache={tmp_path / 'two'}"]
+    assert training.main(["--resume", str(tmp_path / "there"), *more]) == 0
+    assert_same_run(tmp_path / "there", tmp_path / "here")
+    figures = []
+    for run, data in (("there", None), ("here", None), ("here", url)):
+        figures.append(evaluate_run(tmp_path / run, "val", "best", True, data).partition(",")[2])
+    assert len(set(figures)) == 1
+    capsys.readouterr()
+    assert main(["inspect", url]) == 0 and "4 classes" in capsys.readouterr().out
+    assert main(["inspect", url, "--verify"]) == 2
+    assert "give a local copy" in capsys.readouterr().err
