@@ -1,7 +1,8 @@
 """The default pipeline: the decoded array, kept on the device where it fits, gathered there.
 
 Where it does not fit (or on a CPU, where host memory is the device) the array stays mapped into
-memory: threads gather and augment ahead of use, and an accelerator gets pinned copies.
+memory: threads gather and augment ahead of use, and an accelerator gets copies of pinned batches
+while it computes.
 """
 
 import os
@@ -18,6 +19,7 @@ from pipelines.augment import Augmenter, device_augmenter, epoch_key, make_augme
 from pipelines.base import Batch, PipelineSpec, plan_batches
 from pipelines.engine import ahead
 from pipelines.pairs import Mixing, pairing
+from pipelines.uploads import uploaded
 
 _SHARE = 0.5  # of the device's free memory: what the images of one split may take
 _THREADS = 4  # at most, which gather and augment
@@ -106,8 +108,8 @@ class ResidentPipeline:
             parts = self._images[rows], rows, self._labels[rows], mask
             return [torch.from_numpy(part).pin_memory() for part in parts]
 
-        for parts in ahead(pinned, _threads(), rows, masks):
-            pixels, ids, labels, mask = (part.to(device, non_blocking=True) for part in parts)
+        gathered = ahead(pinned, _threads(), rows, masks)
+        for pixels, ids, labels, mask in uploaded(gathered, device):
             pixels = self._augment(self._augmenter, pixels, positions, ids, key_tensor)
             yield Batch(pixels, labels, mask, *self._pair(labels, ids, key_tensor))
 

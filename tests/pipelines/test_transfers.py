@@ -1,9 +1,10 @@
 """Copies to the device, for each of which a step may wait: counted on a meta device."""
 
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import islice
+from typing import ClassVar
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from fastlab.config import AugmentConfig
 from pipelines.augment import augment_on_device, make_augmenter
 from pipelines.engine import EnginePipeline
 from pipelines.resident import ResidentPipeline
+from pipelines.uploads import uploaded
 from tests.pipelines.specs import spec
 from tests.pipelines.test_augment import CONFIGS, MEAN, SIDE, STD
 from tests.pipelines.test_stages import EVERYTHING
@@ -93,10 +95,73 @@ def steps(dataset, kind: str):
     return ResidentPipeline(placed).epoch(0)
 
 
-@pytest.mark.parametrize(("kind", "each"), [("device", 0), ("engine", 0), ("stream", 4)])
-def test_a_step_copies_only_what_it_must(kind, each, synth_dataset, monkeypatch):
-    """Streaming copies images, labels, image numbers and mask, from pinned memory."""
+class FakeStream:
+    """Stands in for a CUDA stream; `log` receives what is done on any of them."""
+
+    log: ClassVar[list[tuple]] = []
+    current: ClassVar[str] = "compute"
+
+    def __init__(self, name="copying") -> None:
+        self.name, self.events = name, 0
+
+    def record_event(self) -> tuple[str, int]:
+        self.events += 1
+        return self.name, self.events
+
+    def wait_event(self, event) -> None:
+        self.log.append((self.name, "waits for", event))
+
+
+@pytest.fixture
+def streams(monkeypatch) -> list[tuple]:
+    """A log of which stream copies, waits, and is reported to use a tensor."""
+    compute, log = FakeStream("compute"), FakeStream.log
+    log.clear()
+
+    @contextmanager
+    def stream(entered):
+        FakeStream.current = entered.name
+        yield
+        FakeStream.current = "compute"
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream())
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: compute)
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda tensor, used: log.append((used.name, "uses"))
+    )
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    return log
+
+
+class Part(torch.Tensor):
+    """A part of a batch whose copy is logged with its number."""
+
+    def to(self, device, non_blocking):
+        assert non_blocking
+        FakeStream.log.append((FakeStream.current, "copies", int(self[0])))
+        return torch.empty(self.shape, device=device)
+
+
+def test_batches_are_copied_two_ahead_and_used_only_after_their_copies(streams):
+    batches = ([torch.tensor([number]).as_subclass(Part)] for number in range(4))
+    for number, (copy,) in enumerate(uploaded(batches, META)):
+        assert copy.device == META
+        streams.append(("batch", number))
+    done = [("compute", "waits for", ("copying", number)) for number in (1, 2, 3, 4)]
+    uses = ("compute", "uses")
+    assert streams == [
+        *(("copying", "copies", number) for number in (0, 1, 2)),
+        *(done[0], uses, ("batch", 0), ("copying", "copies", 3)),
+        *(done[1], uses, ("batch", 1)),
+        *(done[2], uses, ("batch", 2)),
+        *(done[3], uses, ("batch", 3)),
+    ]
+
+
+@pytest.mark.parametrize(("kind", "each"), [("device", 0), ("engine", 0), ("stream", 4)])
+def test_a_step_copies_only_what_it_must(kind, each, synth_dataset, streams):
+    """Streaming copies images, labels, image numbers and mask, from pinned memory."""
     batches = steps(synth_dataset, kind)
     next(batches)
     recorded = copies(lambda: list(islice(batches, 2)))
@@ -105,8 +170,7 @@ def test_a_step_copies_only_what_it_must(kind, each, synth_dataset, monkeypatch)
 
 
 @pytest.mark.parametrize("kind", ["device", "engine", "stream"])
-def test_batches_on_a_device_need_no_kernels_of_the_cpu(kind, synth_dataset, monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+def test_batches_on_a_device_need_no_kernels_of_the_cpu(kind, synth_dataset, streams, monkeypatch):
     monkeypatch.setitem(sys.modules, "pipelines.augment_cpu", None)  # importing it fails
     batches = steps(synth_dataset, kind)
     next(batches)
