@@ -240,11 +240,25 @@ def _rows(images: int, batches: int, batch: int) -> np.ndarray:
     return order[: batches * batch].reshape(batches, batch)
 
 
+def _streamed(data: Data, batch: int) -> Work:
+    """`resident` as where the images do not fit on the device: copied from the host by batches."""
+    _check_gpu(data.device)
+    forever = _pipeline(data, batch, DataConfig(path=str(data.path), placement="stream"))
+    return Work(lambda number: itertools.islice(forever, number), data.bytes)
+
+
 def _nvjpeg(data: Data, batch: int) -> Work:
     _check_gpu(data.device)
     encoded = data.shards.where[:, 2].mean()
+    forever = _pipeline(data, batch, DataConfig(path=str(data.path), pipeline="torchvision"))
+    written = data.pixels * _DTYPE.itemsize
+    return Work(lambda number: itertools.islice(forever, number), float(encoded) + written)
+
+
+def _pipeline(data: Data, batch: int, config: DataConfig) -> Iterator[Batch]:
+    """The batches of one training epoch after the other."""
     spec = PipelineSpec(
-        DataConfig(path=str(data.path), pipeline="torchvision"),
+        config,
         _FLIP_AND_TRANSLATE,
         data.manifest,
         "train",
@@ -255,9 +269,7 @@ def _nvjpeg(data: Data, batch: int) -> Work:
         compile=True,
     )
     pipeline = make_pipeline(spec)
-    forever = (b for epoch in itertools.count() for b in pipeline.epoch(epoch))
-    written = data.pixels * _DTYPE.itemsize
-    return Work(lambda number: itertools.islice(forever, number), float(encoded) + written)
+    return (b for epoch in itertools.count() for b in pipeline.epoch(epoch))
 
 
 def _nvjpeg_alone(data: Data, batch: int) -> Work:
@@ -282,6 +294,7 @@ CASES: dict[str, Callable[[Data, int], Work]] = {
     "gather, no augmentation": _resident(None),
     "flip and translate": _resident(_FLIP_AND_TRANSLATE),
     "crop and flip": _resident(AugmentConfig(flip=True, crop_scale=0.35)),
+    "flip and translate, from the host": _streamed,
     "nvJPEG": _nvjpeg,
     "nvJPEG decode alone": _nvjpeg_alone,
 }

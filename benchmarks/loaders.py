@@ -166,7 +166,7 @@ def _peak_memory() -> int:
     return peak
 
 
-Engine = Literal["resident", "ffcv", "dali", "torchvision"]
+Engine = Literal["resident", "ffcv", "dali", "torchvision", "stream"]
 
 
 def _fastlab(args: argparse.Namespace, cores: int, engine: Engine, dtype: str = "") -> Batches:
@@ -243,6 +243,7 @@ CASES: dict[str, Loader] = {
     "libjpeg-turbo decode, no augmentation": _decode,
     "fastlab dali": partial(_fastlab, engine="dali"),
     "fastlab torchvision": partial(_fastlab, engine="torchvision"),
+    "fastlab stream": partial(_fastlab, engine="stream"),
     **RIVALS,
 }
 

@@ -43,6 +43,7 @@ from pipelines import PipelineSpec, make_pipeline
 from pipelines.augment import device_augmenter, make_augmenter
 from pipelines.augment_cpu import augment_on_cpu
 from pipelines.torchvision import nvjpeg, open_engine
+from pipelines.uploads import uploaded
 from tests.trainings import ROOT, TINY, assert_same_run, command, launch, same_weights, train
 
 # Which warnings torch, Triton and Accelerate raise depends on the machine. fastlab raises none.
@@ -206,6 +207,19 @@ def test_batches_do_not_depend_on_the_placement_of_images(split, placement, devi
                 assert part.device.type == device and torch.equal(part.cpu(), expected_part)
         count += 1
     assert count == len(expected)
+
+
+@gpu_only
+def test_uploads_are_whole_while_the_device_is_busy(device):
+    """The buffers of earlier batches are used again before the device has come to them."""
+    busy = torch.rand(4096, 4096, device=device)
+    batches = ([torch.full((1 << 22,), number).pin_memory()] for number in range(60))
+    sums = []
+    for (copy,) in uploaded(batches, torch.device(device)):
+        for _ in range(4):
+            busy = busy @ busy / 4096
+        sums.append(copy.sum())
+    assert torch.stack(sums).tolist() == [number << 22 for number in range(60)]
 
 
 # The images of a class: a JPEG with colours at full resolution, one that has to be resized, two

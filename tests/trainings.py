@@ -25,7 +25,7 @@ TINY = (
 )
 
 
-def command(dataset: Path, out: Path, *overrides: str) -> list[str]:
+def command(dataset: Path | str, out: Path, *overrides: str) -> list[str]:
     """The arguments of a training of configs/demo.toml with `TINY` and `overrides`."""
     sets = [f"data.path={dataset}", *TINY, *overrides]
     return ["--config", str(ROOT / "configs" / "demo.toml"), "--out", str(out)] + [

@@ -19,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from fastlab.console import UserError, run_command
-from tests.faults import disks, endurance, inputs, kills
+from tests.faults import disks, endurance, inputs, kills, streams
 from tests.faults.outcomes import Tally
 from tests.faults.prepare import prepare
 from tests.packages import has
@@ -39,9 +39,10 @@ STAGES = {
     "trainings": "SIGKILL of trainings, on one and two processes, and signals that ask for an end",
     "compiling": "SIGKILL of trainings and their compilers while they compile",
     "disks": "full disk, unusable output, output removed during training",
+    "streams": "kills, bad connections, damaged and full caches while shards come from a server",
     "endurance": "2,000 epochs with resident, 500 with each other engine; only with --full",
 }
-_TRAINING = ("trainings", "compiling", "endurance")
+_TRAINING = ("trainings", "compiling", "streams", "endurance")
 # How many inputs of each kind a full run tries, and a short one.
 _INPUTS = {
     "images": (700, 40),
@@ -88,6 +89,10 @@ def stages(seed: int, full: bool) -> dict[str, Callable[[Tally, Path, Path], Non
         disks.unusable(tally, base, scratch)
         disks.vanishing(tally, base, scratch, times(5, 1))
 
+    def streamed(tally: Tally, base: Path, scratch: Path) -> None:
+        if has("moto.server") and has("s3fs"):
+            streams.run(tally, base, scratch, seed, times(12, 1), times(6, 0))
+
     def long(tally: Tally, base: Path, scratch: Path) -> None:
         if full:
             for engine, epochs in _engines().items():
@@ -99,13 +104,14 @@ def stages(seed: int, full: bool) -> dict[str, Callable[[Tally, Path, Path], Non
         "trainings": stopped,
         "compiling": compiling,
         "disks": unwritable,
+        "streams": streamed,
         "endurance": long,
     }
 
 
 def _engines() -> dict[str, int]:
     """The engines that are installed, and how many epochs to train with each."""
-    epochs = {"resident": 2000, "torchvision": 500}
+    epochs = {"resident": 2000, "torchvision": 500, "stream": 500}
     if has("ffcv"):
         epochs["ffcv"] = 500
     if has("nvidia.dali"):

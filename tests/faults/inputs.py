@@ -200,7 +200,7 @@ def _read_through(data: Path, name: str) -> str:
     engines: dict[str, tuple[Any, ...]] = {
         "array": ("resident",),
         "ffcv": ("ffcv",),
-        "tar": ("torchvision", "dali"),
+        "tar": ("torchvision", "stream", "dali"),
     }
     manifest = read_manifest(data)
     split = "val" if "val" in name else "train"
