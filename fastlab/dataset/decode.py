@@ -54,7 +54,7 @@ def decode_into(data: bytes, out: np.ndarray, fit: str = "crop") -> Decoded:
 
     Raises `CorruptImage`.
     """
-    for header, decoded in _plain.items():
+    for header, decoded in tuple(_plain.items()):  # other threads may add to it
         if data.startswith(header) and _decode_plain(data, out):
             return decoded
     return _decode_unknown(data, out, fit)
