@@ -8,9 +8,11 @@ before them are decoded, by the converter's decoder, in threads. So its pixels e
 import io
 import math
 import mmap
+import threading
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -71,8 +73,8 @@ def open_engine(
         where = f"{config.path}/tar"
         raise UserError(f"{where}: damaged ({error}); convert again with --force") from None
     windows = WindowedOrder(shards.order, shards.sizes, config.window, config.lanes)
-    where = f"{config.path}, split {split}"
-    return StreamEngine(shards, windows, (manifest.image_size, manifest.fit), config.workers, where)
+    shape, where = (manifest.image_size, manifest.fit), f"{config.path}, split {split}"
+    return StreamEngine(shards, windows, shape, config, where, pinned=device.type == "cuda")
 
 
 def _check_room(config: DataConfig, bound: int, infos: dict[str, FileInfo]) -> None:
@@ -122,13 +124,14 @@ class StreamEngine:
         shards: _Shards,
         windows: WindowedOrder,
         shape: tuple[int, str],
-        workers: int,
+        config: DataConfig,
         where: str,
+        pinned: bool,
     ) -> None:
         self.windows = windows
         self._shards, self._names = shards, list(shards.infos)
-        (self._side, self._fit), self._threads = shape, workers or cores()
-        self._where = where
+        (self._side, self._fit), self._threads = shape, config.workers or cores()
+        self._where, self._pinned = where, pinned
 
     def batches(self, rows: np.ndarray) -> Generator[Decoded]:
         with closing(self._steps(rows)) as steps:
@@ -139,7 +142,12 @@ class StreamEngine:
         order, last = _uses(shards, len(self._names))
         held: dict[int, mmap.mmap] = {}
         depth = self.windows.window * self.windows.lanes
-        with closing(ahead(self._open, _FETCHED, order, depth=depth)) as opened:
+        stop = threading.Event()
+        with (
+            closing(ahead(partial(self._open, stop), _FETCHED, order, depth=depth)) as opened,
+            ExitStack() as stack,
+        ):
+            stack.callback(stop.set)  # whoever leaves early does not wait for what is under way
             arriving = zip(order.tolist(), opened, strict=True)
             for step, images in enumerate(rows):
                 needed = np.unique(shards[step]).tolist()
@@ -150,21 +158,22 @@ class StreamEngine:
                     if last[shard] == step:
                         del held[shard]
 
-    def _open(self, shard: int) -> mmap.mmap:
+    def _open(self, stop: threading.Event, shard: int) -> mmap.mmap:
         name = self._names[shard]
-        return self._shards.files.open(name, self._shards.infos[name])
+        return self._shards.files.open(name, self._shards.infos[name], stop.is_set)
 
     def _decode(self, step: _Step) -> Decoded:
         rows, contents = step
-        images = np.empty((len(rows), self._side, self._side, 3), dtype=np.uint8)
-        for image, row in zip(images, rows.tolist(), strict=True):
+        shape = len(rows), self._side, self._side, 3
+        images = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pinned)
+        for image, row in zip(images.numpy(), rows.tolist(), strict=True):
             shard, offset, size = self._shards.where[row].tolist()
             try:
                 decode_into(contents[shard][offset : offset + size], image, self._fit)
             except CorruptImage as error:
                 problem = f"{self._where}: image {row}: {error}"
                 raise UserError(f"{problem}; convert again with --force") from None
-        return torch.from_numpy(images), torch.from_numpy(self._shards.labels[rows])
+        return images, torch.from_numpy(self._shards.labels[rows])
 
 
 def _uses(shards: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

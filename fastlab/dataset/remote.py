@@ -24,6 +24,10 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # on this machine
 _Result = TypeVar("_Result")
 
 
+class FetchStopped(Exception):
+    """A file is no longer wanted."""
+
+
 class RemoteFile(NamedTuple):
     size: int | None
     """Bytes; None where the server does not say."""
@@ -69,16 +73,22 @@ class Remote:
         """The bytes of the file at the relative `path`."""
         return self._retried(path, lambda: self._fs.cat_file(self._join(path)))
 
-    def fetch(self, path: str, target: Path, size: int | None = None) -> None:
+    def fetch(
+        self,
+        path: str,
+        target: Path,
+        size: int | None = None,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Copy the file at the relative `path` to `target`, under another name until it is whole.
 
         `size`, bytes, is what it must have; another try follows where it has not. Raises OSError
-        where there is no room for it.
+        where there is no room for it, and `FetchStopped` soon after `stopped` gives True.
         """
         partial = target.with_name(f".{target.name}.partial")
 
         def copy() -> None:
-            self._fs.get_file(self._join(path), str(partial))
+            self._fs.get_file(self._join(path), str(partial), callback=_watching(stopped))
             if size is not None and (got := partial.stat().st_size) != size:
                 raise OSError(f"{got} of {size} bytes arrived")
 
@@ -101,10 +111,21 @@ class Remote:
             except _LASTING as error:
                 raise UserError(f"{where}: cannot be read ({_reason(error)})") from None
             except Exception as error:  # each client has errors of its own, some no OSError
-                if getattr(error, "errno", None) in _NO_ROOM:
+                if isinstance(error, FetchStopped) or getattr(error, "errno", None) in _NO_ROOM:
                     raise
                 problem = _reason(error)
         raise UserError(f"{where}: cannot be read in {_TRIES} tries ({problem})")
+
+
+def _watching(stopped: Callable[[], bool]) -> Any:
+    """What fsspec calls after each part of a file."""
+    from fsspec.callbacks import Callback
+
+    def look(*_: Any) -> None:
+        if stopped():
+            raise FetchStopped
+
+    return Callback(hooks={"stop": look})
 
 
 def _version(info: dict[str, Any]) -> str:

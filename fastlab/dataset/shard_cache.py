@@ -9,16 +9,20 @@ import mmap
 import os
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 from fastlab.console import UserError
 from fastlab.dataset.manifest import FileInfo, describe_file
-from fastlab.dataset.remote import Remote, is_remote
+from fastlab.dataset.remote import FetchStopped, Remote, is_remote
 from fastlab.files import try_flock
 
 _POLL = 0.02  # seconds between looks at what another process fetches
 _LOCK = ".lock"
+
+
+def never() -> bool:
+    return False
 
 
 def open_files(path: str, cache: str, gib: float) -> "LocalFiles | CachedFiles":
@@ -57,7 +61,7 @@ class LocalFiles:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def open(self, name: str, info: FileInfo) -> mmap.mmap:
+    def open(self, name: str, info: FileInfo, stopped: Callable[[], bool] = never) -> mmap.mmap:
         """The file at the path `name` in the dataset directory, which `info` describes, mapped into
         memory. Raises `UserError` where it cannot be read or is another file."""
         try:
@@ -90,22 +94,25 @@ class CachedFiles:
         with _usable(folder):
             folder.mkdir(parents=True, exist_ok=True)
 
-    def open(self, name: str, info: FileInfo) -> mmap.mmap:
-        """As `LocalFiles.open`. Raises `UserError` also where the cache cannot be written."""
+    def open(self, name: str, info: FileInfo, stopped: Callable[[], bool] = never) -> mmap.mmap:
+        """As `LocalFiles.open`. Raises `UserError` also where the cache cannot be written, and
+        `FetchStopped` soon after `stopped` gives True."""
         path = self._folder / info.xxh128
         with _usable(self._folder):
             while (content := _mapped(path, info.bytes)) is None:
+                if stopped():
+                    raise FetchStopped
                 with _lock_file(path).open("w") as lock:
                     if not try_flock(lock):
                         time.sleep(_POLL)
                     elif not _is_whole(path, info.bytes):
-                        self._fetch(name, info, path)
+                        self._fetch(name, info, path, stopped)
         return content
 
-    def _fetch(self, name: str, info: FileInfo, path: Path) -> None:
+    def _fetch(self, name: str, info: FileInfo, path: Path, stopped: Callable[[], bool]) -> None:
         self._make_room(info.bytes)
         arrived = path.with_suffix(".arrived")
-        self._remote.fetch(name, arrived, info.bytes)
+        self._remote.fetch(name, arrived, info.bytes, stopped)
         if (actual := describe_file(arrived).xxh128) != info.xxh128:
             arrived.unlink()
             raise UserError(

@@ -6,7 +6,7 @@ import pytest
 
 from fastlab.console import UserError
 from fastlab.dataset import remote
-from fastlab.dataset.remote import Remote, is_remote
+from fastlab.dataset.remote import FetchStopped, Remote, is_remote
 from tests.s3 import Faults
 
 
@@ -56,6 +56,18 @@ def test_a_server_that_always_fails_ends_in_one_line(s3, folder, tmp_path, quick
     with pytest.raises(UserError, match=r"^s3://photos/a.bin: cannot be read in 2 tries \(.+\)$"):
         bucket.fetch("a.bin", tmp_path / "copy", 300_000)
     assert not list(tmp_path.glob("*copy*")) and not list(tmp_path.glob(".*"))
+
+
+def test_a_fetch_ends_in_the_middle_when_told_to(s3, folder, tmp_path):
+    bucket = Remote(s3.bucket("photos", folder))
+    partial = tmp_path / ".copy.partial"
+
+    def stopped() -> bool:
+        return partial.exists() and partial.stat().st_size > 0
+
+    with pytest.raises(FetchStopped):
+        bucket.fetch("a.bin", tmp_path / "copy", 300_000, stopped)
+    assert not partial.exists() and not (tmp_path / "copy").exists()
 
 
 def test_a_missing_file_is_named_at_once(s3, folder, tmp_path):

@@ -19,7 +19,7 @@ from fastlab.console import UserError
 from fastlab.dataset.convert import Options, convert
 from fastlab.dataset.formats import Settings
 from fastlab.dataset.manifest import FileInfo, check_sizes, describe_file, read_manifest
-from fastlab.dataset.remote import Remote
+from fastlab.dataset.remote import FetchStopped, Remote
 from fastlab.dataset.shard_cache import CachedFiles
 from fastlab.predict import evaluate_run
 from pipelines import make_pipeline
@@ -172,8 +172,8 @@ class Cache:
 
         return counted
 
-    def open(self, name: str):
-        return self.files.open(name, self.infos[name])
+    def open(self, name: str, *stopped):
+        return self.files.open(name, self.infos[name], *stopped)
 
     def use(self, name: str) -> None:
         """Read the file and let go of it."""
@@ -207,6 +207,14 @@ def test_a_file_in_use_is_kept_and_others_make_room(cache):
     del held
     cache.use("b")
     assert "a" not in cache.kept()
+
+
+def test_waiting_for_another_fetch_ends_when_told_to(cache):
+    with (cache.folder / f"{cache.infos['a'].xxh128}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(FetchStopped):
+            cache.open("a", iter([False, False, True]).__next__)
+    assert {path.suffix for path in cache.folder.iterdir()} == {".lock"}
 
 
 def test_files_in_use_may_exceed_the_bound(cache):
@@ -269,7 +277,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, cache):
 
 
 def test_a_full_disk_is_named(cache, monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(cache.remote._fs, "get_file", full)
