@@ -103,7 +103,7 @@ def _read_shards(
 
     def index(shard: str) -> ShardIndex:
         found = parse_index(read(shard.removesuffix(".tar") + ".idx"))
-        check_index(found, files[shard].bytes)
+        check_index(found, shard, files[shard].bytes)
         return found
 
     with ThreadPoolExecutor(_INDEXES) as pool:

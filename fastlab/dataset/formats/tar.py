@@ -244,12 +244,12 @@ def labels_name(split: str) -> str:
 
 def _read_index(shard: Path) -> ShardIndex:
     index = parse_index(shard.with_suffix(".idx").read_bytes())
-    check_index(index, shard.stat().st_size)
+    check_index(index, shard.name, shard.stat().st_size)
     return index
 
 
-def check_index(index: ShardIndex, size: int) -> None:
-    """Raises ValueError unless all of `index` lies within the `size` bytes of its shard."""
+def check_index(index: ShardIndex, shard: str, size: int) -> None:
+    """Raises ValueError unless all of `index` lies within the `size` bytes of its `shard`."""
     ends = np.concatenate([index.images.sum(axis=1), index.labels.sum(axis=1)])
     if ends.max(initial=0) > size or ends.min(initial=0) < 0:
-        raise ValueError("a shard is shorter than its index says")
+        raise ValueError(f"{shard} is shorter than its index says")
