@@ -69,7 +69,7 @@ def open_engine(
     try:
         shards = _read_shards(opened, infos, files, split)
         check_labels(shards.labels, manifest, split)
-    except (ValueError, EOFError, KeyError) as error:
+    except (ValueError, EOFError, KeyError, OverflowError) as error:
         where = f"{config.path}/tar"
         raise UserError(f"{where}: damaged ({error}); convert again with --force") from None
     windows = WindowedOrder(shards.order, shards.sizes, config.window, config.lanes)

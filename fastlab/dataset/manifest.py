@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -241,8 +242,9 @@ def _impossible_file(manifest: Manifest) -> str:
         for path, info in files.items():
             folder, _, file = path.partition("/")
             inside = folder == name and name.isidentifier() and "/" not in file
-            if not inside or file in ("", ".", "..") or info.bytes < 0:
-                return f"formats: {printable(path)} is no file of a format, or has no size"
+            hashed = re.fullmatch("[0-9a-f]{32}", info.xxh128)  # names the file in a cache
+            if not inside or file in ("", ".", "..") or info.bytes < 0 or not hashed:
+                return f"formats: {printable(path)} is no file of a format, or has no size or hash"
     for name, split in manifest.splits.items() if "array" in manifest.formats else ():
         images = manifest.formats["array"].get(f"array/{name}-images.npy", FileInfo(0, ""))
         header = images.bytes - 3 * manifest.image_size**2 * split.images

@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import mmap
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Generator
@@ -18,7 +19,8 @@ from fastlab.dataset.remote import FetchStopped, Remote, is_remote
 from fastlab.files import try_flock
 
 _POLL = 0.02  # seconds between looks at what another process fetches
-_LOCK = ".lock"
+# The names of cached files and of parts of them: others in the folder are not touched.
+_CACHED = re.compile(r"\.?([0-9a-f]{32})(\.arrived(\.partial)?)?")
 
 
 def never() -> bool:
@@ -124,14 +126,14 @@ class CachedFiles:
     def _make_room(self, size: int) -> None:
         """Remove the files that were used longest ago until `size` bytes more stay in the bound."""
         status = {}
-        for path in self._folder.iterdir():
+        for path in filter(_is_cached, self._folder.iterdir()):
             with contextlib.suppress(FileNotFoundError):  # another process removed it
                 status[path] = path.stat()
         total = sum(each.st_size for each in status.values())
         for path in sorted(status, key=lambda path: status[path].st_mtime_ns):
             if total + size <= self.bound:
                 return
-            if path.suffix != _LOCK and _remove(path):
+            if _remove(path):
                 total -= status[path].st_size
 
 
@@ -153,9 +155,13 @@ def _is_whole(path: Path, size: int) -> bool:
     return path.exists() and path.stat().st_size == size
 
 
+def _is_cached(path: Path) -> bool:
+    return _CACHED.fullmatch(path.name) is not None
+
+
 def _lock_file(path: Path) -> Path:
     """Of a file in the cache, or of a part of it that is being fetched."""
-    return path.with_name(path.name.strip(".").partition(".")[0] + _LOCK)
+    return path.with_name(path.name.strip(".").partition(".")[0] + ".lock")
 
 
 def _remove(path: Path) -> bool:

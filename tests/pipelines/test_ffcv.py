@@ -47,7 +47,9 @@ def dataset(installed, synth_dataset, tmp_path_factory) -> Path:
     (path / "array").symlink_to(synth_dataset / "array")
     for split in ("train", "val"):
         write(path / "ffcv" / f"{split}.beton", *arrays(path, split))
-    files = {f"ffcv/{p.name}": FileInfo(p.stat().st_size, "") for p in (path / "ffcv").iterdir()}
+    files = {
+        f"ffcv/{p.name}": FileInfo(p.stat().st_size, "0" * 32) for p in (path / "ffcv").iterdir()
+    }
     manifest = read_manifest(synth_dataset)
     manifest = replace(manifest, formats={**manifest.formats, "ffcv": files})
     (path / "manifest.json").write_text(manifest.to_json())

@@ -217,6 +217,18 @@ def test_waiting_for_another_fetch_ends_when_told_to(cache):
     assert {path.suffix for path in cache.folder.iterdir()} == {".lock"}
 
 
+def test_other_files_in_the_folder_are_never_removed(cache):
+    others = [cache.folder / name for name in ("photo.jpg", "notes.txt", ".hidden", "below/x")]
+    for path in others:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(bytes(2000))
+        os.utime(path, (1, 1))
+    for name in "abcd":
+        cache.use(name)
+    assert all(path.stat().st_size == 2000 for path in others)
+    assert cache.kept() == {"b", "c", "d"}
+
+
 def test_files_in_use_may_exceed_the_bound(cache):
     held = [cache.open(name) for name in "abcd"]
     assert cache.kept() == set("abcd") and all(len(content) == 300 for content in held)
