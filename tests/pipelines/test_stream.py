@@ -301,9 +301,9 @@ def test_a_run_is_trained_resumed_and_evaluated_from_a_url(s3, dataset, tmp_path
     """It equals the run of the local dataset. The URL is read through another cache each time."""
     url = s3.bucket("data", dataset)
     sets = ["data.pipeline=stream", "data.window=2", "train.compile=false", "train.epochs=2"]
-    sets += ["schedule.name=constant"]
+    sets += ["schedule.name=constant", f"data.cache={tmp_path / 'one'}"]
     here = command(dataset, tmp_path / "here", *sets)
-    there = command(url, tmp_path / "there", *sets, f"data.cache={tmp_path / 'one'}")
+    there = command(url, tmp_path / "there", *sets)
     assert training.main(here) == 0 and training.main([*there, "--set", "train.epochs=1"]) == 0
     more = ["--set", "train.epochs=2", "--set", f"data.cache={tmp_path / 'two'}"]
     assert training.main(["--resume", str(tmp_path / "there"), *more]) == 0
