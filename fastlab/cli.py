@@ -88,8 +88,11 @@ def _synth(args: Namespace) -> None:
 def _convert_options(parser: ArgumentParser) -> None:
     add = parser.add_argument
     archives = ".zip, .tar, .tar.xz, .txz, .tar.gz, .tgz, .tar.bz2"
-    source = f"Tiny ImageNet or an image folder: a directory, {archives}"
-    add("source", type=Path, help=source)
+    source = (
+        f"an image folder or Tiny ImageNet (a directory, {archives}), WebDataset shards, Parquet, "
+        f"a dataset of Hugging Face, CIFAR, ImageNet; a path or a URL (s3, gs, hf, https)"
+    )
+    add("source", help=source)
     add("out", type=Path, help="dataset directory to write")
     formats = "array, ffcv, tar; separated by commas (default: array)"
     add("--formats", default="array", help=formats)
@@ -105,6 +108,8 @@ def _convert_options(parser: ArgumentParser) -> None:
     fraction = "make val of this share of each class, for a source without validation images"
     add("--val-fraction", type=float, default=0.0, metavar="F", help=fraction)
     add("--seed", type=int, default=0, help="decides which images these two move")
+    columns = "image=COLUMN,label=COLUMN: which to take of a table that has several"
+    add("--columns", default="", metavar="CHOICE", help=columns)
     fit = "images of another size: crop the centre (default), squash both sides, or pad with black"
     add("--fit", default="crop", metavar="crop|squash|pad", help=fit)
     corrupt = "skip: leave corrupt images out; the manifest and reports name and count them"
@@ -132,6 +137,7 @@ def _convert(args: Namespace) -> None:
         holdout=args.holdout,
         seed=args.seed,
         val_fraction=args.val_fraction,
+        columns=args.columns,
         fit=args.fit,
         on_corrupt=args.on_corrupt,
         undecoded=args.undecoded,

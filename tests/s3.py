@@ -78,6 +78,7 @@ def server() -> Generator[S3]:
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
         "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_MAX_ATTEMPTS": "2",  # botocore's own, with pauses of seconds between them
     }
     running.append(S3(url, environment))
     thread = threading.Thread(target=served.serve_forever, args=(0.02,), daemon=True)

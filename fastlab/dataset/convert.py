@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from fastlab.console import UserError, printable, tell
-from fastlab.dataset.archives import Tree, open_tree
+from fastlab.dataset.archives import Tree
 from fastlab.dataset.blocks import Block, Report, decoded_blocks
 from fastlab.dataset.describe import Found, new_manifest, refuse, statistics
 from fastlab.dataset.formats import FORMATS, array, write_format
@@ -26,9 +26,9 @@ from fastlab.dataset.originals import (
     SUFFIXES,
     Originals,
     check_counts,
-    read_originals,
     select_classes,
 )
+from fastlab.dataset.remote import is_remote
 from fastlab.dataset.request import (
     Options,
     check_options,
@@ -36,6 +36,7 @@ from fastlab.dataset.request import (
     make_request,
     read_stamps,
 )
+from fastlab.dataset.sources import open_source
 from fastlab.dataset.undecoded import copy
 from fastlab.files import (
     check_free,
@@ -57,10 +58,11 @@ def convert(source: Path | str, out: Path | str, options: Options) -> tuple[Mani
     then unchanged.
     """
     check_options(options)
-    source, out = Path(source), resolved(Path(out))
-    originals = Path(os.path.realpath(source))
-    if out in (originals, *originals.parents):
-        raise UserError(f"{out}: holds the originals; choose another directory for the dataset")
+    out = resolved(Path(out))
+    if not is_remote(source):
+        originals = Path(os.path.realpath(source))
+        if out in (originals, *originals.parents):
+            raise UserError(f"{out}: holds the originals; choose another directory for the dataset")
     if options.force:
         _check_place(out, options)
     try:
@@ -72,9 +74,10 @@ def convert(source: Path | str, out: Path | str, options: Options) -> tuple[Mani
         raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
 
 
-def _convert(source: Path, out: Path, options: Options, partial: Path) -> tuple[Manifest, bool]:
-    tree = open_tree(source, partial)
-    originals = read_originals(tree, str(source), options.val_fraction, options.seed)
+def _convert(
+    source: Path | str, out: Path, options: Options, partial: Path
+) -> tuple[Manifest, bool]:
+    tree, originals = open_source(source, partial / "source", options)
     originals = _select(originals, options)
     old, marks = None, {}
     if not is_free(out) and not options.force:
@@ -105,7 +108,7 @@ def _convert(source: Path, out: Path, options: Options, partial: Path) -> tuple[
     return manifest, True
 
 
-def _report_ignored(originals: Originals, source: Path) -> None:
+def _report_ignored(originals: Originals, source: Path | str) -> None:
     if originals.ignored:
         tell(
             f"{printable(str(source))}: skipped {len(originals.ignored)} files that are not "
@@ -144,7 +147,7 @@ def _write_format(
 
 def _finish(partial: Path, manifest: Manifest, formats: list[str]) -> None:
     """Leave in `partial` only what belongs to the dataset."""
-    (partial / "source.tar").unlink(missing_ok=True)
+    shutil.rmtree(partial / "source")
     if "array" not in formats:
         shutil.rmtree(partial / "array", ignore_errors=True)
     (partial / NAME).write_text(manifest.to_json(), encoding="utf-8")
@@ -169,7 +172,7 @@ def _select(originals: Originals, options: Options) -> Originals:
 
 
 def _decode(
-    tree: Tree, originals: Originals, source: Path, options: Options, partial: Path
+    tree: Tree, originals: Originals, source: Path | str, options: Options, partial: Path
 ) -> tuple[Manifest, array.Source]:
     """Write the ``array`` format into `partial`; return the manifest of a dataset of just that, and
     what the other formats are written from."""

@@ -13,6 +13,7 @@ from fastlab.console import UserError, printable
 from fastlab.dataset.blocks import mean_and_std
 from fastlab.dataset.manifest import Manifest, SplitInfo
 from fastlab.dataset.originals import Originals
+from fastlab.dataset.remote import is_remote
 from fastlab.dataset.request import Options
 
 
@@ -28,7 +29,7 @@ class Found(NamedTuple):
 
 
 def new_manifest(
-    source: Path,
+    source: Path | str,
     originals: Originals,
     found: dict[str, Found],
     mean_std: tuple[list[float], list[float]],
@@ -87,8 +88,9 @@ def _split_info(originals: Originals, name: str, found: Found) -> SplitInfo:
     )
 
 
-def _dataset_name(source: Path) -> str:
-    name = source.resolve().name.split(".")[0]
+def _dataset_name(source: Path | str) -> str:
+    path = Path(source) if is_remote(source) else Path(source).resolve()
+    name = path.name.split(".")[0]
     return name.encode(errors="surrogateescape").decode(errors="replace")
 
 

@@ -1,8 +1,9 @@
 """What a source holds: classes, and the paths and labels of the images of each split.
 
-Two layouts are known: Tiny ImageNet's own, and any image folder with ``train/<class>/`` and
-``val/<class>/`` (also ``valid`` or ``validation``; optionally ``test/<class>/``), whose classes may
-have folders within. A folder without validation images, or of nothing but classes, is divided.
+Two layouts of folders are read here, and others in `fastlab/dataset/sources/`: Tiny ImageNet's own,
+and any image folder with ``train/<class>/`` and ``val/<class>/`` (also ``valid`` or ``validation``;
+optionally ``test/<class>/``), whose classes may have folders within. A folder without validation
+images, or of nothing but classes, is divided.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -14,7 +15,7 @@ from numpy.typing import ArrayLike
 from xxhash import xxh3_64_intdigest
 
 from fastlab.console import UserError, printable
-from fastlab.dataset.archives import Tree
+from fastlab.dataset.archives import FolderTree
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 _VALIDATION = ("val", "valid", "validation")
@@ -41,7 +42,7 @@ class Split:
 @dataclass(frozen=True)
 class Originals:
     layout: str
-    """"tiny-imagenet" or "image-folder"."""
+    """"tiny-imagenet", "image-folder", or the name of a reader in `fastlab/dataset/sources/`."""
     classes: list[ImageClass]
     splits: dict[str, Split]
     ignored: tuple[str, ...] = ()
@@ -101,7 +102,9 @@ class Originals:
         )
 
 
-def read_originals(tree: Tree, where: str, val_fraction: float = 0.0, seed: int = 0) -> Originals:
+def read_originals(
+    tree: FolderTree, where: str, val_fraction: float = 0.0, seed: int = 0
+) -> Originals:
     """Detect the layout of `tree` and list its images. `where` names the source in errors.
 
     A `val_fraction` above 0 makes "val" of that share of the training images of each class, of a
@@ -117,28 +120,50 @@ def read_originals(tree: Tree, where: str, val_fraction: float = 0.0, seed: int 
         raise UserError(f"{where}: cannot be read ({problem})") from None
 
 
-def _read_originals(tree: Tree, where: str, val_fraction: float, seed: int) -> Originals:
+def _read_originals(tree: FolderTree, where: str, val_fraction: float, seed: int) -> Originals:
     root = _root(tree)
     folders = _split_folders(tree, root, where)
     tiny = "wnids.txt" in tree.names(root)
-    has_validation = tiny or "val" in folders
-    if has_validation and val_fraction:
-        raise UserError(f"--val-fraction: {where} has validation images; convert without it")
-    if not has_validation and not val_fraction:
+    if not tiny and "val" not in folders and not val_fraction:
         raise UserError(
-            f"{where}: neither Tiny ImageNet (no wnids.txt) nor an image folder "
-            f"(no train/<class>/ and val/<class>/); of a folder of classes, a part can become "
+            f"{where}: holds no Tiny ImageNet (wnids.txt), image folder (train/<class>/ and "
+            f"val/<class>/), WebDataset shards, Parquet files, dataset saved by Hugging Face, "
+            f"CIFAR batches or ImageNet archives; of a folder of classes, a part can become "
             f"validation images: --val-fraction 0.1"
         )
     if tiny:
         originals = _read_tiny_imagenet(tree, root, where)
     else:
         originals = _read_image_folder(tree, folders, where)
-    if not originals.classes:
+    return completed(originals, where, val_fraction, seed, folders["train"])
+
+
+def completed(
+    originals: Originals, where: str, val_fraction: float, seed: int, folder: str = "train/"
+) -> Originals:
+    """`originals`, with "val" made of a `val_fraction` above 0 of the training images of each
+    class. The images' paths below `folder` decide which.
+
+    Raises `UserError` where there are no classes, or two of the same name, a split or a class has
+    no images, or validation images are missing or need not be taken from others.
+    """
+    has_validation = "val" in originals.splits
+    if has_validation and val_fraction:
+        raise UserError(f"--val-fraction: {where} has validation images; convert without it")
+    if not has_validation and not val_fraction:
+        raise UserError(
+            f"{where}: has no validation images; make some of the training images with "
+            f"--val-fraction 0.1"
+        )
+    ids = [each.id for each in originals.classes]
+    if not ids:
         raise UserError(f"{where}: has no classes")
+    if len(set(ids)) < len(ids):
+        twice = next(name for name in ids if ids.count(name) > 1)
+        raise UserError(f"{where}: two classes have the name {twice!a}")
     check_counts(originals, where)
     if val_fraction:
-        originals = _with_validation(originals, folders["train"], val_fraction, seed, where)
+        return _with_validation(originals, folder, val_fraction, seed, where)
     return originals
 
 
@@ -171,7 +196,7 @@ def select_classes(originals: Originals, choice: str) -> Originals:
     return chosen
 
 
-def _root(tree: Tree) -> str:
+def _root(tree: FolderTree) -> str:
     """The folder that holds the splits or the classes: the root of the tree, or the only folder in
     it that does."""
     top = tree.names("")
@@ -187,7 +212,7 @@ def _has_splits(names: list[str]) -> bool:
     return "wnids.txt" in names or ("train" in names and not set(_VALIDATION).isdisjoint(names))
 
 
-def _split_folders(tree: Tree, root: str, where: str) -> dict[str, str]:
+def _split_folders(tree: FolderTree, root: str, where: str) -> dict[str, str]:
     """Split -> its folder below `root`; of a folder of nothing but classes, "train" -> `root`."""
     top = tree.names(root)
     validation = [name for name in _VALIDATION if name in top]
@@ -203,7 +228,7 @@ def _images(names: list[str]) -> list[str]:
     return [name for name in names if name.lower().endswith(SUFFIXES) and name[0] != "."]
 
 
-def _read_tiny_imagenet(tree: Tree, root: str, where: str) -> Originals:
+def _read_tiny_imagenet(tree: FolderTree, root: str, where: str) -> Originals:
     ids = tree.text(f"{root}wnids.txt").split()
     _check_names(ids, where)
     if len(set(ids)) < len(ids):
@@ -222,7 +247,7 @@ def _read_tiny_imagenet(tree: Tree, root: str, where: str) -> Originals:
     return Originals("tiny-imagenet", classes, {"train": train, "val": val})
 
 
-def _read_annotations(tree: Tree, root: str, ids: list[str], where: str) -> Split:
+def _read_annotations(tree: FolderTree, root: str, ids: list[str], where: str) -> Split:
     number = {wnid: index for index, wnid in enumerate(ids)}
     lines = tree.text(f"{root}val/val_annotations.txt").splitlines()
     fields = ([*line.split("\t"), ""] for line in lines)
@@ -239,7 +264,7 @@ def _read_annotations(tree: Tree, root: str, ids: list[str], where: str) -> Spli
     return Split([f"{root}val/images/{name}" for name in names], labels)
 
 
-def _read_image_folder(tree: Tree, folders: dict[str, str], where: str) -> Originals:
+def _read_image_folder(tree: FolderTree, folders: dict[str, str], where: str) -> Originals:
     ids = _folders_in(tree, folders["train"])
     _check_names(ids, where)
     splits = {}
@@ -267,7 +292,7 @@ def _check_names(ids: list[str], where: str) -> None:
             )
 
 
-def _paths_below(tree: Tree, folder: str, ignored: list[str]) -> list[str]:
+def _paths_below(tree: FolderTree, folder: str, ignored: list[str]) -> list[str]:
     """The images in `folder` and in folders within it, as torchvision's ImageFolder takes them;
     other files are added to `ignored`."""
     paths, waiting = [], [folder]
@@ -283,7 +308,7 @@ def _paths_below(tree: Tree, folder: str, ignored: list[str]) -> list[str]:
     return paths
 
 
-def _folders_in(tree: Tree, folder: str) -> list[str]:
+def _folders_in(tree: FolderTree, folder: str) -> list[str]:
     """The names of the folders in `folder` ("" or with "/" at its end) that are not empty. Hidden
     ones do not count, nor the one that macOS adds to zips."""
     names = [name for name in tree.names(folder) if name[0] != "." and name != "__MACOSX"]
@@ -309,7 +334,7 @@ def _with_validation(
     if counts.min() < 2:
         single = originals.classes[int(counts.argmin())].id
         raise UserError(f"--val-fraction: {where}: class {single} has a single image; add another")
-    names = (f"{seed}/{path[len(folder) :]}" for path in train.paths)
+    names = (f"{seed}/{path.removeprefix(folder)}" for path in train.paths)
     draws = [xxh3_64_intdigest(name.encode(errors="surrogateescape")) for name in names]
     order = np.argsort(np.array(draws, dtype=np.uint64), kind="stable")
     wanted = np.clip(np.rint(counts * fraction), 1, counts - 1)

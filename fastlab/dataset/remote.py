@@ -18,7 +18,7 @@ _TRIES = 6
 _PAUSE = 0.2  # seconds before the second try; each further pause is twice as long
 # What another try does not change.
 _LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-
+_NO_CREDENTIALS = ("NoCredentialsError", "DefaultCredentialsError")  # of botocore and google.auth
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # on this machine
 
 _Result = TypeVar("_Result")
@@ -58,9 +58,7 @@ class Remote:
 
     def files(self) -> dict[str, RemoteFile]:
         """Every file below the folder by its relative path, sorted; "" for the URL of a file."""
-        found: dict[str, dict[str, Any]] = self._retried(
-            "", lambda: self._fs.find(self._root, detail=True)
-        )
+        found: dict[str, dict[str, Any]] = self._retried("", self._list)
         if not found:
             raise UserError(f"{self.url}: no such file or folder, or an empty one")
         return {
@@ -68,6 +66,13 @@ class Remote:
             for path, info in sorted(found.items())
             if info.get("type") != "directory"
         }
+
+    def _list(self) -> dict[str, dict[str, Any]]:
+        self._fs.invalidate_cache()
+        info = self._fs.info(self._root)
+        if info["type"] == "file":  # on a web server, `find` would read it in search of links
+            return {self._root: info}
+        return self._fs.find(self._root, detail=True)
 
     def read(self, path: str) -> bytes:
         """The bytes of the file at the relative `path`."""
@@ -108,12 +113,14 @@ class Remote:
                 time.sleep(_PAUSE * 2 ** (number - 1) * random.uniform(0.5, 1.5))
             try:
                 return job()
-            except _LASTING as error:
-                raise UserError(f"{where}: cannot be read ({_reason(error)})") from None
             except Exception as error:  # each client has errors of its own, some no OSError
                 if isinstance(error, FetchStopped) or getattr(error, "errno", None) in _NO_ROOM:
                     raise
+                if self.url.startswith("http"):  # fsspec calls every failure a missing file there
+                    error = error.__cause__ or error
                 problem = _reason(error)
+                if _is_lasting(error):
+                    raise UserError(f"{where}: cannot be read ({problem})") from None
         raise UserError(f"{where}: cannot be read in {_TRIES} tries ({problem})")
 
 
@@ -133,9 +140,17 @@ def _version(info: dict[str, Any]) -> str:
     return next((str(info[key]).strip('"') for key in keys if info.get(key)), "")
 
 
+def _is_lasting(error: BaseException) -> bool:
+    status = getattr(error, "status", 0)  # of an HTTP response
+    refused = 400 <= status < 500 and status not in (408, 429)
+    return refused or isinstance(error, _LASTING) or type(error).__name__ in _NO_CREDENTIALS
+
+
 def _reason(error: BaseException) -> str:
     if isinstance(error, FileNotFoundError):
-        return "no such file"
+        return "no such file or folder"
     if isinstance(error, PermissionError):
         return f"no permission: {first_line(error)}; check the credentials"
+    if type(error).__name__ in _NO_CREDENTIALS:
+        return f"no credentials: {first_line(error)}"
     return f"{type(error).__name__}: {first_line(error)}"

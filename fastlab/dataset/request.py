@@ -15,7 +15,7 @@ from fastlab.dataset.originals import Originals
 # Options that do not change what is converted, only how or into which formats.
 _NO_IDENTITY = ("force", "workers", "formats", "settings", "on_corrupt")
 # Recorded only where they are used, so that datasets from before they existed compare equal.
-_ADDED = {"fit": "crop", "val_fraction": 0.0, "undecoded": False}
+_ADDED = {"fit": "crop", "val_fraction": 0.0, "undecoded": False, "columns": ""}
 _SAMPLE = 2000  # training images that an undecoded conversion decodes
 
 
@@ -40,6 +40,8 @@ class Options:
     none."""
     fit: str = "crop"
     """How images of another size are fitted: one of `FITS`."""
+    columns: str = ""
+    """``image=COLUMN,label=COLUMN``, for a table that has several; empty: the only ones."""
     on_corrupt: str = "error"
     """"skip": convert the other images, and record the corrupt ones in the manifest."""
     undecoded: bool = False

@@ -9,6 +9,7 @@ import mmap
 import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -27,12 +28,17 @@ def list_members(path: Path, data: mmap.mmap) -> Mapping[str, Place | None]:
 
     Raises `tarfile.TarError` or another error of tarfile where the archive is damaged.
     """
-    return plain_members(data) or _any_members(path, data)
+    if members := plain_members(data):
+        return members
+    with path.open("rb") as file:
+        return walk_members(file)
 
 
-def _any_members(path: Path, data: mmap.mmap) -> dict[str, Place | None]:
+def walk_members(file: IO[bytes]) -> dict[str, Place | None]:
+    """List the tar that begins at the position of `file`, which may lie within another tar, from
+    header to header. Raises as `list_members` does."""
     members: dict[str, Place | None] = {}
-    with tarfile.open(path, "r:") as archive:
+    with tarfile.open(fileobj=file, mode="r:") as archive:
         for member in archive:
             name = member_path(member.name)
             if member.isfile() and not member.issparse():
@@ -41,9 +47,11 @@ def _any_members(path: Path, data: mmap.mmap) -> dict[str, Place | None]:
                 members[name] = members.get(member_path(member.linkname))
             elif not member.isdir():
                 members[name] = None
-        # tarfile takes a cut between two members, or a damaged header, for the end.
-        if data[archive.offset : archive.offset + _HEADER] != bytes(_HEADER):
-            raise tarfile.ReadError("cut short, or a damaged header")
+        end = archive.offset
+    # tarfile takes a cut between two members, or a damaged header, for the end.
+    file.seek(end)
+    if file.read(_HEADER) != bytes(_HEADER):
+        raise tarfile.ReadError("cut short, or a damaged header")
     return members
 
 

@@ -22,7 +22,7 @@ from fastlab.machine import cores
 
 
 def copy(
-    tree: Tree, originals: Originals, source: Path, options: Options, partial: Path
+    tree: Tree, originals: Originals, source: Path | str, options: Options, partial: Path
 ) -> Manifest:
     """Write the ``tar`` format into `partial`; return the manifest of a dataset of just that.
 
