@@ -36,7 +36,7 @@ from fastlab.dataset.request import (
     make_request,
     read_stamps,
 )
-from fastlab.dataset.sources import open_source
+from fastlab.dataset.sources import open_source, unchanged
 from fastlab.dataset.undecoded import copy
 from fastlab.files import (
     check_free,
@@ -77,6 +77,10 @@ def convert(source: Path | str, out: Path | str, options: Options) -> tuple[Mani
 def _convert(
     source: Path | str, out: Path, options: Options, partial: Path
 ) -> tuple[Manifest, bool]:
+    if not is_free(out) and not options.force:
+        known = unchanged(source, out, options)
+        if known and set(options.formats) <= known.formats.keys():
+            return known, False
     tree, originals = open_source(source, partial / "source", options)
     originals = _select(originals, options)
     old, marks = None, {}

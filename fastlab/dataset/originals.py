@@ -47,6 +47,9 @@ class Originals:
     splits: dict[str, Split]
     ignored: tuple[str, ...] = ()
     """Files in the folders of the images that do not end in one of `SUFFIXES`."""
+    listing: str = ""
+    """Of a source behind a URL: a hash of the names, sizes and versions of its files; empty where
+    the server gives no versions."""
 
     def only(self, classes: Sequence[int]) -> "Originals":
         """Keep only these classes, renumbered in the order given."""

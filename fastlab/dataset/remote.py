@@ -83,17 +83,22 @@ class Remote:
         path: str,
         target: Path,
         size: int | None = None,
-        stopped: Callable[[], bool] = lambda: False,
+        arrived: Callable[[int], object] = int,
     ) -> None:
         """Copy the file at the relative `path` to `target`, under another name until it is whole.
 
-        `size`, bytes, is what it must have; another try follows where it has not. Raises OSError
-        where there is no room for it, and `FetchStopped` soon after `stopped` gives True.
+        `size`, bytes, is what it must have; another try follows where it has not. `arrived` is
+        called with the number of bytes of each part, and may end the copy by a `UserError` or
+        `FetchStopped`. Raises OSError where there is no room for the file.
         """
+        from fsspec.callbacks import Callback
+
+        callback = Callback()
+        callback.relative_update = arrived
         partial = target.with_name(f".{target.name}.partial")
 
         def copy() -> None:
-            self._fs.get_file(self._join(path), str(partial), callback=_watching(stopped))
+            self._fs.get_file(self._join(path), str(partial), callback=callback)
             if size is not None and (got := partial.stat().st_size) != size:
                 raise OSError(f"{got} of {size} bytes arrived")
 
@@ -113,8 +118,10 @@ class Remote:
                 time.sleep(_PAUSE * 2 ** (number - 1) * random.uniform(0.5, 1.5))
             try:
                 return job()
+            except (UserError, FetchStopped):
+                raise
             except Exception as error:  # each client has errors of its own, some no OSError
-                if isinstance(error, FetchStopped) or getattr(error, "errno", None) in _NO_ROOM:
+                if getattr(error, "errno", None) in _NO_ROOM:
                     raise
                 if self.url.startswith("http"):  # fsspec calls every failure a missing file there
                     error = error.__cause__ or error
@@ -122,17 +129,6 @@ class Remote:
                 if _is_lasting(error):
                     raise UserError(f"{where}: cannot be read ({problem})") from None
         raise UserError(f"{where}: cannot be read in {_TRIES} tries ({problem})")
-
-
-def _watching(stopped: Callable[[], bool]) -> Any:
-    """What fsspec calls after each part of a file."""
-    from fsspec.callbacks import Callback
-
-    def look(*_: Any) -> None:
-        if stopped():
-            raise FetchStopped
-
-    return Callback(hooks={"stop": look})
 
 
 def _version(info: dict[str, Any]) -> str:

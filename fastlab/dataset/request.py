@@ -97,6 +97,14 @@ def make_request(
         digest.update("\0".join([name, *split.paths]).encode(errors="surrogateescape"))
         digest.update(split.labels.tobytes())
         digest.update(stamps[name].tobytes())
+    request = {"layout": originals.layout, **_identity(options)}
+    if originals.listing:
+        request["listing"] = originals.listing
+    return {**request, "originals_xxh128": digest.hexdigest()}
+
+
+def _identity(options: Options) -> dict[str, Any]:
+    """The options that decide the bytes written."""
     values = {
         key: value
         for key, value in asdict(options).items()
@@ -105,7 +113,20 @@ def make_request(
     if options.undecoded:
         values["sampled"] = sampled(originals)
     values["seed"] = options.seed if options.holdout or options.val_fraction else 0
-    return {"layout": originals.layout, **values, "originals_xxh128": digest.hexdigest()}
+    return values
+
+
+def fetched_dataset(out: Path, listing: str, options: Options) -> Manifest | None:
+    """The manifest of `out`, where it was made of files behind a URL that have this
+    `Originals.listing`; None for any other `out`. Raises `UserError` for other options."""
+    try:
+        before = read_manifest(out).request
+    except UserError:
+        return None
+    if not listing or before.get("listing") != listing:
+        return None
+    same = {key: before[key] for key in ("layout", "listing", "originals_xxh128")}
+    return existing_dataset(out, {**same, **_identity(options)}, options)
 
 
 def sampled(originals: Originals) -> int:
@@ -141,7 +162,8 @@ def existing_dataset(out: Path, request: dict[str, Any], options: Options) -> Ma
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     """What two requests differ in; empty where they are equal. The options come first, because the
     hash of the originals depends on those that choose images."""
-    before, now = _ADDED | before, _ADDED | now
+    # Files that were uploaded again have another listing, and may be the same.
+    before, now = ({**_ADDED, **each, "listing": ""} for each in (before, now))
     differing = [
         f"--{each.name.replace('_', '-')} {before.get(each.name)!r}, not {now[each.name]!r}"
         for each in fields(Options)

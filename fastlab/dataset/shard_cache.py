@@ -5,6 +5,7 @@ Those behind a URL are copied into a cache on this machine, which all its proces
 
 import contextlib
 import fcntl
+import functools
 import mmap
 import os
 import re
@@ -114,7 +115,7 @@ class CachedFiles:
     def _fetch(self, name: str, info: FileInfo, path: Path, stopped: Callable[[], bool]) -> None:
         self._make_room(info.bytes)
         arrived = path.with_suffix(".arrived")
-        self._remote.fetch(name, arrived, info.bytes, stopped)
+        self._remote.fetch(name, arrived, info.bytes, functools.partial(_end_if, stopped))
         if (actual := describe_file(arrived).xxh128) != info.xxh128:
             arrived.unlink()
             raise UserError(
@@ -135,6 +136,11 @@ class CachedFiles:
                 return
             if _remove(path):
                 total -= status[path].st_size
+
+
+def _end_if(stopped: Callable[[], bool], size: int) -> None:
+    if stopped():
+        raise FetchStopped
 
 
 def _mapped(path: Path, size: int) -> mmap.mmap | None:

@@ -169,8 +169,25 @@ def test_shards_in_a_failing_bucket_arrive_whole(s3, shards, tmp_path, quick, fa
     assert_same(out, shards)
     assert read_manifest(out).name == "shards"
     assert {path.name for path in out.iterdir()} == {"array", "manifest.json"}
+
+
+def test_what_is_unchanged_behind_a_url_is_not_fetched_again(s3, shards, tmp_path, capsys):
+    bucket, out = s3.bucket("shards", shards), tmp_path / "out"
+    assert main(["convert", bucket, str(out)]) == 0
+    s3.gets.clear()
     assert main(["convert", bucket, str(out)]) == 0
     assert "nothing to do" in capsys.readouterr().out
+    assert main(["convert", bucket, str(out), "--image-size", "32"]) == 2
+    assert "was converted with --image-size 64, not 32" in capsys.readouterr().err
+    assert not s3.gets
+    # A file beside them makes another listing: they are fetched, and recognised by its content.
+    (shards / "README.md").write_text("More.")
+    s3.bucket("more", shards)
+    assert main(["convert", "s3://more", str(out)]) == 0
+    assert "nothing to do" in capsys.readouterr().out and s3.gets
+    write(shards / "val-000000.tar", samples(6))
+    assert main(["convert", s3.bucket("other", shards), str(out)]) == 2
+    assert "was converted from other originals" in capsys.readouterr().err
 
 
 def test_a_format_can_be_added_from_a_bucket(s3, shards, tmp_path):

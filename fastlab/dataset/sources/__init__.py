@@ -5,14 +5,16 @@ datasets; a folder of ImageNet's own archives; Parquet files; WebDataset shards;
 also in an archive; Tiny ImageNet and image folders, also in archives.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from fastlab.dataset.archives import FolderTree, Tree, open_tree
+from fastlab.dataset.manifest import Manifest
 from fastlab.dataset.originals import Originals, completed, read_originals
 from fastlab.dataset.remote import is_remote
-from fastlab.dataset.request import Options
+from fastlab.dataset.request import Options, fetched_dataset
 from fastlab.dataset.sources import cifar, hf, imagenet, parquet, webdataset
-from fastlab.dataset.sources.fetching import fetch
+from fastlab.dataset.sources.fetching import fetch, list_remote
 from fastlab.dataset.sources.labels import SPLITS, parse_columns
 
 _FOLDERS = (*SPLITS, "data")
@@ -25,21 +27,36 @@ def open_source(source: Path | str, scratch: Path, options: Options) -> tuple[Tr
     long as they are read. Raises `UserError` where `source` is of no known kind or unusable.
     """
     scratch.mkdir()
-    where = str(source)
-    found = _open(source, scratch, parse_columns(options.columns), where)
+    where, columns, listing = str(source), parse_columns(options.columns), ""
+    found: FolderTree | tuple[Tree, Originals]
+    if name := hf.hub_name(where):
+        found = hf.open_hub(name, columns, where)
+    elif is_remote(source):
+        path, listing = fetch(where, scratch)
+        found = _open(path, scratch, columns, where)
+    else:
+        found = _open(Path(source), scratch, columns, where)
     if isinstance(found, FolderTree):
-        return found, read_originals(found, where, options.val_fraction, options.seed)
-    tree, originals = found
-    return tree, completed(originals, where, options.val_fraction, options.seed)
+        tree = found
+        originals = read_originals(tree, where, options.val_fraction, options.seed)
+    else:
+        tree, originals = found
+        originals = completed(originals, where, options.val_fraction, options.seed)
+    return tree, replace(originals, listing=listing)
+
+
+def unchanged(source: Path | str, out: Path, options: Options) -> Manifest | None:
+    """The manifest of `out`, where it is known without fetching `source`, which is behind a URL,
+    that it would be made again. Raises `UserError`."""
+    if not is_remote(source) or hf.hub_name(str(source)):
+        return None
+    return fetched_dataset(out, list_remote(str(source)), options)
 
 
 def _open(
-    source: Path | str, scratch: Path, columns: dict[str, str], where: str
+    path: Path, scratch: Path, columns: dict[str, str], where: str
 ) -> FolderTree | tuple[Tree, Originals]:
     """The images and their classes and splits; of what no reader knows, the folders."""
-    if name := hf.hub_name(where):
-        return hf.open_hub(name, columns, where)
-    path = fetch(where, scratch) if is_remote(source) else Path(source)
     if hf.is_saved(path):
         return hf.open_saved(path, columns, where)
     if imagenet.is_imagenet(path):
