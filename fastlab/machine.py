@@ -29,13 +29,17 @@ FFCV_MISSING = (
 
 _RECORDED = (
     "accelerate",
+    "datasets",
     "ffcv",
+    "fsspec",
     "grain",
     "litdata",
     "numba",
     "numpy",
     "nvidia-dali-cuda130",
     "pillow",
+    "pyarrow",
+    "s3fs",
     "safetensors",
     "simplejpeg",
     "spdl",
@@ -133,7 +137,7 @@ class Finding(NamedTuple):
 
 def examine() -> list[Finding]:
     """Every finding, in the order in which to print them. Imports all engines."""
-    return [*_packages(), *_devices(), *_engines(), *_extras()]
+    return [*_packages(), *_devices(), *_sources(), *_engines(), *_extras()]
 
 
 def table(findings: list[Finding]) -> str:
@@ -181,6 +185,20 @@ def _devices() -> list[Finding]:
     bf16 = torch.cuda.is_available() or has_bf16()
     detail = "in hardware" if bf16 else "works, but not in hardware: slower than fp32"
     return [cpu, cuda, compiling, Finding("devices", "bf16", bf16, detail)]
+
+
+def _sources() -> list[Finding]:
+    found = [
+        ("pyarrow", "sources", "Parquet, and datasets saved by Hugging Face"),
+        ("datasets", "sources", "datasets of the Hugging Face hub"),
+        ("s3fs", "remote", "files behind s3://"),
+        ("gcsfs", "remote", "files behind gs://"),
+        ("aiohttp", "remote", "files behind https://"),
+    ]
+    return [
+        _import("sources", name, name, use, f"{name} is not installed here; {installing(extra)}")
+        for name, extra, use in found
+    ]
 
 
 def _engines() -> list[Finding]:

@@ -140,6 +140,27 @@ def _archive(
     return f"{suffix}: {kind}", outcome
 
 
+def sources(base: Path, scratch: Path, random: np.random.Generator) -> tuple[str, str]:
+    """A file of another source. Bits that change in a shard or a batch of CIFAR, which have no
+    checksums, may give other images or labels."""
+    kinds = sorted(path.name for path in (base / "converted").iterdir())
+    source = kinds[random.integers(len(kinds))]
+    copy, out = scratch / source, scratch / "out"
+    shutil.copytree(base / "sources" / source, copy)
+    files = sorted(copy.iterdir())
+    path = files[random.integers(len(files))]
+    kind = list(mutations.BYTES)[random.integers(len(mutations.BYTES))]
+    path.write_bytes(mutations.BYTES[kind](path.read_bytes(), random))
+    checked = source == "parquet" or kind == "truncated"
+
+    def correct() -> str:
+        return same_images(out, base / "converted" / source) if checked else ""
+
+    convert = ["convert", str(copy), str(out), "--workers", "1", "--val-fraction", "0.3"]
+    outcome = judge(*call(convert), correct, partial(left_behind, scratch, {source}))
+    return f"{source}: {kind}", outcome
+
+
 # Dataset directories
 
 
@@ -377,6 +398,7 @@ CATEGORIES: dict[str, Callable[[Path, Path, np.random.Generator], tuple[str, str
     "runs": runs,
     "predictions": predictions,
     "states": states,
+    "sources": sources,
 }
 
 
