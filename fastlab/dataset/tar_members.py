@@ -2,10 +2,12 @@
 
 tarfile takes 3 s to list the 110,000 files of Tiny ImageNet, longer than their whole conversion. A
 plain tar, of nothing but files and folders with short names, is listed from its headers as arrays
-in 0.1 s; any other by tarfile.
+in 0.1 s; any other by tarfile. The times of webdataset's shards, with fractions of a second, lie in
+headers of their own, which are plain, too.
 """
 
 import mmap
+import re
 import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +18,7 @@ import numpy as np
 _HEADER = 512  # bytes of a header, and of the blocks that a tar consists of
 _USTAR = np.frombuffer(b"ustar", np.uint8)
 _PART = 1 << 12  # headers that are read at once, so that many take no more memory
+_MTIME = re.compile(rb"\d+ mtime=(\d{1,11})(?:\.\d{0,20})?\n")
 _LONGEST = 4096  # characters of a name: no file system takes a longer path
 
 Place = tuple[int, int, int]
@@ -65,29 +68,37 @@ def plain_members(data: mmap.mmap) -> "Members":
     at = np.concatenate([np.zeros(0, dtype=np.int64), *marked])
     sizes, times, files = (np.empty(len(at), dtype=kind) for kind in (np.int64, np.int64, bool))
     names: list[str] = []
+    timed: list[int] = []  # the numbers of the headers that hold the time of the next one
     for part in (slice(first, first + _PART) for first in range(0, len(at), _PART)):
         headers = blocks[at[part]]
         sizes[part], times[part] = _octal(headers, 124, 11), _octal(headers, 136, 11)
         files[part] = headers[:, 156] == ord("0")
+        timed += (part.start + np.flatnonzero(headers[:, 156] == ord("x"))).tolist()
         if not _are_plain(headers, sizes[part], times[part]):
-            return Members([], np.zeros((0, 3), dtype=np.int64))
+            return _NONE
         fields = np.ascontiguousarray(headers[files[part], :100]).view("S100")[:, 0]
         names += map(_name, fields.tolist())
     # Each header follows the member before it: nothing lies between, or only looks like a header.
     expected = np.concatenate([[0], at + 1 + -(-sizes // _HEADER)])
     end = int(expected[-1]) * _HEADER
     if not np.array_equal(expected[:-1], at) or data[end : end + _HEADER] != bytes(_HEADER):
-        return Members([], np.zeros((0, 3), dtype=np.int64))
+        return _NONE
+    for row in timed:
+        found = _MTIME.fullmatch(blocks[at[row] + 1, : sizes[row]].tobytes())
+        if not found or row + 1 == len(at):
+            return _NONE
+        times[row + 1] = int(found[1])
     return Members(names, np.column_stack([(at + 1) * _HEADER, sizes, times])[files])
 
 
 def _are_plain(headers: np.ndarray, sizes: np.ndarray, times: np.ndarray) -> bool:
-    """Whether these headers (uint8 [n, 512]) are undamaged, and of files and folders alone."""
+    """Whether these headers (uint8 [n, 512]) are undamaged, and of files, folders
+    and extended headers (POSIX pax) alone."""
     kinds, sums = headers[:, 156], _octal(headers, 148, 6)
     # POSIX sums a header with spaces in place of its checksum.
     actual = headers.sum(axis=1, dtype=np.int64) - headers[:, 148:156].sum(axis=1) + 8 * ord(" ")
     plain = (sums == actual) & (sizes >= 0) & (times >= 0)
-    plain &= (kinds == ord("0")) | ((kinds == ord("5")) & (sizes == 0))
+    plain &= np.isin(kinds, (ord("0"), ord("x"))) | ((kinds == ord("5")) & (sizes == 0))
     plain &= headers[:, 345] == 0  # otherwise the name goes on there
     return bool(plain.all())
 
@@ -109,6 +120,9 @@ class Members(Mapping[str, Place]):
 
     def __len__(self) -> int:
         return len(self._rows)
+
+
+_NONE = Members([], np.zeros((0, 3), dtype=np.int64))
 
 
 def _name(field: bytes) -> str:

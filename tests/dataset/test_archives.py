@@ -43,9 +43,11 @@ def test_a_tar_holds_what_tarfile_reads(tmp_path, layout, mtime):
     assert {stamp.version for _, stamp in files.values()} == {int(mtime)}
 
 
+@pytest.mark.parametrize("mtime", [0, 1_700_000_000.75])  # the second as webdataset writes it
 @pytest.mark.parametrize("layout", FORMATS)
-def test_the_quick_listing_equals_that_of_tarfile(tmp_path, monkeypatch, layout):
-    path = write(tmp_path / "x.tar", FORMATS[layout], {"a/one.png": b"1", "b": b"2" * 5000})
+def test_the_quick_listing_equals_that_of_tarfile(tmp_path, monkeypatch, layout, mtime):
+    files = {"a/one.png": b"1", "b": b"2" * 5000}
+    path = write(tmp_path / "x.tar", FORMATS[layout], files, mtime=mtime)
     quick = TarTree(path)
     assert tar_members.plain_members(quick._bytes)
     monkeypatch.setattr(tar_members, "plain_members", lambda data: {})
