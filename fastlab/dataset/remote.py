@@ -5,6 +5,7 @@ here may be used in a forked process, where fsspec's thread no longer runs.
 """
 
 import errno
+import logging
 import random
 import time
 from collections.abc import Callable
@@ -20,6 +21,8 @@ _PAUSE = 0.2  # seconds before the second try; each further pause is twice as lo
 _LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _NO_CREDENTIALS = ("NoCredentialsError", "DefaultCredentialsError")  # of botocore and google.auth
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # on this machine
+
+_NOISY = ("fsspec", "s3fs", "gcsfs", "huggingface_hub")
 
 _Result = TypeVar("_Result")
 
@@ -55,6 +58,11 @@ class Remote:
             raise UserError(f"{url}: {first_line(error)}; {installing('remote')}") from None
         except ValueError as error:
             raise UserError(f"{url}: cannot be opened ({first_line(error)})") from None
+        for name in _NOISY:  # what fails becomes one line, not a traceback for each try
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        self._fs.retries = 1  # of s3fs itself
+        # gcsfs always tries six times, which takes half a minute.
+        self._tries = 2 if self.url.startswith(("gs:", "gcs:")) else _TRIES
 
     def files(self) -> dict[str, RemoteFile]:
         """Every file below the folder by its relative path, sorted; "" for the URL of a file."""
@@ -113,7 +121,7 @@ class Remote:
 
     def _retried(self, path: str, job: Callable[[], _Result]) -> _Result:
         where = printable(f"{self.url}/{path}".rstrip("/"))
-        for number in range(_TRIES):
+        for number in range(self._tries):
             if number:  # at random, so that the processes of a cluster do not return all at once
                 time.sleep(_PAUSE * 2 ** (number - 1) * random.uniform(0.5, 1.5))
             try:
@@ -128,7 +136,7 @@ class Remote:
                 problem = _reason(error)
                 if _is_lasting(error):
                     raise UserError(f"{where}: cannot be read ({problem})") from None
-        raise UserError(f"{where}: cannot be read in {_TRIES} tries ({problem})")
+        raise UserError(f"{where}: cannot be read in {self._tries} tries ({problem})")
 
 
 def _version(info: dict[str, Any]) -> str:

@@ -5,6 +5,9 @@ import http.server
 import io
 import json
 import os
+import signal
+import subprocess
+import sys
 import tarfile
 import threading
 from pathlib import Path
@@ -20,6 +23,7 @@ from fastlab.dataset import remote
 from fastlab.dataset.manifest import read_manifest
 from tests.dataset.test_sources import picture, refused
 from tests.s3 import Faults
+from tests.trainings import ROOT, wait_until
 
 
 def samples(count: int, label=lambda k: {"cls": str(k % 3)}, suffix: str = "png") -> list[dict]:
@@ -202,7 +206,6 @@ def test_a_bucket_that_always_fails_ends_in_one_line(
     s3, shards, tmp_path, quick, faults, capsys, monkeypatch
 ):
     monkeypatch.setattr(remote, "_TRIES", 2)
-    monkeypatch.setattr("s3fs.S3FileSystem.retries", 1)  # its own tries take most of a minute
     bucket = s3.bucket("shards", shards)
     s3.faults = faults
     assert "cannot be read in 2 tries" in refused(capsys, bucket, tmp_path / "out")
@@ -255,3 +258,16 @@ def test_more_than_the_disk_holds_is_not_fetched(s3, shards, tmp_path, capsys, m
     bucket = s3.bucket("shards", shards)
     assert "whose disk has 0.0 GB free" in refused(capsys, bucket, tmp_path / "out")
     assert not s3.gets
+
+
+@pytest.mark.multiprocess
+def test_an_interrupted_fetch_leaves_nothing_behind(s3, shards, tmp_path):
+    bucket = s3.bucket("shards", shards)
+    s3.faults = Faults(delay=1)
+    command = [sys.executable, "-m", "fastlab", "convert", bucket, str(tmp_path / "out")]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert wait_until(lambda: s3.gets, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and errors == "fastlab: interrupted\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["shards"]

@@ -4,6 +4,7 @@ Both are Arrow tables in memory-mapped files, from which the images' bytes are t
 """
 
 import json
+import logging
 import os
 import re
 from itertools import pairwise
@@ -57,7 +58,8 @@ def open_hub(name: str, chosen: dict[str, str], where: str) -> tuple[Tree, Origi
         import datasets
     except ImportError:
         raise UserError(f"{where}: needs datasets; {installing('sources')}") from None
-    datasets.utils.logging.set_verbosity_error()
+    for logger in ("datasets", "huggingface_hub"):  # what fails becomes one line
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
     try:
         loaded = datasets.load_dataset(name)
     except Exception as error:  # of the network, the hub, the files
