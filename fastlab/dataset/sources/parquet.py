@@ -7,7 +7,8 @@ also decodes the rows of the others.)
 """
 
 from bisect import bisect
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -66,35 +67,44 @@ def open_parquet(
     files: dict[str, Path], chosen: dict[str, str], where: str
 ) -> tuple[Tree, Originals]:
     """The rows of all `files`, whose paths in the source are the keys. Raises `UserError`."""
-    pyarrow = import_pyarrow(where)
+    import_pyarrow(where)
     splits = split_files(files, where)
-    names = [name for group in splits.values() for name in group]
+    order = [(split, name) for split, group in splits.items() for name in group]
+    columns = None
     places: dict[str, Place] = {}
-    paths: dict[str, list[str]] = {}
-    labels: dict[str, list[Label]] = {}
-    try:
-        columns = find_columns(_open_file(files[names[0]]).schema_arrow, chosen, where)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{where}: {names[0]}: {_damage(error)}") from None
-    for split, group in splits.items():
-        paths[split], labels[split] = [], []
-        for name in group:
-            try:
-                for row, (size, suffix, label) in enumerate(_rows(files[name], columns)):
-                    path = f"{name}/{row:08d}{suffix}"
-                    places[path] = (names.index(name), row, size)
-                    paths[split].append(path)
-                    labels[split].append(label)
-            except (pyarrow.ArrowException, OSError, LookupError) as error:
-                raise UserError(f"{where}: {name}: {_damage(error)}") from None
-    tree = ParquetTree([files[name] for name in names], columns.image, places)
+    paths: dict[str, list[str]] = {split: [] for split in splits}
+    labels: dict[str, list[Label]] = {split: [] for split in splits}
+    for number, (split, name) in enumerate(order):
+        with _named(f"{where}: {name}"):
+            file = _open_file(files[name])
+            columns = columns or find_columns(file.schema_arrow, chosen, where)
+            for row, (size, suffix, label) in enumerate(_rows(file, columns)):
+                path = f"{name}/{row:08d}{suffix}"
+                places[path] = (number, row, size)
+                paths[split].append(path)
+                labels[split].append(label)
+    assert columns  # there is a file
+    tree = ParquetTree([files[name] for _, name in order], columns.image, places)
     return tree, labelled("parquet", paths, labels, columns.names, where)
 
 
-def _rows(path: Path, columns: Columns) -> Iterator[tuple[int, str, Label]]:
+@contextmanager
+def _named(where: str) -> Generator[None]:
+    """Raises `UserError` for what pyarrow raises of a file."""
+    from pyarrow import ArrowException
+
+    try:
+        yield
+    except (ArrowException, OSError, LookupError) as error:
+        raise UserError(
+            f"{where}: damaged Parquet, or without the columns of the others ({first_line(error)})"
+        ) from None
+
+
+def _rows(file: Any, columns: Columns) -> Iterator[tuple[int, str, Label]]:
     """Size, suffix and label of each image of a file."""
     wanted = [columns.image, columns.label]
-    for batch in _open_file(path).iter_batches(_ROWS, columns=wanted, use_threads=False):
+    for batch in file.iter_batches(_ROWS, columns=wanted, use_threads=False):
         images = image_bytes(batch.column(columns.image)).to_pylist()
         for data, label in zip(images, batch.column(columns.label).to_pylist(), strict=True):
             yield len(data or b""), suffix_of(data or b""), label
@@ -105,7 +115,3 @@ def _open_file(path: Path) -> Any:
     from pyarrow.parquet import ParquetFile
 
     return ParquetFile(path, memory_map=True, pre_buffer=False, page_checksum_verification=True)
-
-
-def _damage(error: Exception) -> str:
-    return f"damaged Parquet, or without the columns of the others ({first_line(error)})"

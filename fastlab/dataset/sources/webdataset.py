@@ -44,19 +44,18 @@ def open_shards(
     """The samples of all shards; `files` are their paths by name, `folder` may hold the names of
     the classes. Raises `UserError`."""
     splits = split_files(files, where)
-    shards = [name for group in splits.values() for name in group]
+    order = [(split, name) for split, group in splits.items() for name in group]
     places: dict[str, Place] = {}
     paths: dict[str, list[str]] = {split: [] for split in splits}
     labels: dict[str, list[Label]] = {split: [] for split in splits}
-    for split, group in splits.items():
-        for name in group:
-            found = _read_shard(files[name], columns.get("label", "label"), f"{where}: {name}")
-            for member, (place, label) in found.items():
-                path = f"{name}/{member}"
-                places[path] = (shards.index(name), *place)
-                paths[split].append(path)
-                labels[split].append(label)
-    tree = PlacesTree([files[name] for name in shards], places)
+    for number, (split, name) in enumerate(order):
+        found = _read_shard(files[name], columns.get("label", "label"), f"{where}: {name}")
+        for member, (place, label) in found.items():
+            path = f"{name}/{member}"
+            places[path] = (number, *place)
+            paths[split].append(path)
+            labels[split].append(label)
+    tree = PlacesTree([files[name] for _, name in order], places)
     return tree, labelled("webdataset", paths, labels, _class_names(folder, where), where)
 
 
