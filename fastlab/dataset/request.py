@@ -16,6 +16,7 @@ from fastlab.dataset.originals import Originals
 _NO_IDENTITY = ("force", "workers", "formats", "settings", "on_corrupt")
 # Recorded only where they are used, so that datasets from before they existed compare equal.
 _ADDED = {"fit": "crop", "val_fraction": 0.0, "undecoded": False, "columns": ""}
+_OF_ORIGINALS = ("layout", "listing", "originals_xxh128", "sampled")
 _SAMPLE = 2000  # training images that an undecoded conversion decodes
 
 
@@ -98,6 +99,8 @@ def make_request(
         digest.update(split.labels.tobytes())
         digest.update(stamps[name].tobytes())
     request = {"layout": originals.layout, **_identity(options)}
+    if options.undecoded:
+        request["sampled"] = sampled(originals)
     if originals.listing:
         request["listing"] = originals.listing
     return {**request, "originals_xxh128": digest.hexdigest()}
@@ -110,8 +113,6 @@ def _identity(options: Options) -> dict[str, Any]:
         for key, value in asdict(options).items()
         if key not in _NO_IDENTITY and (key not in _ADDED or value != _ADDED[key])
     }
-    if options.undecoded:
-        values["sampled"] = sampled(originals)
     values["seed"] = options.seed if options.holdout or options.val_fraction else 0
     return values
 
@@ -125,7 +126,7 @@ def fetched_dataset(out: Path, listing: str, options: Options) -> Manifest | Non
         return None
     if not listing or before.get("listing") != listing:
         return None
-    same = {key: before[key] for key in ("layout", "listing", "originals_xxh128")}
+    same = {key: before[key] for key in _OF_ORIGINALS if key in before}
     return existing_dataset(out, {**same, **_identity(options)}, options)
 
 

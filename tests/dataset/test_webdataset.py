@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -54,15 +55,16 @@ def arrays(out: Path, split: str) -> tuple[np.ndarray, list[int]]:
 
 
 def by_webdataset(*paths: Path) -> tuple[np.ndarray, list[int]]:
-    """Images and labels as webdataset groups them and Pillow decodes them."""
-    images, labels = [], []
+    """Images and labels as webdataset groups them and Pillow decodes them, by their keys."""
+    found = []
     for path in paths:
         with path.open("rb") as shard:  # `webdataset.WebDataset` would leave it open
             files = tar_file_expander([{"url": str(path), "stream": shard}])
             for sample in group_by_keys(files):
-                images.append(np.asarray(Image.open(io.BytesIO(sample["png"]))))
-                labels.append(int(sample["cls"]))
-    return np.stack(images), labels
+                image = np.asarray(Image.open(io.BytesIO(sample["png"])))
+                found.append((sample["__key__"], image, int(sample["cls"])))
+    found.sort(key=itemgetter(0))  # fastlab's own shards lie in another order
+    return np.stack([image for _, image, _ in found]), [label for *_, label in found]
 
 
 def assert_same(out: Path, folder: Path) -> None:
@@ -184,6 +186,10 @@ def test_what_is_unchanged_behind_a_url_is_not_fetched_again(s3, shards, tmp_pat
     assert main(["convert", bucket, str(out), "--image-size", "32"]) == 2
     assert "was converted with --image-size 64, not 32" in capsys.readouterr().err
     assert not s3.gets
+    undecoded = ["convert", bucket, str(tmp_path / "copy"), "--formats", "tar", "--undecoded"]
+    assert main(undecoded) == 0
+    s3.gets.clear()
+    assert main(undecoded) == 0 and not s3.gets
     # A file beside them makes another listing: they are fetched, and recognised by its content.
     (shards / "README.md").write_text("More.")
     s3.bucket("more", shards)

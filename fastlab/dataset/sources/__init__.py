@@ -62,7 +62,7 @@ def _open(
     if imagenet.is_imagenet(path):
         return imagenet.open_imagenet(path, scratch, where)
     if tables := _files(path, ".parquet"):
-        return parquet.open_parquet(tables, columns, where)
+        return parquet.open_parquet(tables, scratch, columns, where)
     shards = _files(path, ".tar")
     if shards and webdataset.is_shard(min(shards.values())):
         return webdataset.open_shards(shards, path, columns, where)

@@ -12,10 +12,13 @@ Place = tuple[int, int, int]
 class PlacesTree(Tree):
     """One file is open at a time, in each process: shards can be more than a process may open."""
 
-    def __init__(self, files: list[Path], places: dict[str, Place]) -> None:
-        """Raises OSError."""
+    def __init__(
+        self, files: list[Path], places: dict[str, Place], changed: list[int] | None = None
+    ) -> None:
+        """`changed`: when each file was changed, ns; None: what the file system says. Raises
+        OSError."""
         self._files, self._places = files, places
-        self._changed = [path.stat().st_mtime_ns for path in files]
+        self._changed = changed or [path.stat().st_mtime_ns for path in files]
         self._number, self._descriptor = -1, -1
 
     def read(self, path: str) -> tuple[bytes, Stamp]:
