@@ -21,7 +21,6 @@ _PAUSE = 0.2  # seconds before the second try; each further pause is twice as lo
 _LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _NO_CREDENTIALS = ("NoCredentialsError", "DefaultCredentialsError")  # of botocore and google.auth
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # on this machine
-
 _NOISY = ("fsspec", "s3fs", "gcsfs", "huggingface_hub")
 
 _Result = TypeVar("_Result")

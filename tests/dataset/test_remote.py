@@ -62,11 +62,12 @@ def test_a_fetch_ends_in_the_middle_when_told_to(s3, folder, tmp_path):
     bucket = Remote(s3.bucket("photos", folder))
     partial = tmp_path / ".copy.partial"
 
-    def stopped() -> bool:
-        return partial.exists() and partial.stat().st_size > 0
+    def arrived(size: int) -> None:
+        if size and partial.exists():
+            raise FetchStopped
 
     with pytest.raises(FetchStopped):
-        bucket.fetch("a.bin", tmp_path / "copy", 300_000, stopped)
+        bucket.fetch("a.bin", tmp_path / "copy", 300_000, arrived)
     assert not partial.exists() and not (tmp_path / "copy").exists()
 
 
