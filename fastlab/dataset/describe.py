@@ -64,14 +64,13 @@ def statistics(sums: list[np.ndarray], pixels: int) -> tuple[list[float], list[f
     return mean, std
 
 
-def refuse(corrupt: dict[str, str]) -> None:
-    """`corrupt`: path of each corrupt image -> what is wrong with it. Raises `UserError` where
-    there is any."""
+def refuse(corrupt: dict[str, str], otherwise: str = "skip them with --on-corrupt skip") -> None:
+    """`corrupt`: path of each corrupt image -> what is wrong with it; `otherwise`: what to do if
+    they cannot be fixed. Raises `UserError` where there is any."""
     if corrupt:
         shown = "; ".join(f"{printable(path)} ({why})" for path, why in list(corrupt.items())[:5])
         raise UserError(
-            f"corrupt images: {len(corrupt)}, such as {shown}; fix them, or skip them with "
-            f"--on-corrupt skip"
+            f"corrupt images: {len(corrupt)}, such as {shown}; fix them, or {otherwise}"
         )
 
 

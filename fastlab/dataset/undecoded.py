@@ -20,6 +20,8 @@ from fastlab.dataset.originals import Originals
 from fastlab.dataset.request import Options, make_request, sampled
 from fastlab.machine import cores
 
+_OTHERWISE = "convert without --undecoded, with --on-corrupt skip"
+
 
 def copy(
     tree: Tree, originals: Originals, source: Path | str, options: Options, partial: Path
@@ -36,7 +38,7 @@ def copy(
     files: dict[str, FileInfo] = tar.write_splits(
         originals, headers.read, options.settings.shard_images, folder
     )
-    refuse(headers.corrupt)
+    refuse(headers.corrupt, _OTHERWISE)
     request = make_request(originals, headers.stamps, options)
     manifest = new_manifest(source, originals, headers.found(), mean_std, request, options)
     manifest.formats["tar"] = files
@@ -53,7 +55,8 @@ def _sample_statistics(
     side, workers = options.image_size, options.workers or cores()
     with contextlib.closing(decoded_blocks(tree, sample, side, options.fit, workers)) as blocks:
         reports = [block.report for block in blocks]
-    refuse({path: problem for report in reports for path, problem in report.corrupt})
+    corrupt = {path: problem for report in reports for path, problem in report.corrupt}
+    refuse(corrupt, _OTHERWISE)
     return statistics([report.sums for report in reports], len(rows) * side * side)
 
 
