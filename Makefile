@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
-TEST_PROCESSES ?= 2
+TEST_PROCESSES ?= 3
 
 .PHONY: setup extras wheels demo test faults audit lint clean
 

@@ -77,25 +77,37 @@ class _Runner:
     ) -> None:
         """Warms everything up."""
         self._feed, self._works, self._limit, self._seconds = feed, works, limit, seconds
-        self._pace = {name: self._first_pace(work) for name, work in works.items()}
+        self._pace = {name: self._first_pace(name) for name in works}
+        self._patience = self._pace["alone"] / 2
 
     def seconds_per_batch(self, name: str) -> float:
         """The number of batches is fixed beforehand, as a GPU's queue would take many more than it
-        can do in time; it is a multiple of the number of workers, whose batches come at once."""
-        burst = 1
+        can do in time; it is a multiple of `_burst`."""
+        burst = self._burst(name)
         if name != "step":
-            burst = max(1, self._feed.workers)
-            self._feed.drain(self._pace["alone"] / 2)
+            self._feed.drain(self._patience)
         count = max(1, round(self._seconds / self._pace[name] / burst)) * burst
         self._pace[name] = self._timed(self._works[name], count, burst, 2 * self._seconds)
+        # Of the slowest round: a round of batches that were ready would have the next one drain
+        # too little, too.
+        self._patience = max(self._patience, self._pace["alone"] / 2)
         return self._pace[name]
 
-    def _first_pace(self, work: Callable[[], Any]) -> float:
+    def _burst(self, name: str) -> int:
+        """Batches that come together: one of each worker; a whole epoch where its beginning counts
+        for its batches."""
+        if name == "step":
+            return 1
+        workers = max(1, self._feed.workers)
+        return workers if self._feed.starts_apart() else self._feed.length or workers
+
+    def _first_pace(self, name: str) -> float:
         """Seconds per batch, roughly, after a first one that may compile and allocate."""
+        work, burst = self._works[name], self._burst(name)
         self._timed(work, 1, 1, 0)
         pace = self._timed(work, 1, 1, 0)
-        count = max(1, min(100, round(self._seconds / 2 / pace)))
-        return self._timed(work, count, 1, self._seconds)
+        count = max(2 * burst, min(100, round(self._seconds / 2 / pace)))
+        return self._timed(work, count, 2 * burst, self._seconds)
 
     def _timed(self, work: Callable[[], Any], count: int, fewest: int, seconds: float) -> float:
         """Seconds per call of `work`, called `count` times, or fewer where `seconds` are over."""

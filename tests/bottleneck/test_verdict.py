@@ -56,9 +56,10 @@ def test_a_loader_that_limits_gives_the_rate_of_its_known_cost(look):
     rounds = found["rounds"]
     assert found["verdict"]["limit"] == "loader"
     assert found["verdict"]["line"].startswith("The loader limits: it gives ")
-    assert 0.020 <= median(rounds["alone"]) < 0.03
-    assert 0.002 <= median(rounds["step"]) < 0.01
-    assert 0.022 <= median(rounds["both"]) < 0.04
+    # A busy machine only adds to what sleeps take, and hardly to all rounds.
+    assert median(rounds["alone"]) >= 0.020 and min(rounds["alone"]) < 0.03
+    assert median(rounds["step"]) >= 0.002 and min(rounds["step"]) < 0.01
+    assert median(rounds["both"]) >= 0.022 and min(rounds["both"]) < 0.04
 
 
 def test_a_slow_step_limits_whatever_the_loader_does(look):
@@ -114,8 +115,8 @@ def test_workers_overlap_with_the_step(look):
             time.sleep(0.02)
         """)
     rounds = found["rounds"]
-    assert 0.010 <= median(rounds["alone"]) < 0.018  # two workers, 20 ms each
-    assert 0.020 <= median(rounds["both"]) < 0.030
+    assert median(rounds["alone"]) >= 0.010 and min(rounds["alone"]) < 0.018  # 20 ms, two workers
+    assert median(rounds["both"]) >= 0.020 and min(rounds["both"]) < 0.030
 
 
 def test_batches_that_workers_made_ahead_do_not_count(look):
@@ -149,7 +150,7 @@ def test_a_short_epoch_counts_with_its_beginning(look):
             return DataLoader(ONES, 200, num_workers=1, worker_init_fn=prepare)
         """)
     assert found["length"] == 2
-    assert 0.1 / 2 <= median(found["rounds"]["alone"]) < 0.1
+    assert median(found["rounds"]["alone"]) >= 0.1 / 2 and min(found["rounds"]["alone"]) < 0.1
     assert found["stages"][0]["name"] == "worker start" and found["start"] == 0
 
 

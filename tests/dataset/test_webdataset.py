@@ -269,7 +269,7 @@ def test_more_than_the_disk_holds_is_not_fetched(s3, shards, tmp_path, capsys, m
 @pytest.mark.multiprocess
 def test_an_interrupted_fetch_leaves_nothing_behind(s3, shards, tmp_path):
     bucket = s3.bucket("shards", shards)
-    s3.faults = Faults(delay=1)
+    s3.faults = Faults(delay=5)
     command = [sys.executable, "-m", "fastlab", "convert", bucket, str(tmp_path / "out")]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     assert wait_until(lambda: s3.gets, process)
