@@ -137,7 +137,7 @@ def test_batches_that_workers_made_ahead_do_not_count(look):
         def step(batch):
             time.sleep(0.001)
         """)
-    assert min(found["rounds"]["alone"]) >= 0.027
+    assert median(found["rounds"]["alone"]) >= 0.027
     assert found["verdict"]["limit"] == "loader"
 
 
