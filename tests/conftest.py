@@ -9,8 +9,10 @@ from fastlab.dataset.convert import Options, convert
 from fastlab.dataset.synth import synthesise
 from tests.s3 import s3  # noqa: F401  (a fixture)
 
-# Under nohup, the commands that tests start would inherit that it is ignored.
+# Under nohup, or in the background of a shell, the commands that tests start would inherit that
+# these are ignored.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

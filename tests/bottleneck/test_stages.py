@@ -57,29 +57,6 @@ def test_reads_of_a_slow_file_are_named(look):
     assert "Reading costs most" in found["verdict"]["line"]
 
 
-def test_many_small_reads_are_named(look):
-    found = look("""
-        import os
-
-        class Bytes(Dataset):
-            def __len__(self):
-                return 100
-
-            def __getitem__(self, index):
-                file = os.open(__file__, os.O_RDONLY)
-                for _ in range(20):
-                    os.lseek(file, 0, 0)
-                    while os.read(file, 1):
-                        pass
-                os.close(file)
-                return torch.tensor(index)
-
-        def make():
-            return DataLoader(Bytes(), 2)
-        """)
-    assert costliest(found)["name"] == READ
-
-
 def test_decoding_large_jpegs_is_named(look, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (900, 900, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "large.jpg", quality=95)
