@@ -21,6 +21,7 @@ import torch
 from fastlab.config import DataConfig
 from fastlab.console import UserError
 from fastlab.dataset.decode import CorruptImage, decode_into
+from fastlab.dataset.formats.array import load_array
 from fastlab.dataset.formats.tar import (
     ShardIndex,
     check_index,
@@ -69,7 +70,7 @@ def open_engine(
     try:
         shards = _read_shards(opened, infos, files, split)
         check_labels(shards.labels, manifest, split)
-    except (ValueError, EOFError, KeyError, OverflowError) as error:
+    except (ValueError, KeyError, OverflowError) as error:
         where = f"{config.path}/tar"
         raise UserError(f"{where}: damaged ({error}); convert again with --force") from None
     windows = WindowedOrder(shards.order, shards.sizes, config.window, config.lanes)
@@ -95,7 +96,7 @@ def _read_shards(
     files: dict[str, FileInfo],
     split: str,
 ) -> _Shards:
-    """Raises `UserError`, and KeyError, ValueError or EOFError where a file is missing or the files
+    """Raises `UserError`, and KeyError or ValueError where a file is missing or the files
     do not fit each other."""
 
     def read(name: str) -> bytes:
@@ -109,7 +110,7 @@ def _read_shards(
     with ThreadPoolExecutor(_INDEXES) as pool:
         indexes = list(pool.map(index, infos))
     sizes = np.array([len(each.rows) for each in indexes])
-    labels = np.load(io.BytesIO(read(labels_name(split))), allow_pickle=False)
+    labels = load_array(io.BytesIO(read(labels_name(split))))
     order, where = locate(indexes)
     if len(order) != len(labels):
         raise ValueError("the labels are not those of the images")

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import importlib.util
+import itertools
 import mmap
 import os
 import subprocess
@@ -228,6 +229,21 @@ def test_shards_of_older_datasets_are_read(tmp_path, originals):
     assert shards.order.tolist() == list(range(80))
     assert shards.labels.tolist() == [row // 20 for row in range(80)]
     assert [shards[row].tobytes() for row in range(80)] == originals["train"]
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_an_array_with_a_damaged_header_is_read_or_refused(mapped, tmp_path):
+    """Numpy evaluates the header as Python: what it raises depends on the damage."""
+    path = tmp_path / "array.npy"
+    np.save(path, np.arange(50))
+    whole, refused = path.read_bytes(), 0
+    for at, damage in itertools.product(range(128), (bytes(9), b"(", b"'", b"-", b"9", b"b")):
+        path.write_bytes(whole[:at] + damage + whole[at + len(damage) :])
+        try:
+            array.load_array(path, mapped)
+        except ValueError:
+            refused += 1
+    assert refused > 700
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,19 @@ import mmap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from tokenize import TokenError
+from typing import IO, NamedTuple
 
 import numpy as np
 
-from fastlab.console import UserError, printable
+from fastlab.console import UserError, first_line, printable
 from fastlab.dataset.archives import Tree, mark
 from fastlab.dataset.formats.direct import PAGE, DirectFile
 from fastlab.dataset.manifest import FileInfo, Manifest, check_labels, describe_file
 from fastlab.dataset.originals import Originals, Split
+
+# What numpy raises for a damaged header, beside ValueError.
+_DAMAGED = (EOFError, MemoryError, OverflowError, SyntaxError, TokenError, TypeError)
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,19 @@ class Source:
         return np.load(self.folder / f"{split}-images.npy", mmap_mode="r", allow_pickle=False)
 
 
+def load_array(file: Path | IO[bytes], mapped: bool = False) -> np.ndarray:
+    """The array in an ``.npy`` file, `mapped` into memory or read. Raises ValueError where the file
+    is damaged, and OSError where it cannot be read."""
+    try:
+        return np.load(file, mmap_mode="r" if mapped else None, allow_pickle=False)
+    except _DAMAGED as error:
+        raise ValueError(f"not an array: {first_line(error)}") from None
+
+
 class Arrays(NamedTuple):
     """The images and labels of one split."""
 
-    images: np.memmap
+    images: np.ndarray
     """uint8 [N, S, S, 3], mapped into memory."""
     labels: np.ndarray
     """int64 [N]."""
@@ -100,12 +113,12 @@ def open_array(directory: Path, manifest: Manifest, split: str) -> Arrays:
         raise UserError(f"{directory}: has no split {split!r}; it has: {known}")
     folder = directory / "array"
     try:
-        images = np.load(folder / f"{split}-images.npy", mmap_mode="r", allow_pickle=False)
-        labels = np.load(folder / f"{split}-labels.npy", allow_pickle=False)
+        images = load_array(folder / f"{split}-images.npy", mapped=True)
+        labels = load_array(folder / f"{split}-labels.npy")
         shape = (manifest.splits[split].images, manifest.image_size, manifest.image_size, 3)
         if images.shape != shape or images.dtype != np.uint8 or labels.dtype != np.int64:
             raise ValueError("an array does not fit manifest.json")
         check_labels(labels, manifest, split)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{folder}: damaged ({error}); convert again with --force") from None
     return Arrays(images, labels)

@@ -20,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from fastlab.console import UserError
+from fastlab.dataset.formats.array import load_array
 from fastlab.dataset.formats.direct import DirectFile
 from fastlab.dataset.manifest import FileInfo, Manifest, check_labels, describe_file
 from fastlab.dataset.originals import Originals, Split
@@ -217,12 +218,12 @@ def open_shards(directory: Path, manifest: Manifest, split: str) -> Shards:
     names = shard_names(str(directory), manifest, split)
     labels = labels_name(split)  # older datasets have none
     try:
-        given = np.load(directory / labels) if labels in manifest.formats["tar"] else None
+        given = load_array(directory / labels) if labels in manifest.formats["tar"] else None
         shards = Shards([directory / name for name in names], given)
         check_labels(shards.labels, manifest, split)
         if len(shards) != len(shards.labels) or shards.labels.dtype != np.int64:
             raise ValueError("the labels are not those of the images")
-    except (OSError, ValueError, EOFError, OverflowError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         raise UserError(f"{directory}/tar: damaged ({error}); convert again with --force") from None
     return shards
 
