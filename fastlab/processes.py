@@ -7,6 +7,7 @@ import functools
 import os
 import resource
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -114,9 +115,18 @@ def spin_briefly() -> None:
 def die_with_launcher() -> None:
     """Under torchrun, die with its agent. The agent holds the store at which the processes of a
     training meet: without it, those that are still starting would wait for half an hour. Each runs
-    in a session of its own, so a kill of the agent's process group does not reach them."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with_parent()
+    in a session of its own, so a kill of the agent's process group does not reach them.
+
+    Raises SystemExit where the store does not answer: the agent has died already."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    die_with_parent()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        try:
+            socket.create_connection(address, timeout=60).close()
+        except OSError:
+            raise SystemExit("fastlab: the launcher of this process has ended") from None
 
 
 @functools.cache

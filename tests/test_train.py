@@ -583,14 +583,15 @@ def test_what_one_of_two_processes_refuses_ends_both_and_is_reported_once(synth_
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_processes_that_are_starting_die_with_torchruns_agent(synth_dataset, tmp_path):
+@pytest.mark.parametrize("seconds", [0, 1])  # as Python starts; while modules are imported
+def test_processes_that_are_starting_die_with_torchruns_agent(seconds, synth_dataset, tmp_path):
     """Without its store they would wait for each other for half an hour."""
     agent = launch(command(synth_dataset, tmp_path / "run"), 2)
     children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children")
     try:
         assert wait_until(lambda: len(children.read_text().split()) >= 2, agent)
         assert agent.poll() is None
-        time.sleep(1)  # their imports take seconds
+        time.sleep(seconds)
     finally:
         agent.kill()
     agent.communicate(timeout=60)  # returns when the workers, too, have closed its pipes
