@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable
@@ -67,6 +68,7 @@ def server() -> Generator[S3]:
     from moto.server import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import make_server
 
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # otherwise a line for each request
     application = DomainDispatcherApplication(create_backend_app)
     running: list[S3] = []
     served = make_server(
