@@ -29,6 +29,7 @@ threads of a training alone sleep too often; with more, they take the cores from
 
 _THREAD = 32 << 20  # bytes: the stack of a thread takes 8 MiB, and what it allocates comes on top
 _PR_SET_PDEATHSIG = 1
+_INTERRUPTING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def signals_to_stop() -> list[int]:
@@ -56,40 +57,61 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
 @contextmanager
 def interrupted_by_signals() -> Generator[None]:
     """Within the block, SIGTERM and SIGHUP raise KeyboardInterrupt with their number, as SIGINT
-    does without one: what was half-written is removed. An ignored SIGHUP (nohup) stays ignored.
+    does without one: what was half-written is removed. What is ignored stays ignored: SIGHUP under
+    `nohup`, SIGINT in the background of a script.
 
     Only the first of them does, and the others are ignored from then on: a terminal that closes
-    sends several, and the next would interrupt the removal.
+    sends several, and the next would interrupt the removal. Ctrl-C always does.
     """
-    process, interrupted = os.getpid(), False
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    signals = _Signals()
+    before = {number: signal.getsignal(number) for number in _INTERRUPTING}
     caught = [number for number, handler in before.items() if handler != signal.SIG_IGN]
-
-    def interrupt(number: int, frame: Any) -> None:
-        nonlocal interrupted
-        if os.getpid() != process:  # a forked child, which has nothing to remove
-            os._exit(128 + number)
-        if not interrupted:
-            interrupted = True
-            raise KeyboardInterrupt(number)
-
-    def send_again(unraisable: Any) -> None:
-        nonlocal interrupted
-        if not isinstance(unraisable.exc_value, KeyboardInterrupt):
-            return hook(unraisable)
-        interrupted, number = False, [*unraisable.exc_value.args, signal.SIGINT][0]
-        threading.Timer(0.05, os.kill, (process, number)).start()
-
-    # Python ignores what is raised within some callbacks, such as those of a fork.
-    hook, sys.unraisablehook = sys.unraisablehook, send_again
     for number in caught:
-        signal.signal(number, interrupt)
+        signal.signal(number, signals.interrupt)
+    sys.unraisablehook = signals.raise_again
     try:
         yield
+    except Exception:
+        if signals.came:  # libraries replace a KeyboardInterrupt; killpg also ends the workers
+            raise _interrupt(signals.came[0]) from None
+        raise
     finally:
-        sys.unraisablehook = hook
-        for number in caught if not interrupted else ():
+        sys.unraisablehook = signals.hook
+        for timer in signals.timers:
+            timer.cancel()
+        for number in caught if not signals.raised else ():
             signal.signal(number, before[number])
+
+
+class _Signals:
+    """What came to the process within `interrupted_by_signals`."""
+
+    def __init__(self) -> None:
+        self.came: list[int] = []
+        self.raised = False
+        self.timers: list[threading.Timer] = []
+        self.hook = sys.unraisablehook
+        self._process = os.getpid()
+
+    def interrupt(self, number: int, frame: Any) -> None:
+        if os.getpid() != self._process:  # a forked child, which has nothing to remove
+            os._exit(128 + number)
+        self.came.append(number)
+        if not self.raised or number == signal.SIGINT:
+            self.raised = True
+            raise _interrupt(number)
+
+    def raise_again(self, unraisable: Any) -> None:
+        """Python ignores what is raised within some callbacks, such as those of a fork."""
+        if not (self.came and isinstance(unraisable.exc_value, KeyboardInterrupt)):
+            return self.hook(unraisable)
+        self.raised = False
+        self.timers.append(threading.Timer(0.05, os.kill, (self._process, self.came[-1])))
+        self.timers[-1].start()
+
+
+def _interrupt(number: int) -> KeyboardInterrupt:
+    return KeyboardInterrupt() if number == signal.SIGINT else KeyboardInterrupt(number)
 
 
 def check_address_space() -> None:

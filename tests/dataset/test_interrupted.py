@@ -263,13 +263,14 @@ class Signalled:
 def call(args):
     with interrupted_by_signals():
         Signalled()
-        time.sleep(50)
+        {then}
 
 sys.exit(run_command(call, None))
 """
 
 
-def test_a_signal_that_comes_where_python_ignores_exceptions_is_not_lost():
-    command = [sys.executable, "-c", IGNORED]
+@pytest.mark.parametrize("then", ["time.sleep(50)", "raise ValueError"])
+def test_a_signal_that_comes_where_python_ignores_exceptions_is_not_lost(then):
+    command = [sys.executable, "-c", IGNORED.format(then=then)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (143, "fastlab: ended by SIGTERM\n")

@@ -36,7 +36,7 @@ STAGES = {
     "states": "impossible values in checkpoints, with checksums that fit",
     "runs": "damaged run directories",
     "predictions": "damaged images to predict, damaged records of a run's dataset",
-    "kills": "SIGKILL, SIGTERM and SIGHUP of conversions",
+    "kills": "SIGKILL, SIGINT, SIGTERM and SIGHUP of conversions",
     "trainings": "SIGKILL of trainings, on one and two processes, and signals that ask for an end",
     "compiling": "SIGKILL of trainings and their compilers while they compile",
     "disks": "full disk, unusable output, output removed during training",
@@ -74,7 +74,7 @@ def stages(seed: int, full: bool) -> dict[str, Callable[[Tally, Path, Path], Non
 
     def killed(tally: Tally, base: Path, scratch: Path) -> None:
         kills.conversions(tally, base, scratch, seed, times(120, 4))
-        kills.signalled(tally, base, scratch, seed, times(40, 2))
+        kills.signalled(tally, base, scratch, seed, times(120, 3))
 
     def stopped(tally: Tally, base: Path, scratch: Path) -> None:
         kills.trainings(tally, base, scratch, seed, times(20, 1), 1)

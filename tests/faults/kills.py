@@ -77,26 +77,34 @@ def signalled(tally: Tally, base: Path, scratch: Path, seed: int, times: int) ->
     """Signal a conversion while it writes: it says so in one line, and leaves what was there."""
     random = np.random.default_rng([seed, 5])
     whole, folder = scratch / "signalled-whole", scratch / "signalled"
-    seconds = _converted(base, whole, "--formats", "array,tar")
+    process, started = _writing(base, whole), time.monotonic()
+    wait_until(whole.exists, process, _SECONDS)
+    seconds = time.monotonic() - started
+    process.communicate(timeout=_SECONDS)
     for number in range(times):
         folder.mkdir()
-        signals = (signal.SIGTERM, signal.SIGHUP)
-        sent, moment = signals[number % 2], random.uniform(0, seconds)
-        process = _convert(base, folder / "out", "--formats", "array,tar", start_new_session=True)
-        partial = folder / ".out.fastlab-partial"
-        wait_until(partial.exists, process, _SECONDS)
+        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        sent, moment = signals[number % 3], random.uniform(0, seconds)
+        process = _writing(base, folder / "out")
         time.sleep(moment)
-        (os.killpg if number % 4 < 2 else os.kill)(process.pid, sent)
+        (os.killpg if number % 6 < 3 else os.kill)(process.pid, sent)
         _, errors = process.communicate(timeout=_SECONDS)
         tally.add(f"{sent.name} of convert", _end(process.returncode, errors, folder, whole))
         shutil.rmtree(folder)
+
+
+def _writing(base: Path, out: Path) -> subprocess.Popen:
+    """A conversion that has begun to write."""
+    process = _convert(base, out, "--formats", "array,tar", start_new_session=True)
+    wait_until((out.parent / f".{out.name}.fastlab-partial").exists, process, _SECONDS)
+    return process
 
 
 def _end(code: int, errors: str, folder: Path, whole: Path) -> str:
     left = os.listdir(folder)
     if left == ["out"]:  # the signal came after the end
         return CORRECT if digest(folder / "out") == digest(whole) else "another dataset"
-    if left or code not in (129, 143) or errors.count("\n") != 1:
+    if left or code not in (129, 130, 143) or errors.count("\n") != 1:
         return f"{code}, left behind: {left}: {errors[-3000:]}"
     return CLEAR
 
