@@ -144,11 +144,11 @@ def die_with_launcher() -> None:
         return
     die_with_parent()
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
         try:
-            socket.create_connection(address, timeout=60).close()
+            socket.create_connection((host, int(port)), timeout=60).close()
         except OSError:
-            raise SystemExit("fastlab: the launcher of this process has ended") from None
+            raise SystemExit(f"fastlab: the launcher at {host}:{port} does not answer") from None
 
 
 @functools.cache
