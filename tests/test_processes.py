@@ -1,6 +1,7 @@
-"""How the threads of a training wait, as OpenMP itself reports it."""
+"""How the threads of a training wait, as OpenMP itself reports it, and with whom it dies."""
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -43,3 +44,22 @@ def test_threads_spin_briefly_unless_the_environment_says_otherwise(
     assert done.returncode == 0, done.stderr
     assert expected in done.stderr
     assert f"computing with {reported}" in done.stdout
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_process_whose_launcher_has_died_before_it_ends_at_once(answers):
+    with socket.create_server(("127.0.0.1", 0)) as store:
+        port = store.getsockname()[1]
+        if not answers:
+            store.close()
+        launched = {"TORCHELASTIC_RUN_ID": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        launched |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        script = "from fastlab.processes import die_with_launcher; die_with_launcher()"
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, **launched},
+            capture_output=True,
+            text=True,
+        )
+    line = f"fastlab: the launcher at 127.0.0.1:{port} does not answer\n"
+    assert (done.returncode, done.stderr) == ((0, "") if answers else (1, line))
