@@ -72,8 +72,10 @@ def interrupted_by_signals() -> Generator[None]:
     try:
         yield
     except Exception:
-        if signals.came:  # libraries replace a KeyboardInterrupt; killpg also ends the workers
-            raise _interrupt(signals.came[0]) from None
+        # Libraries may raise another error in place of a KeyboardInterrupt, and a signal to the
+        # whole process group also ends the workers, which is then reported first.
+        if signals.received:
+            raise _interrupt(signals.received[0]) from None
         raise
     finally:
         sys.unraisablehook = signals.hook
@@ -84,10 +86,10 @@ def interrupted_by_signals() -> Generator[None]:
 
 
 class _Signals:
-    """What came to the process within `interrupted_by_signals`."""
+    """The signals that reached the process within `interrupted_by_signals`."""
 
     def __init__(self) -> None:
-        self.came: list[int] = []
+        self.received: list[int] = []
         self.raised = False
         self.timers: list[threading.Timer] = []
         self.hook = sys.unraisablehook
@@ -96,17 +98,17 @@ class _Signals:
     def interrupt(self, number: int, frame: Any) -> None:
         if os.getpid() != self._process:  # a forked child, which has nothing to remove
             os._exit(128 + number)
-        self.came.append(number)
+        self.received.append(number)
         if not self.raised or number == signal.SIGINT:
             self.raised = True
             raise _interrupt(number)
 
     def raise_again(self, unraisable: Any) -> None:
         """Python ignores what is raised within some callbacks, such as those of a fork."""
-        if not (self.came and isinstance(unraisable.exc_value, KeyboardInterrupt)):
+        if not (self.received and isinstance(unraisable.exc_value, KeyboardInterrupt)):
             return self.hook(unraisable)
         self.raised = False
-        self.timers.append(threading.Timer(0.05, os.kill, (self._process, self.came[-1])))
+        self.timers.append(threading.Timer(0.05, os.kill, (self._process, self.received[-1])))
         self.timers[-1].start()
 
 

@@ -1,4 +1,4 @@
-"""How the threads of a training wait, as OpenMP itself reports it, and with whom it dies."""
+"""How a process of a training starts: how its threads wait, and whether its launcher is alive."""
 
 import os
 import socket
@@ -47,7 +47,7 @@ def test_threads_spin_briefly_unless_the_environment_says_otherwise(
 
 
 @pytest.mark.parametrize("answers", [True, False])
-def test_a_process_whose_launcher_has_died_before_it_ends_at_once(answers):
+def test_a_process_ends_at_once_unless_its_launcher_answers(answers):
     with socket.create_server(("127.0.0.1", 0)) as store:
         port = store.getsockname()[1]
         if not answers:
