@@ -34,6 +34,7 @@ _REFUSALS = (
     "can't start new thread",
     "DefaultCPUAllocator",
     "could not create a primitive",
+    "error return without exception set",  # of CPython, where memory ran out within an import
 )
 
 

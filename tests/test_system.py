@@ -1,5 +1,6 @@
 """What the system takes away from a command: streams, memory, its directory, the data it reads."""
 
+import argparse
 import errno
 import multiprocessing
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fastlab.console import UserError
+from fastlab.console import UserError, run_command
 from fastlab.dataset.convert import Options, convert
 from tests.packages import has
 from tests.trainings import ROOT, command, launch, wait_until
@@ -80,6 +81,16 @@ def test_little_address_space_is_reported_in_one_line(mebibytes, synth_source, t
     done = fastlab("convert", synth_source, tmp_path / "out", before=limit)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
     assert "ulimit -v" in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_memory_that_runs_out_within_an_import_is_reported_in_one_line(capsys):
+    """What Python says then, once in a while."""
+
+    def call(args: argparse.Namespace) -> None:
+        raise SystemError("error return without exception set")
+
+    assert run_command(call, argparse.Namespace()) == 2
+    assert "ulimit -v" in capsys.readouterr().err
 
 
 def test_a_training_without_address_space_is_reported_in_one_line(synth_dataset, tmp_path):

@@ -19,7 +19,9 @@ def test_a_training_that_ends_at_the_floor_reports_what_the_whole_one_does(
     synth_dataset, tmp_path, capsys
 ):
     whole, short = tmp_path / "whole", tmp_path / "short"
-    options = (*FALLING, "train.epochs=12")
+    # Running statistics of batch norm go on moving where the weights do not: another epoch, which
+    # one depends on the machine, may then be better by chance.
+    options = (*FALLING, "train.epochs=12", "model.batch_norm=false")
     assert training.main(command(synth_dataset, whole, *options)) == 0
     options += ("schedule.floor_patience=4",)
     assert training.main(command(synth_dataset, short, *options)) == 0
