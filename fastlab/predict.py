@@ -18,7 +18,7 @@ from fastlab import models
 from fastlab.config import Config, Tta, tta_label
 from fastlab.console import UserError, printable, tell
 from fastlab.dataset.decode import MAX_PIXELS, CorruptImage, decode_any_into
-from fastlab.dataset.manifest import ImageSpec, Manifest, fingerprint, image_spec
+from fastlab.dataset.manifest import Manifest, fingerprint, image_spec
 from fastlab.dataset.originals import SUFFIXES, ImageClass
 from fastlab.runs import RunDir
 from fastlab.training import checkpoint, setup
@@ -119,6 +119,46 @@ def evaluate_run(
     )
 
 
+class Predictor:
+    """A trained model with what prepares images for it. Needs nothing but the run directory."""
+
+    def __init__(self, run: RunDir, which: str = "best", data: Path | str | None = None) -> None:
+        """`which`: "best" or "last" weights. The dataset is read only where `data` names it, or
+        where an earlier version wrote the run, without the names of the classes.
+
+        Raises `UserError` where the run is damaged, or the dataset is missing or another one.
+        """
+        self.cfg = run.load_config()
+        recorded = run.fingerprint()
+        if data is not None or "words" not in recorded:
+            self.cfg, manifest = open_run(run, data)
+            recorded = fingerprint(manifest)
+        self.spec = image_spec(recorded, run.dataset)
+        self.model = load_model(run, self.cfg, len(self.spec.classes), which)
+        self.device = next(self.model.parameters()).device
+
+    def decode(self, data: bytes) -> np.ndarray:
+        """The pixels, uint8 [S, S, 3], that the model sees of an image file with the content
+        `data`. Raises `CorruptImage`."""
+        pixels = np.empty((self.spec.image_size, self.spec.image_size, 3), dtype=np.uint8)
+        decode_any_into(data, pixels, self.spec.fit)
+        return pixels
+
+    def normalise(self, pixels: np.ndarray) -> torch.Tensor:
+        """The model's input, fp32 [b, 3, S, S] on its device, of `pixels`, uint8 [b, S, S, 3]."""
+        from pipelines.augment_cpu import augment_on_cpu  # imports numba, which takes a second
+
+        spec = self.spec
+        augmenter = make_augmenter(None, spec.image_size, spec.mean, spec.std, torch.float32)
+        rows = np.arange(len(pixels))
+        return augment_on_cpu(augmenter, pixels, rows, rows, key=0).to(self.device)
+
+    def guesses(self, pixels: np.ndarray, top: int = 5) -> list[Guesses]:
+        """The `top` most probable classes of each image in `pixels`, uint8 [b, S, S, 3]."""
+        with setup.torch_settings(self.cfg):
+            return most_probable(self.model, self.normalise(pixels), self.spec.classes, top)
+
+
 def predict_images(
     directory: Path,
     paths: Iterable[Path],
@@ -127,26 +167,16 @@ def predict_images(
     data: Path | str | None = None,
 ) -> Iterator[tuple[Path, Guesses] | UserError]:
     """For each image file in `paths`, and in the folders among them, its `top` most probable
-    classes; for each that cannot be read, the `UserError` that says why.
-
-    This needs nothing but the run directory. The dataset is read only where `data` names it, or
-    where an earlier version wrote the run, without the names of the classes. Raises `UserError`
-    where the run is damaged, or the dataset is missing or another one.
-    """
-    run = RunDir(directory)
-    cfg = run.load_config()
-    recorded = run.fingerprint()
-    if data is not None or "words" not in recorded:
-        cfg, manifest = open_run(run, data)
-        recorded = fingerprint(manifest)
-    spec = image_spec(recorded, run.dataset)
-    model = load_model(run, cfg, len(spec.classes), which)
+    classes; for each that cannot be read, the `UserError` that says why. Raises `UserError` where
+    `Predictor` does."""
+    predictor = Predictor(RunDir(directory), which, data)
     found = find_images(paths)
     while batch := list(islice(found, _BATCH)):
-        results = [each if isinstance(each, UserError) else _decoded(each, spec) for each in batch]
+        results = [
+            each if isinstance(each, UserError) else _decoded(each, predictor) for each in batch
+        ]
         images = [each[1] for each in results if not isinstance(each, UserError)]
-        with setup.torch_settings(cfg):
-            guesses = iter(_guesses(model, np.stack(images), spec, top) if images else ())
+        guesses = iter(predictor.guesses(np.stack(images), top) if images else ())
         for each in results:
             yield each if isinstance(each, UserError) else (each[0], next(guesses))
 
@@ -173,16 +203,14 @@ def find_images(paths: Iterable[Path]) -> Iterator[Path | UserError]:
             yield UserError(f"{printable(str(path))}: holds no image (no file ends in {suffixes})")
 
 
-def _decoded(path: Path, spec: ImageSpec) -> tuple[Path, np.ndarray] | UserError:
+def _decoded(path: Path, predictor: Predictor) -> tuple[Path, np.ndarray] | UserError:
     """`path` with its pixels, uint8 [S, S, 3], or why it has none."""
-    pixels = np.empty((spec.image_size, spec.image_size, 3), dtype=np.uint8)
     try:
-        decode_any_into(_read_regular(path), pixels, spec.fit)
+        return path, predictor.decode(_read_regular(path))
     except OSError as error:
         return UserError(f"{printable(str(path))}: cannot be read ({error.strerror})")
     except CorruptImage as error:
         return UserError(f"{printable(str(path))}: not an image ({printable(str(error))})")
-    return path, pixels
 
 
 def _read_regular(path: Path) -> bytes:
@@ -203,17 +231,6 @@ def _check_regular(status: os.stat_result) -> None:
     if status.st_size > _MAX_BYTES:
         limits = f"{_MAX_BYTES // 10**6} MB, which no image of up to {MAX_PIXELS:,} pixels needs"
         raise CorruptImage(f"larger than {limits}")
-
-
-def _guesses(model: nn.Module, pixels: np.ndarray, spec: ImageSpec, top: int) -> list[Guesses]:
-    """The `top` most probable classes of each image in `pixels`, uint8 [b, S, S, 3]."""
-    from pipelines.augment_cpu import augment_on_cpu  # imports numba, which takes a second
-
-    augmenter = make_augmenter(None, spec.image_size, spec.mean, spec.std, torch.float32)
-    rows = np.arange(len(pixels))
-    normalised = augment_on_cpu(augmenter, pixels, rows, rows, key=0)
-    device = next(model.parameters()).device
-    return most_probable(model, normalised.to(device), spec.classes, top)
 
 
 def print_predictions(results: Iterable[tuple[Path, Guesses] | UserError], form: str) -> int:
