@@ -15,13 +15,15 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --quiet -e ".[dev]"
 	touch $@
 
-# The optional engines, the trace viewer, and the loaders that the benchmarks compare them with. FFCV
+# All optional packages: engines, trackers, exporters, and what the tests and documents need. FFCV
 # is compiled here: it needs libopencv-dev, libturbojpeg0-dev and pkg-config. Its declared
 # dependencies are more than it uses.
+EXTRAS := dev,dali,docs,energy,export,ffcv,moto,profile,remote,rivals,sources,timm,torchcodec,trackers
+
 extras: $(VENV)/.extras
 
 $(VENV)/.extras: $(VENV)/.installed
-	$(BIN)/pip install --quiet -e ".[dev,dali,energy,ffcv,moto,profile,remote,rivals,sources,torchcodec]"
+	$(BIN)/pip install --quiet -e ".[$(EXTRAS)]"
 	$(BIN)/pip install --quiet --no-deps ffcv==1.0.2
 	touch $@
 
