@@ -12,6 +12,7 @@ from typing import NamedTuple
 import fastlab
 from fastlab.console import (
     UserError,
+    port_number,
     positive_duration,
     positive_float,
     positive_int,
@@ -238,6 +239,19 @@ def _predict(args: Namespace) -> int:
     return print_predictions(results, args.form)
 
 
+def _show_options(parser: ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    port = "port of the page, on this machine only; 0 takes one that is free (default: 8000)"
+    parser.add_argument("--port", type=port_number, default=8000, help=port)
+    _model_options(parser)
+
+
+def _show(args: Namespace) -> None:
+    from fastlab.show.server import run
+
+    run(args)
+
+
 def _report_options(parser: ArgumentParser) -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
     parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE")
@@ -346,6 +360,7 @@ COMMANDS = {
     "train": Command("train a model, or continue a run", add_training_options, _train),
     "evaluate": Command("loss, top-1 and top-5 of a run on a split", _evaluate_options, _evaluate),
     "predict": Command("the most probable classes of each image", _predict_options, _predict),
+    "show": Command("try pictures and browse mistakes in a browser", _show_options, _show),
     "report": Command("curves and tables of runs as one page", _report_options, _report),
     "trace": Command("review a recorded trace: what to try next", _trace_options, _trace),
     "bottleneck": Command("what limits your loader and step", _bottleneck_options, _bottleneck),

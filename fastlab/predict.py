@@ -28,8 +28,9 @@ from pipelines import FORMATS
 from pipelines.augment import make_augmenter
 
 _SUFFIXES = (*SUFFIXES, ".bmp", ".gif", ".tif", ".tiff")
-_MAX_BYTES = 8 * MAX_PIXELS  # four channels of 16 bits, not compressed
 _BATCH = 64  # images that are decoded, and go through the model, together
+MAX_BYTES = 8 * MAX_PIXELS
+"""The largest file that may be an image: four channels of 16 bits, not compressed."""
 
 Guesses = list[tuple[ImageClass, float]]
 """Classes with their probabilities, 0 to 1, the most probable first."""
@@ -222,14 +223,14 @@ def _read_regular(path: Path) -> bytes:
     _check_regular(path.stat())
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         _check_regular(os.fstat(file.fileno()))
-        return file.read(_MAX_BYTES)
+        return file.read(MAX_BYTES)
 
 
 def _check_regular(status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise CorruptImage("not a regular file")
-    if status.st_size > _MAX_BYTES:
-        limits = f"{_MAX_BYTES // 10**6} MB, which no image of up to {MAX_PIXELS:,} pixels needs"
+    if status.st_size > MAX_BYTES:
+        limits = f"{MAX_BYTES // 10**6} MB, which no image of up to {MAX_PIXELS:,} pixels needs"
         raise CorruptImage(f"larger than {limits}")
 
 

@@ -106,7 +106,7 @@ def read_run(directory: Path | str, name: str) -> Run:
         epochs=_read_metrics(run.metrics),
         predictions=_read_predictions(run.predictions),
         dataset=_read_fingerprint(run),
-        errors=_read_errors(run.errors),
+        errors=read_errors(run.errors),
     )
 
 
@@ -193,7 +193,9 @@ def _parse_prediction(record: dict[str, Any]) -> Prediction:
     )
 
 
-def _read_errors(path: Path) -> Errors | None:
+def read_errors(path: Path) -> Errors | None:
+    """The content of a run's errors.json; None where there is none. Raises `UserError` where it is
+    damaged."""
     if not path.exists():
         return None
     record = read_object(path)

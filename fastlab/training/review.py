@@ -1,4 +1,5 @@
-"""What a trained model makes of the validation images, for the report: samples and its errors."""
+"""What a trained model makes of the validation images, for the report and for `fastlab
+show`: samples and its errors."""
 
 import base64
 import io
@@ -13,7 +14,7 @@ from torch import nn
 from fastlab.config import Config
 from fastlab.dataset.manifest import Manifest
 from fastlab.training.evaluate import most_probable, probabilities
-from pipelines import PipelineSpec, make_pipeline
+from pipelines import Pipeline, PipelineSpec, make_pipeline
 
 SAMPLES = 12
 PAIRS = 20
@@ -39,9 +40,9 @@ def review(
     wanted = np.unique(np.linspace(0, count - 1, SAMPLES).astype(np.int64))
     classes, first = len(manifest.classes), 0
     confusion = np.zeros((classes, classes), np.int64)
-    shown: list[_Seen] = []
-    worst: list[_Seen] = []
-    for images, labels in _batches(cfg, manifest, device):
+    shown: list[Seen] = []
+    worst: list[Seen] = []
+    for images, labels in batches(cfg, manifest, device):
         values, guesses = (part.cpu().numpy() for part in probabilities(model, images).max(dim=1))
         np.add.at(confusion, (labels, guesses), 1)
         rows = wanted[(wanted >= first) & (wanted < first + len(labels))] - first
@@ -52,24 +53,30 @@ def review(
         worst = sorted(worst, key=lambda seen: -seen[0])[:WORST]
         first += len(labels)
     errors = counts(confusion, [each.words for each in manifest.classes])
-    errors["worst"] = _samples(model, worst, manifest)
-    return _samples(model, shown, manifest), errors
+    errors["worst"] = samples(model, worst, manifest)
+    return samples(model, shown, manifest), errors
 
 
-_Seen = tuple[float, torch.Tensor, int]
+Seen = tuple[float, torch.Tensor, int]
 """The probability of the predicted class; the image, normalised, [3, S, S]; its label."""
 
 
-def _batches(
+def validation_images(
+    cfg: Config, manifest: Manifest, device: torch.device, batch_size: int
+) -> Pipeline:
+    """The validation split, in fp32 and without flips, read by the run's own engine: the dataset
+    may have no other format. Raises `UserError` as `make_pipeline` does."""
+    spec = PipelineSpec(
+        cfg.data, None, manifest, "val", batch_size=batch_size, device=device, dtype=torch.float32
+    )
+    return make_pipeline(spec)
+
+
+def batches(
     cfg: Config, manifest: Manifest, device: torch.device
 ) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
     """Images, normalised, fp32 [b, 3, S, S] on `device`, and labels of the validation split."""
-    # Read by the run's own engine: the dataset may have no other format.
-    size = cfg.train.eval_batch_size
-    spec = PipelineSpec(
-        cfg.data, None, manifest, "val", batch_size=size, device=device, dtype=torch.float32
-    )
-    for batch in make_pipeline(spec).epoch(0):
+    for batch in validation_images(cfg, manifest, device, cfg.train.eval_batch_size).epoch(0):
         images, labels = batch.images[batch.mask], batch.labels[batch.mask]
         for start in range(0, len(labels), _TOGETHER):
             part = slice(start, start + _TOGETHER)
@@ -79,23 +86,30 @@ def _batches(
 def counts(confusion: np.ndarray, names: list[str]) -> dict[str, Any]:
     """The keys classes and confused of `review`. `confusion`: how many images of class [row] were
     taken for class [column], int64."""
-    wrong = confusion - np.diag(np.diag(confusion))
-    pairs = np.argsort(-wrong, axis=None, kind="stable")[:PAIRS]
-    rows, columns = np.unravel_index(pairs, wrong.shape)
     return {
         "classes": [
             {"name": name, "images": int(row.sum()), "correct": int(row[index])}
             for index, (name, row) in enumerate(zip(names, confusion, strict=True))
         ],
         "confused": [
-            {"label": names[row], "predicted": names[column], "count": int(wrong[row, column])}
-            for row, column in zip(rows, columns, strict=True)
-            if wrong[row, column]
+            {"label": names[label], "predicted": names[guess], "count": count}
+            for label, guess, count in confused(confusion)
         ],
     }
 
 
-def _samples(model: nn.Module, seen: list[_Seen], manifest: Manifest) -> Samples:
+def confused(confusion: np.ndarray) -> list[tuple[int, int, int]]:
+    """The most frequent wrong answers, at most `PAIRS`: label, guess and how many images.
+    `confusion` is that of `counts`."""
+    wrong = confusion - np.diag(np.diag(confusion))
+    pairs = np.argsort(-wrong, axis=None, kind="stable")[:PAIRS]
+    rows, columns = np.unravel_index(pairs, wrong.shape)
+    found = zip(rows.tolist(), columns.tolist(), wrong[rows, columns].tolist(), strict=True)
+    return [(label, guess, count) for label, guess, count in found if count]
+
+
+def samples(model: nn.Module, seen: list[Seen], manifest: Manifest) -> Samples:
+    """The images in `seen` as pictures, with the model's five most probable classes of each."""
     if not seen:
         return []
     images = torch.stack([image for _, image, _ in seen])
@@ -104,7 +118,7 @@ def _samples(model: nn.Module, seen: list[_Seen], manifest: Manifest) -> Samples
     guesses = most_probable(model, images, manifest.classes)
     return [
         {
-            "png": _png(image),
+            "png": png(image),
             "label": manifest.classes[label].words,
             "predicted": [{"name": each.words, "probability": value} for each, value in best],
         }
@@ -114,7 +128,8 @@ def _samples(model: nn.Module, seen: list[_Seen], manifest: Manifest) -> Samples
     ]
 
 
-def _png(image: np.ndarray) -> str:
+def png(image: np.ndarray) -> str:
+    """`image`, uint8 [S, S, 3], as a PNG file in base64."""
     stream = io.BytesIO()
     Image.fromarray(image).save(stream, format="PNG", optimize=True)
     return base64.b64encode(stream.getvalue()).decode("ascii")
