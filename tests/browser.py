@@ -62,6 +62,14 @@ def screenshot(
     return _console(log)
 
 
+def rendered(address: str, seconds: int = 5) -> tuple[str, list[str]]:
+    """The document at `address` after `seconds` of the page's own, virtual time, as HTML, and the
+    messages on its console."""
+    budget = f"--virtual-time-budget={1000 * seconds}"
+    dom, log = _run(address, 1100, 1000, "--dump-dom", budget)
+    return dom, _console(log)
+
+
 def _run(address: str, width: int, height: int, *options: str) -> tuple[str, str]:
     assert CHROMIUM is not None
     with tempfile.TemporaryDirectory() as profile:
