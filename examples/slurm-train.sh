@@ -1,6 +1,6 @@
 #!/bin/sh
-# Trains one run on two nodes of a SLURM cluster, with a process for each GPU. Checkout, dataset and
-# run lie on a file system that the nodes share. In the checkout, with its environment activated:
+# Trains one run on two nodes of a SLURM cluster, with a process for each GPU. Configuration, dataset
+# and run lie on a file system that the nodes share. There, with fastlab's environment activated:
 #
 #     sbatch --gpus-per-node=4 --time=600 examples/slurm-train.sh \
 #         --config configs/resnet11.toml --out runs/two-nodes
@@ -17,4 +17,4 @@ export MAIN PORT PROCESSES
 # On each node, one launcher.
 srun sh -c 'accelerate launch --multi_gpu --mixed_precision no --dynamo_backend no \
     --num_machines "$SLURM_NNODES" --machine_rank "$SLURM_NODEID" --num_processes "$PROCESSES" \
-    --main_process_ip "$MAIN" --main_process_port "$PORT" fastlab/train.py "$@"' sh "$@"
+    --main_process_ip "$MAIN" --main_process_port "$PORT" -m fastlab.train "$@"' sh "$@"

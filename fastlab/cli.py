@@ -336,6 +336,29 @@ def _study(args: Namespace) -> int:
     return run(args)
 
 
+def _configs_options(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    names = "what to copy (default: everything)"
+    add("names", nargs="*", metavar="NAME", help=names)
+    copy = "copy them there, with the folders that they have in a checkout"
+    add("--copy", type=Path, metavar="DIR", help=copy)
+
+
+def _configs(args: Namespace) -> None:
+    from fastlab.shipped import copy, descriptions
+
+    if args.names and not args.copy:
+        raise UserError("configs: names say what --copy DIR copies; add --copy DIR")
+    if not args.copy:
+        found = descriptions()
+        width = max(map(len, found))
+        print("\n".join(f"{name:{width}}  {description}" for name, description in found.items()))
+        return
+    written = copy(args.copy, args.names)
+    done = f"{len(written)} files copied" if written else "holds these files already"
+    print(f"{printable(str(args.copy))}: {done}")
+
+
 def _doctor_options(parser: ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -353,6 +376,7 @@ def _doctor(args: Namespace) -> None:
 
 
 COMMANDS = {
+    "configs": Command("list or copy the configurations", _configs_options, _configs),
     "download": Command("fetch the official Tiny ImageNet archive", _download_options, _download),
     "synth": Command("write a generated, learnable dataset", _synth_options, _synth),
     "convert": Command("decode originals once into a dataset", _convert_options, _convert),

@@ -16,6 +16,7 @@ from typing import Any, Literal, get_type_hints
 
 import tomli_w
 
+from fastlab import shipped
 from fastlab.console import UserError, printable
 from fastlab.fields import (
     AboveZero,
@@ -286,7 +287,8 @@ def read_toml(path: Path, advice: str = "check --config") -> dict[str, Any]:
     try:
         return parse_toml(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {advice}") from None
+        what_to_do = shipped.advice(path) or advice
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {what_to_do}") from None
     except (ValueError, RecursionError) as error:  # also bad UTF-8, and too long or too deep values
         raise UserError(f"{path}: not valid TOML: {error}") from None
 

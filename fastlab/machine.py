@@ -12,13 +12,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import fastlab
+from fastlab import shipped
 from fastlab.compiling import c_compiler, cpp_compiler
 from fastlab.console import first_line, public_command
+
+DISTRIBUTION = "fastlab-train"
 
 
 def installing(extra: str) -> str:
     """What installs an extra of pyproject.toml. It is not "fastlab[EXTRA]": the package index has
     another project of that name."""
+    if shipped.INSTALLED:
+        return f'run `pip install "{DISTRIBUTION}[{extra}]"`'
     return f'run `make extras` in the checkout, or there `pip install -e ".[{extra}]"`'
 
 
@@ -69,7 +74,11 @@ def environment(processes: int) -> dict[str, Any]:
             "memory_gib": round(memory / 2**30, 1),
             "gpus": gpus,
         },
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {
+            "fastlab": fastlab.__version__,
+            "python": platform.python_version(),
+            **_versions(),
+        },
         "processes": processes,
         "threads": torch.get_num_threads(),  # of each process
         "git": _git_revision(),
@@ -110,7 +119,10 @@ def _cpu_name() -> str:
 
 
 def _git_revision() -> str | None:
-    """The revision of the checkout that holds this package; None where it is installed."""
+    """The revision of the checkout that holds this package; None where it is installed, perhaps
+    in an environment within the checkout of another project."""
+    if shipped.INSTALLED:
+        return None
     # `git describe --dirty` writes the index, and leaves its lock behind where it is killed.
     git = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent)]
     commands = ("describe --always", "status --porcelain --untracked-files=no")

@@ -1,9 +1,9 @@
 """Train one classifier.
 
-accelerate launch fastlab/train.py --config configs/resnet11.toml    # one or many devices
+accelerate launch -m fastlab.train --config configs/resnet11.toml    # one or many devices
 fastlab train --config configs/demo.toml --set train.epochs=3        # one process
 fastlab train --resume runs/resnet11                                 # continue where it stopped
-torchrun --nproc_per_node 2 fastlab/train.py --config FILE           # two processes, also on a CPU
+torchrun --nproc_per_node 2 -m fastlab.train --config FILE           # two processes, also on a CPU
 """
 
 import argparse

@@ -76,14 +76,14 @@ def test_doctor_prints_a_table_with_a_heading_for_each_group(capsys, line):
     assert line in capsys.readouterr().out.splitlines()
 
 
-def test_extras_are_installed_from_the_checkout_and_never_from_the_index():
-    """On the package index, the name fastlab belongs to another project."""
-    folders = [ROOT / name for name in ("fastlab", "pipelines", "benchmarks", "tests")]
+def test_extras_are_never_installed_from_another_project(monkeypatch):
+    """On the package index, the name fastlab belongs to one."""
+    folders = [ROOT / name for name in ("fastlab", "pipelines", "benchmarks", "docs", "tests")]
     files = [*ROOT.glob("*.md"), ROOT / "Makefile"]
     files += [path for each in folders for path in each.rglob("*") if path.suffix in (".py", ".md")]
     texts = {path: path.read_text(encoding="utf-8") for path in files if path != Path(__file__)}
     assert len(texts) > 100
-    index = re.compile(r"pip install[^\n`]*['\" ]fastlab\b")
+    index = re.compile(r"pip install[^\n`]*['\" ]fastlab\b(?!-train)")
     assert not [path for path, text in texts.items() if index.search(text)]
     asked = {extra for text in texts.values() for extra in re.findall(r"installing\('(\w+)'", text)}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -91,6 +91,8 @@ def test_extras_are_installed_from_the_checkout_and_never_from_the_index():
     for extra in asked:
         assert "`make extras`" in machine.installing(extra)
         assert f'`pip install -e ".[{extra}]"`' in machine.installing(extra)
+    monkeypatch.setattr(machine.shipped, "INSTALLED", True)
+    assert machine.installing("dali") == f'run `pip install "{project["name"]}[dali]"`'
 
 
 def test_the_revision_is_read_without_writing_the_checkout(tmp_path, monkeypatch):

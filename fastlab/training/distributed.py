@@ -23,7 +23,7 @@ def processes_asked_for() -> int:
     if on_cpu and several and not world:
         raise UserError(
             "accelerate launch was asked for several processes, but started one on this CPU; "
-            "start them with: torchrun --nproc_per_node N fastlab/train.py"
+            "start them with: torchrun --nproc_per_node N -m fastlab.train"
         )
     return world or 1
 

@@ -51,7 +51,7 @@ def resolve(args: argparse.Namespace) -> tuple[Config, RunDir]:
         directory = RunDir(args.out or _free_directory(Path(args.config)))
         cfg = config.load(args.config, args.overrides)
     else:
-        raise UserError("--config FILE is missing; such as --config configs/demo.toml")
+        raise UserError("--config FILE is missing; `fastlab configs` lists what comes with fastlab")
     if args.profile:
         cfg = replace(cfg, profile=replace(cfg.profile, enabled=True))
     return cfg, directory

@@ -73,7 +73,7 @@ def make_accelerator(cfg: Config) -> Accelerator:
     if world < asked:
         raise UserError(
             f"the launcher started {asked} processes, but Accelerate takes this one for a training "
-            f"of its own; start them with: torchrun --nproc_per_node {asked} fastlab/train.py"
+            f"of its own; start them with: torchrun --nproc_per_node {asked} -m fastlab.train"
         )
     with agreed(accelerator):
         if cfg.train.batch_size % world:
