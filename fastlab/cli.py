@@ -355,7 +355,7 @@ def _configs(args: Namespace) -> None:
         print("\n".join(f"{name:{width}}  {description}" for name, description in found.items()))
         return
     written = copy(args.copy, args.names)
-    done = f"{len(written)} files copied" if written else "holds these files already"
+    done = f"files copied: {len(written)}" if written else "holds these files already"
     print(f"{printable(str(args.copy))}: {done}")
 
 

@@ -74,13 +74,10 @@ def environment(processes: int) -> dict[str, Any]:
             "memory_gib": round(memory / 2**30, 1),
             "gpus": gpus,
         },
-        "versions": {
-            "fastlab": fastlab.__version__,
-            "python": platform.python_version(),
-            **_versions(),
-        },
+        "versions": {"python": platform.python_version(), **_versions()},
         "processes": processes,
         "threads": torch.get_num_threads(),  # of each process
+        "fastlab": fastlab.__version__,
         "git": _git_revision(),
     }
 

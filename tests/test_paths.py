@@ -17,6 +17,7 @@ _MACHINE_PATH = re.compile(
 )
 ALLOWED = {
     "/usr/bin/env": "the first line of a script",
+    "/var/lib/apt/lists/": "a folder of the Docker image",
     "/data/": "a pattern of .gitignore, and a made-up path that tests markup",
     "/data/set.zip": "the address of a file on a test's own server",
     "/home/some/fastlab/train.py": "a made-up place in a trace",

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+import fastlab
 from fastlab.config import Config, ModelConfig
 from fastlab.console import UserError
 from fastlab.runs import RunDir
@@ -41,6 +42,7 @@ def test_a_new_run_records_where_it_ran(tmp_path):
     environment = strict(run.environment.read_text(encoding="utf-8"))
     assert environment["processes"] == 3
     assert torch.__version__.startswith(environment["versions"]["torch"])
+    assert environment["fastlab"] == fastlab.__version__
     assert environment["versions"]["python"] == sys.version.split()[0]
     assert environment["machine"]["cores"] >= 1
     assert environment["date"].endswith("+00:00")

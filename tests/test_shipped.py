@@ -35,7 +35,7 @@ def test_everything_is_copied_with_its_place_in_a_checkout(tmp_path, capsys):
     assert not [name for name in names if "results" in name or name.endswith(".pyc")]
     for name in names:
         assert (tmp_path / "new" / name).read_bytes() == (ROOT / name).read_bytes()
-    assert f"{len(names)} files copied" in capsys.readouterr().out
+    assert f"files copied: {len(names)}" in capsys.readouterr().out
     assert main(["configs", "--copy", str(tmp_path / "new")]) == 0
     assert "holds these files already" in capsys.readouterr().out
 
