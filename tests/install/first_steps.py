@@ -31,12 +31,19 @@ STEPS: tuple[tuple[str, ...], ...] = (
     ("fastlab", "study", STUDY, "--out", "study", "--dry-run", "--no-calibration", *SETS),
     ("python", "-m", "benchmarks.loaders", "--help"),
 )
-# The files of the modules that a training imports.
-MODULES = (
-    "import sys, fastlab.train; "
-    "names = [name for name in sys.modules if name.split('.')[0] in ('fastlab', 'pipelines')]; "
-    "print(*(sys.modules[name].__file__ for name in names), sep='\\n')"
-)
+# Prints the files of the modules that training and predicting import.
+PYTHON = """
+import sys
+from pathlib import Path
+
+import fastlab.train
+
+if hasattr(fastlab, "load_run"):
+    image = next(Path("originals/val").rglob("*.JPEG"))
+    assert fastlab.load_run("run").predict(image)
+names = [name for name in sys.modules if name.split(".")[0] in ("fastlab", "pipelines")]
+print(*(sys.modules[name].__file__ for name in names), sep="\\n")
+"""
 
 
 def run(environment: Path, folder: Path, *command: str) -> str:
@@ -56,8 +63,8 @@ def run(environment: Path, folder: Path, *command: str) -> str:
 
 
 def imported(environment: Path, folder: Path) -> list[Path]:
-    """The files of fastlab and pipelines that a training in `environment` imports."""
-    return [Path(line) for line in run(environment, folder, "python", "-c", MODULES).splitlines()]
+    """The files of fastlab and pipelines that Python in `environment` uses after the steps."""
+    return [Path(line) for line in run(environment, folder, "python", "-c", PYTHON).splitlines()]
 
 
 def main(environment: Path) -> None:
