@@ -252,6 +252,37 @@ def _show(args: Namespace) -> None:
     run(args)
 
 
+def _export_options(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("run", type=Path, help="run directory")
+    to = "an ONNX graph, a torch.export program, or weights alone"
+    add("--to", choices=("onnx", "torch", "safetensors"), required=True, help=to)
+    out = "default: the run's name with .onnx, .pt2 or .safetensors, in the working directory"
+    add("--out", type=Path, metavar="FILE", help=out)
+    normalise = "take pixels, uint8 [b, S, S, 3], and normalise them in the graph"
+    add("--normalise", action="store_true", help=normalise)
+    batch = "take any number of images (default: one)"
+    add("--dynamic-batch", action="store_true", help=batch)
+    _model_options(parser)
+    add("--force", action="store_true", help="replace an existing file")
+
+
+def _export(args: Namespace) -> None:
+    from fastlab.export import export
+
+    exported = export(
+        args.run,
+        args.to,
+        args.out,
+        which=args.checkpoint,
+        dynamic_batch=args.dynamic_batch,
+        normalise=args.normalise,
+        data=args.data,
+        force=args.force,
+    )
+    print(exported)
+
+
 def _report_options(parser: ArgumentParser) -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
     parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE")
@@ -385,6 +416,7 @@ COMMANDS = {
     "evaluate": Command("loss, top-1 and top-5 of a run on a split", _evaluate_options, _evaluate),
     "predict": Command("the most probable classes of each image", _predict_options, _predict),
     "show": Command("try pictures and browse mistakes in a browser", _show_options, _show),
+    "export": Command("the model as ONNX, torch.export or safetensors", _export_options, _export),
     "report": Command("curves and tables of runs as one page", _report_options, _report),
     "trace": Command("review a recorded trace: what to try next", _trace_options, _trace),
     "bottleneck": Command("what limits your loader and step", _bottleneck_options, _bottleneck),
