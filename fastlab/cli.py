@@ -19,7 +19,13 @@ from fastlab.console import (
     printable,
     run_command,
 )
-from fastlab.options import add_set_option, add_training_options
+from fastlab.options import (
+    add_export_options,
+    add_model_options,
+    add_push_options,
+    add_set_option,
+    add_training_options,
+)
 from fastlab.processes import interrupted_by_signals, spin_briefly
 
 
@@ -195,20 +201,12 @@ def _train(args: Namespace) -> int:
     return run(args)
 
 
-def _model_options(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--checkpoint", choices=("best", "last"), default="best", help="which weights to use"
-    )
-    data = "the run's dataset, where it does not lie at data.path of the run"
-    parser.add_argument("--data", metavar="DIR", help=data)
-
-
 def _evaluate_options(parser: ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("--split", default="val")
     tta = "average the logits of each image and its mirror image (default: as the run did)"
     parser.add_argument("--tta", choices=("none", "flip"), help=tta)
-    _model_options(parser)
+    add_model_options(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -225,7 +223,7 @@ def _predict_options(parser: ArgumentParser) -> None:
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help=images)
     top = "classes of each image (default: 5)"
     parser.add_argument("--top", type=positive_int, default=5, metavar="K", help=top)
-    _model_options(parser)
+    add_model_options(parser)
     form = parser.add_mutually_exclusive_group()
     for name, what in (("json", "a line of JSON for each image"), ("csv", "a row for each class")):
         form.add_argument(f"--{name}", action="store_const", const=name, dest="form", help=what)
@@ -243,28 +241,13 @@ def _show_options(parser: ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
     port = "port of the page, on this machine only; 0 takes one that is free (default: 8000)"
     parser.add_argument("--port", type=port_number, default=8000, help=port)
-    _model_options(parser)
+    add_model_options(parser)
 
 
 def _show(args: Namespace) -> None:
     from fastlab.show.server import run
 
     run(args)
-
-
-def _export_options(parser: ArgumentParser) -> None:
-    add = parser.add_argument
-    add("run", type=Path, help="run directory")
-    to = "an ONNX graph, a torch.export program, or weights alone"
-    add("--to", choices=("onnx", "torch", "safetensors"), required=True, help=to)
-    out = "default: the run's name with .onnx, .pt2 or .safetensors, in the working directory"
-    add("--out", type=Path, metavar="FILE", help=out)
-    normalise = "take pixels, uint8 [b, S, S, 3], and normalise them in the graph"
-    add("--normalise", action="store_true", help=normalise)
-    batch = "take any number of images (default: one)"
-    add("--dynamic-batch", action="store_true", help=batch)
-    _model_options(parser)
-    add("--force", action="store_true", help="replace an existing file")
 
 
 def _export(args: Namespace) -> None:
@@ -281,6 +264,12 @@ def _export(args: Namespace) -> None:
         force=args.force,
     )
     print(exported)
+
+
+def _push(args: Namespace) -> None:
+    from fastlab.export.push import run
+
+    run(args)
 
 
 def _report_options(parser: ArgumentParser) -> None:
@@ -416,7 +405,8 @@ COMMANDS = {
     "evaluate": Command("loss, top-1 and top-5 of a run on a split", _evaluate_options, _evaluate),
     "predict": Command("the most probable classes of each image", _predict_options, _predict),
     "show": Command("try pictures and browse mistakes in a browser", _show_options, _show),
-    "export": Command("the model as ONNX, torch.export or safetensors", _export_options, _export),
+    "export": Command("a run's model as a file for other programs", add_export_options, _export),
+    "push": Command("upload a run's model to the Hugging Face Hub", add_push_options, _push),
     "report": Command("curves and tables of runs as one page", _report_options, _report),
     "trace": Command("review a recorded trace: what to try next", _trace_options, _trace),
     "bottleneck": Command("what limits your loader and step", _bottleneck_options, _bottleneck),

@@ -1,4 +1,4 @@
-"""Command-line options that several commands share, defined once. Needs no torch."""
+"""Options of commands: those that several share, and those of `export` and `push`. Needs no torch."""
 
 import argparse
 from pathlib import Path
@@ -30,3 +30,42 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     resume = "continue a run; --set may change what its checkpoint does not depend on"
     add("--resume", type=Path, metavar="RUN", help=resume)
     add("--profile", action="store_true", help="record a trace ([profile])")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Which weights of a run to use, and where its dataset lies."""
+    parser.add_argument(
+        "--checkpoint", choices=("best", "last"), default="best", help="which weights to use"
+    )
+    data = "the run's dataset, where it does not lie at data.path of the run"
+    parser.add_argument("--data", metavar="DIR", help=data)
+
+
+def add_export_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `fastlab export`."""
+    add = parser.add_argument
+    add("run", type=Path, help="run directory")
+    to = "an ONNX graph, a torch.export program, or weights alone"
+    add("--to", choices=("onnx", "torch", "safetensors"), required=True, help=to)
+    out = "default: the run's name with .onnx, .pt2 or .safetensors, in the working directory"
+    add("--out", type=Path, metavar="FILE", help=out)
+    normalise = "take pixels, uint8 [b, S, S, 3], and normalise them in the graph"
+    add("--normalise", action="store_true", help=normalise)
+    batch = "take any number of images (default: one)"
+    add("--dynamic-batch", action="store_true", help=batch)
+    add_model_options(parser)
+    add("--force", action="store_true", help="replace an existing file")
+
+
+def add_push_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `fastlab push`."""
+    add = parser.add_argument
+    add("run", type=Path, help="run directory")
+    add("repository", metavar="OWNER/NAME", help="repository of the Hugging Face Hub")
+    add("--dry-run", type=Path, metavar="DIR", help="write the files to DIR, send nothing")
+    add("--private", action="store_true", help="make a new repository private")
+    licence = "of the weights, as the Hub abbreviates it, such as apache-2.0"
+    add("--license", default="", help=licence)
+    add("--data-license", default="", help="of the data, where fastlab does not know it")
+    also = "a run with another seed, whose figures the card gives too; may be repeated"
+    add("--also", type=Path, action="append", default=[], metavar="RUN", help=also)

@@ -111,7 +111,7 @@ def _check_request(out: Path, to: str, takes: Input, force: bool) -> None:
 
 def _graph(predictor: Predictor, facts: Facts, to: str, takes: Input) -> tuple[bytes, graphs.Call]:
     """The content of the file, and what runs it."""
-    model = predictor.model.cpu().float()
+    model = predictor.model.cpu().float().requires_grad_(False)
     net = graphs.Normalising(model, predictor.spec).eval() if takes.normalise else model
     program = graphs.capture(net, takes, predictor.spec.image_size)
     if to == "onnx":
