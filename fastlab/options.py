@@ -1,4 +1,4 @@
-"""Options of commands: those that several share, and those of `export` and `push`. Needs no torch."""
+"""Options that several commands share, and those of `export` and `push`. Needs no torch."""
 
 import argparse
 from pathlib import Path
