@@ -37,6 +37,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", choices=("best", "last"), default="best", help="which weights to use"
     )
+    add_data_option(parser)
+
+
+def add_data_option(parser: argparse.ArgumentParser) -> None:
     data = "the run's dataset, where it does not lie at data.path of the run"
     parser.add_argument("--data", metavar="DIR", help=data)
 
@@ -69,3 +73,4 @@ def add_push_options(parser: argparse.ArgumentParser) -> None:
     add("--data-license", default="", help="of the data, where fastlab does not know it")
     also = "a run with another seed, whose figures the card gives too; may be repeated"
     add("--also", type=Path, action="append", default=[], metavar="RUN", help=also)
+    add_data_option(parser)

@@ -77,6 +77,8 @@ def export(
     Raises `UserError` where `out` exists and is not to be replaced by `force`, where the run cannot
     be read or its model not be exported, and where the graph computes other logits.
     """
+    if to not in SUFFIXES:
+        raise UserError(f"{to}: expected one of {', '.join(SUFFIXES)}")
     source, takes = RunDir(run), Input(normalise, dynamic_batch)
     out = Path(out or source.path.resolve().name + SUFFIXES[to])
     _check_request(out, to, takes, force)

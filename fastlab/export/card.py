@@ -20,7 +20,7 @@ _NO_LICENCE = "its authors state none"
 _WORDNET, _GENERATED = re.compile(r"n[01]\d{7}"), re.compile(r"n9\d{7}")
 _FREE = {"train.seed", "data.path"}  # what may differ between runs whose figures are averaged
 _FITS = {
-    "crop": "larger ones resized and cut to the centre",
+    "crop": "others resized and cut to the centre",
     "squash": "others resized without regard to their proportions",
     "pad": "others resized and filled up with black",
 }
@@ -127,7 +127,7 @@ def _front(run: Run, model: str, source: Source, publication: Publication) -> st
     ]
     return ModelCardData(
         license=publication.licence or "unknown",
-        tags=["image-classification", "fastlab", model],
+        tags=["image-classification", "fastlab", model.rpartition(":")[2]],
         datasets=[source.hub] if source.hub else None,
         metrics=["accuracy"],
         pipeline_tag="image-classification",

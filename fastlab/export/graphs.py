@@ -107,7 +107,7 @@ def _exporting() -> Generator[None]:
             yield
         except Exception as error:  # anything may stop the exporters in a model that they run
             reason = first_line(error)
-            raise UserError(f"export: torch cannot export this model ({reason})") from error
+            raise UserError(f"export: this model cannot be exported ({reason})") from error
 
 
 def as_torch(program: ExportedProgram, facts: Facts) -> bytes:
@@ -144,6 +144,7 @@ def run_onnx(content: bytes) -> Call:
     """Runs what `as_onnx` wrote by ONNX Runtime on the CPU."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    with _exporting():  # the runtime may lack what a graph computes
+        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     (name,) = (each.name for each in session.get_inputs())
     return lambda values: session.run(None, {name: values})[0]

@@ -25,7 +25,7 @@ def run(args: Namespace) -> None:
     if not args.dry_run:
         check_token()
     publication = Publication(args.repository, args.license, args.data_license)
-    files = files_of(RunDir(args.run), args.also, publication)
+    files = files_of(RunDir(args.run), args.also, publication, args.data)
     if args.dry_run:
         write_folder(files, args.dry_run)
         print(f"{printable(str(args.dry_run))}: {', '.join(sorted(files))}; nothing was sent")
@@ -33,14 +33,17 @@ def run(args: Namespace) -> None:
         print(upload(files, args.repository, private=args.private))
 
 
-def files_of(run: RunDir, others: list[Path], publication: Publication) -> dict[str, bytes]:
+def files_of(
+    run: RunDir, others: list[Path], publication: Publication, data: str | None
+) -> dict[str, bytes]:
     """The files of the repository, by name: the best weights of `run` with what describes them.
-    `others` are runs that differ in their seed alone, whose figures the card gives too.
+    `others` are runs that differ in their seed alone, whose figures the card gives too; `data` is
+    as for `Predictor`.
 
     Raises `UserError` where a run cannot be read, or one of `others` differs in more.
     """
     record, *repeated = [read_run(path, str(path)) for path in (run.path, *others)]
-    predictor = Predictor(run)
+    predictor = Predictor(run, data=data)
     takes = Input(normalise=False, dynamic_batch=True)
     facts = facts_of(predictor, "best", takes.text(predictor.spec.image_size))
     texts = {

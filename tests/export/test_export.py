@@ -14,6 +14,7 @@ from PIL import Image
 from fastlab.console import UserError
 from fastlab.dataset.manifest import read_manifest
 from fastlab.export import check, export, graphs
+from fastlab.export.facts import weights_file
 from fastlab.predict import Predictor
 from fastlab.runs import RunDir
 from tests.export.conftest import documented
@@ -94,7 +95,7 @@ def test_the_documented_blocks_load_the_files(demo, fastlab, capsys):
     for to, suffix in (("torch", "pt2"), ("safetensors", "safetensors")):
         assert fastlab("export", "demo/run", "--to", to, "--out", f"demo/run.{suffix}")[0] == 0
     found: dict = {}
-    exec(documented("load_file"), found)
+    exec(documented("models.build"), found)
     images = torch.rand(3, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(found["model"](images), model(images))
@@ -103,6 +104,18 @@ def test_the_documented_blocks_load_the_files(demo, fastlab, capsys):
         expected = model(torch.zeros(1, 3, 64, 64))
     assert torch.allclose(found["logits"], expected, atol=1e-4)
     assert found["facts"]["weights"] == "best"
+
+
+def test_the_documented_block_loads_the_weights_of_a_model_of_timm(demo):
+    timm = pytest.importorskip("timm")
+    trained = timm.create_model("test_resnet", num_classes=3).eval()
+    named = {"model": {"name": "timm:test_resnet", "arguments": {}}, "classes": ["a", "b", "c"]}
+    Path("demo/timm.safetensors").write_bytes(weights_file(trained, named))
+    found: dict = {}
+    exec(documented("timm.create_model"), found)
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(found["model"](images), trained(images))
 
 
 def test_the_documented_blocks_export_and_load_onnx(demo, fastlab, capsys, trained):
@@ -174,7 +187,7 @@ class ByValue(torch.nn.Module):
 
 
 def test_a_model_that_has_no_graph_is_refused_in_one_line():
-    with pytest.raises(UserError, match="torch cannot export this model") as refused:
+    with pytest.raises(UserError, match="this model cannot be exported") as refused:
         graphs.capture(ByValue(), graphs.Input(False, False), 8)
     assert len(str(refused.value).splitlines()) == 1
 
@@ -193,6 +206,8 @@ def test_mistakes_are_one_line_each(demo, fastlab, monkeypatch):
         status, out, (line,) = fastlab("export", "demo/run", "--to", *options)
         assert status == 2 and not out and expected in line
     assert Path("run.pt2").read_text() == "mine"
+    with pytest.raises(UserError, match="tensorrt: expected one of onnx, torch, safetensors"):
+        export("demo/run", "tensorrt")
 
 
 @pytest.mark.gpu
