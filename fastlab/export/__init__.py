@@ -77,11 +77,8 @@ def export(
     Raises `UserError` where `out` exists and is not to be replaced by `force`, where the run cannot
     be read or its model not be exported, and where the graph computes other logits.
     """
-    if to not in SUFFIXES:
-        raise UserError(f"{to}: expected one of {', '.join(SUFFIXES)}")
     source, takes = RunDir(run), Input(normalise, dynamic_batch)
-    out = Path(out or source.path.resolve().name + SUFFIXES[to])
-    _check_request(out, to, takes, force)
+    out = _target(source, to, out, takes, force)
     predictor = Predictor(source, which, data)
     facts = facts_of(predictor, which, takes.text(predictor.spec.image_size))
     agreement, evaluated = None, ""
@@ -93,22 +90,31 @@ def export(
         agreement = compare(call, takes, predictor.model, predictor.spec, images)
         if agreement.correct is not None:
             evaluated = _evaluated(source, which, data)
-    try:
-        write_atomically(out, content)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror})") from None
+    _write(out, content)
     return Exported(out, facts["input"], agreement, evaluated)
 
 
-def _check_request(out: Path, to: str, takes: Input, force: bool) -> None:
-    if out.is_dir() or (os.path.lexists(out) and not force):
-        raise UserError(f"{out}: exists; choose another --out, or replace a file with --force")
+def _target(run: RunDir, to: str, out: Path | str | None, takes: Input, force: bool) -> Path:
+    """Where to write. Raises `UserError` where this cannot be done, before anything takes time."""
+    if to not in SUFFIXES:
+        raise UserError(f"{to}: expected one of {', '.join(SUFFIXES)}")
     if to == "safetensors" and any(takes):
         raise UserError(
             "--to safetensors: holds weights alone; --normalise and --dynamic-batch are for graphs"
         )
     if to == "onnx":
         graphs.check_onnx_installed()
+    out = Path(out or run.path.resolve().name + SUFFIXES[to])
+    if out.is_dir() or (os.path.lexists(out) and not force):
+        raise UserError(f"{out}: exists; choose another --out, or replace a file with --force")
+    return out
+
+
+def _write(out: Path, content: bytes) -> None:
+    try:
+        write_atomically(out, content)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror})") from None
 
 
 def _graph(predictor: Predictor, facts: Facts, to: str, takes: Input) -> tuple[bytes, graphs.Call]:
