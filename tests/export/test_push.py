@@ -129,9 +129,9 @@ IMAGENET = [f"n0144353{digit}" for digit in range(10)]
         ("folder", ["cat", "dog"], "", "pets", ""),
     ],
 )
-def test_a_known_dataset_is_named_with_its_terms(layout, classes, part, name, hub):
+def test_a_known_dataset_is_named_with_its_terms(layout, classes, part, name, hub, tmp_path):
     dataset = {"request": {"layout": layout, "classes": part}, "classes": classes}
-    source = source_of(dataset, "/home/somebody/pets")
+    source = source_of(dataset, str(tmp_path / "pets"))
     assert (source.name, source.hub) == (name, hub)
     assert (source.licence == "unknown") == (layout == "folder")
 
