@@ -20,6 +20,7 @@ from fastlab.console import (
     run_command,
 )
 from fastlab.options import (
+    add_convert_options,
     add_export_options,
     add_model_options,
     add_push_options,
@@ -90,43 +91,6 @@ def _synth(args: Namespace) -> None:
     with interrupted_by_signals():
         synthesise(args.out, args.classes, args.per_class, args.seed, args.force)
     print(f"{printable(str(args.out))}: {args.classes} classes of {args.per_class} training images")
-
-
-def _convert_options(parser: ArgumentParser) -> None:
-    add = parser.add_argument
-    archives = ".zip, .tar, .tar.xz, .txz, .tar.gz, .tgz, .tar.bz2"
-    source = (
-        f"an image folder or Tiny ImageNet (a directory, {archives}), WebDataset shards, Parquet, "
-        f"a dataset of Hugging Face, CIFAR, ImageNet; a path or a URL (s3, gs, hf, https)"
-    )
-    add("source", help=source)
-    add("out", type=Path, help="dataset directory to write")
-    formats = "array, ffcv, tar; separated by commas (default: array)"
-    add("--formats", default="array", help=formats)
-    encoding = "raw (decoded pixels) or jpeg (the original bytes)"
-    add("--ffcv-encoding", default="raw", help=encoding)
-    add("--shard-images", type=int, default=10_000, metavar="N", help="images per tar shard")
-    add("--workers", type=int, default=0, metavar="N", help="default: one for each core")
-    add("--classes", default="", help="the first N classes, or ids separated by commas")
-    add("--limit-per-class", type=int, default=0, metavar="N", help="at most N images per class")
-    add("--image-size", type=int, default=64, metavar="S", help="side in pixels")
-    holdout = "move N images per class from train to val; the official val becomes test"
-    add("--holdout", type=int, default=0, metavar="N", help=holdout)
-    fraction = "make val of this share of each class, for a source without validation images"
-    add("--val-fraction", type=float, default=0.0, metavar="F", help=fraction)
-    add("--seed", type=int, default=0, help="decides which images these two move")
-    columns = "image=COLUMN,label=COLUMN: which to take of a table that has several"
-    add("--columns", default="", metavar="CHOICE", help=columns)
-    fit = "images of another size: crop the centre (default), squash both sides, or pad with black"
-    add("--fit", default="crop", metavar="crop|squash|pad", help=fit)
-    corrupt = "skip: leave corrupt images out; the manifest and reports name and count them"
-    add("--on-corrupt", default="error", metavar="error|skip", help=corrupt)
-    undecoded = (
-        "with --formats tar: copy the originals at the speed of the disk and read their headers "
-        "alone; the training that decodes a damaged image then names it"
-    )
-    add("--undecoded", action="store_true", help=undecoded)
-    add("--force", action="store_true", help="replace another dataset")
 
 
 def _convert(args: Namespace) -> None:
@@ -399,7 +363,7 @@ COMMANDS = {
     "configs": Command("list or copy the configurations", _configs_options, _configs),
     "download": Command("fetch the official Tiny ImageNet archive", _download_options, _download),
     "synth": Command("write a generated, learnable dataset", _synth_options, _synth),
-    "convert": Command("decode originals once into a dataset", _convert_options, _convert),
+    "convert": Command("decode originals once into a dataset", add_convert_options, _convert),
     "inspect": Command("describe and check a dataset directory", _inspect_options, _inspect),
     "train": Command("train a model, or continue a run", add_training_options, _train),
     "evaluate": Command("loss, top-1 and top-5 of a run on a split", _evaluate_options, _evaluate),

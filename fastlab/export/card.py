@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from fastlab.config import tta_label
 from fastlab.console import UserError, public_path
 from fastlab.export.facts import Facts
+from fastlab.machine import DISTRIBUTION
 from fastlab.report.comparison import differing_settings
 from fastlab.report.page import render
 from fastlab.report.texts import duration_text, number_text, percent_text
@@ -91,6 +92,7 @@ def write_card(run: Run, others: list[Run], facts: Facts, publication: Publicati
         data=source,
         counts=_counts(run),
         figures=_figures(run, others),
+        distribution=DISTRIBUTION,
         model=facts["model"],
         classes=facts["classes"],
         side=facts["image_size"],
@@ -177,6 +179,7 @@ def _training(run: Run) -> dict[str, Any]:
     cpu = f"{machine['cpu']}, {machine['cores']} cores" if "cpu" in machine else ""
     return {
         "parameters": number_text(parameters) if parameters else "",
+        "trained_with": record.get("fastlab"),
         "revision": record.get("git"),
         "command": record.get("command"),
         "seed": _seed(run),
