@@ -6,6 +6,7 @@ What a command needs is imported when it runs, so that ``--help`` takes no time.
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -157,12 +158,12 @@ def _inspect(args: Namespace) -> None:
 
 
 def _train(args: Namespace) -> int:
-    from fastlab.training.resolve import resolve
+    from fastlab.training.resolve import begun, resolve
 
-    resolve(args)  # reports a mistake before torch is imported, which takes seconds
+    resolved = resolve(args)  # reports a mistake before torch is imported, which takes seconds
     from fastlab.train import run
 
-    return run(args)
+    return run(*resolved, **begun(args))
 
 
 def _evaluate_options(parser: ArgumentParser) -> None:
@@ -177,8 +178,8 @@ def _evaluate_options(parser: ArgumentParser) -> None:
 def _evaluate(args: Namespace) -> None:
     from fastlab.predict import evaluate_run
 
-    options = (args.run, args.split, args.checkpoint, args.json, args.data, args.tta)
-    print(evaluate_run(*options))
+    evaluation = evaluate_run(args.run, args.split, args.checkpoint, args.data, args.tta)
+    print(evaluation.to_json() if args.json else evaluation)
 
 
 def _predict_options(parser: ArgumentParser) -> None:
@@ -313,11 +314,11 @@ def _study_options(parser: ArgumentParser) -> None:
 
 
 def _study(args: Namespace) -> int:
-    from fastlab.study.command import run
+    from fastlab.study.command import Request, run
 
     if args.budget and not args.until_decided:
         raise UserError("--budget: limits the seeds that --until-decided adds; give both")
-    return run(args)
+    return run(Request(**{each.name: getattr(args, each.name) for each in fields(Request)}))
 
 
 def _configs_options(parser: ArgumentParser) -> None:

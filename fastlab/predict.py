@@ -6,18 +6,25 @@ import json
 import os
 import stat
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from fastlab import models
 from fastlab.config import Config, Tta, tta_label
-from fastlab.console import UserError, printable, tell
-from fastlab.dataset.decode import MAX_PIXELS, CorruptImage, decode_any_into
+from fastlab.console import UserError, first_line, printable, tell
+from fastlab.dataset.decode import (
+    MAX_PIXELS,
+    CorruptImage,
+    decode_any_into,
+    fit_into,
+    upright,
+)
 from fastlab.dataset.manifest import Manifest, fingerprint, image_spec
 from fastlab.dataset.originals import SUFFIXES, ImageClass
 from fastlab.runs import RunDir
@@ -28,7 +35,8 @@ from pipelines import FORMATS
 from pipelines.augment import make_augmenter
 
 _SUFFIXES = (*SUFFIXES, ".bmp", ".gif", ".tif", ".tiff")
-_BATCH = 64  # images that are decoded, and go through the model, together
+BATCH = 64
+"""Images that are decoded, and go through the model, together."""
 MAX_BYTES = 8 * MAX_PIXELS
 """The largest file that may be an image: four channels of 16 bits, not compressed."""
 
@@ -78,16 +86,45 @@ def open_run(run: RunDir, data: Path | str | None) -> tuple[Config, Manifest]:
     return cfg, manifest
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """The figures of a run on every image of a split. As text it is a line, with the loss and the
+    figures in percent."""
+
+    run: str
+    """The run directory."""
+    split: str
+    checkpoint: str
+    """Which weights: "best" or "last"."""
+    loss: float
+    """Mean cross-entropy, nats an image."""
+    top1: float
+    """The share of images whose class is the most probable one, 0 to 1."""
+    top5: float
+    images: int
+    tta: Tta
+    """The test-time augmentation."""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.run} ({self.checkpoint}) on {self.split}{tta_label(self.tta)}: loss "
+            f"{self.loss:.4f}, top-1 {self.top1:.2%} ({round(self.top1 * self.images)} of "
+            f"{self.images}), top-5 {self.top5:.2%}"
+        )
+
+
 def evaluate_run(
     directory: Path,
     split: str,
     which: str,
-    as_json: bool,
     dataset: Path | str | None = None,
     tta: Tta | None = None,
-) -> str:
-    """Figures of a run on every image of a split of its dataset, as a line or as JSON; `tta`, where
-    given, takes the place of the run's own.
+) -> Evaluation:
+    """Evaluate a run on a split of its dataset; `tta`, where given, takes the place of the run's
+    own.
 
     On a CPU they equal the figures of its training to the image, if that ran in one process:
     precision and batches are the same, and what was compiled is compiled (from its cache).
@@ -104,20 +141,8 @@ def evaluate_run(
     net = accelerator.prepare_model(model, evaluation_mode=True)
     with setup.torch_settings(cfg):
         figures = evaluate(net, data, accelerator, tta)
-    values = {
-        "loss": figures.loss,
-        "top1": figures.top1,
-        "top5": figures.top5,
-        "images": figures.images,
-        "tta": tta,
-    }
-    if as_json:
-        return json.dumps({"run": str(directory), "split": split, "checkpoint": which, **values})
-    return (
-        f"{directory} ({which}) on {split}{tta_label(tta)}: loss {figures.loss:.4f}, "
-        f"top-1 {figures.top1:.2%} ({figures.correct1} of {figures.images}), "
-        f"top-5 {figures.top5:.2%}"
-    )
+    values = figures.loss, figures.top1, figures.top5, figures.images
+    return Evaluation(str(directory), split, which, *values, tta)
 
 
 class Predictor:
@@ -144,6 +169,26 @@ class Predictor:
         pixels = np.empty((self.spec.image_size, self.spec.image_size, 3), dtype=np.uint8)
         decode_any_into(data, pixels, self.spec.fit)
         return pixels
+
+    def prepare(self, image: str | os.PathLike[str] | Image.Image | np.ndarray) -> np.ndarray:
+        """The pixels, uint8 [S, S, 3], that the model sees of a file, of an open image or of
+        pixels, uint8 [H, W, 3]. Raises `UserError`."""
+        if isinstance(image, str | os.PathLike):
+            if isinstance(result := decoded(Path(image), self), UserError):
+                raise result
+            return result[1]
+        out = np.empty((self.spec.image_size, self.spec.image_size, 3), dtype=np.uint8)
+        try:
+            given = upright(image) if isinstance(image, Image.Image) else np.array(image)
+        except (OSError, ValueError) as error:
+            raise UserError(f"not an image ({printable(first_line(error))})") from None
+        if given.dtype != np.uint8 or given.ndim != 3 or given.shape[2] != 3 or not given.size:
+            raise UserError(
+                f"expected an image file, an image of Pillow, or pixels, uint8 [H, W, 3]; got "
+                f"{type(image).__name__} of {given.dtype} {list(given.shape)}"
+            )
+        fit_into(given, out, self.spec.fit)
+        return out
 
     def normalise(self, pixels: np.ndarray) -> torch.Tensor:
         """The model's input, fp32 [b, 3, S, S] on its device, of `pixels`, uint8 [b, S, S, 3]."""
@@ -172,9 +217,9 @@ def predict_images(
     `Predictor` does."""
     predictor = Predictor(RunDir(directory), which, data)
     found = find_images(paths)
-    while batch := list(islice(found, _BATCH)):
+    while batch := list(islice(found, BATCH)):
         results = [
-            each if isinstance(each, UserError) else _decoded(each, predictor) for each in batch
+            each if isinstance(each, UserError) else decoded(each, predictor) for each in batch
         ]
         images = [each[1] for each in results if not isinstance(each, UserError)]
         guesses = iter(predictor.guesses(np.stack(images), top) if images else ())
@@ -204,7 +249,7 @@ def find_images(paths: Iterable[Path]) -> Iterator[Path | UserError]:
             yield UserError(f"{printable(str(path))}: holds no image (no file ends in {suffixes})")
 
 
-def _decoded(path: Path, predictor: Predictor) -> tuple[Path, np.ndarray] | UserError:
+def decoded(path: Path, predictor: Predictor) -> tuple[Path, np.ndarray] | UserError:
     """`path` with its pixels, uint8 [S, S, 3], or why it has none."""
     try:
         return path, predictor.decode(_read_regular(path))

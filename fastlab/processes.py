@@ -75,7 +75,7 @@ def interrupted_by_signals() -> Generator[None]:
         # Libraries may raise another error in place of a KeyboardInterrupt, and a signal to the
         # whole process group also ends the workers, which is then reported first.
         if signals.received:
-            raise _interrupt(signals.received[0]) from None
+            raise interruption(signals.received[0]) from None
         raise
     finally:
         sys.unraisablehook = signals.hook
@@ -101,7 +101,7 @@ class _Signals:
         self.received.append(number)
         if not self.raised or number == signal.SIGINT:
             self.raised = True
-            raise _interrupt(number)
+            raise interruption(number)
 
     def raise_again(self, unraisable: Any) -> None:
         """Python ignores what is raised within some callbacks, such as those of a fork."""
@@ -112,7 +112,8 @@ class _Signals:
         self.timers[-1].start()
 
 
-def _interrupt(number: int) -> KeyboardInterrupt:
+def interruption(number: int) -> KeyboardInterrupt:
+    """What a signal raises: SIGINT a plain KeyboardInterrupt, another one with its number."""
     return KeyboardInterrupt() if number == signal.SIGINT else KeyboardInterrupt(number)
 
 

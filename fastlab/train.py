@@ -37,7 +37,7 @@ from fastlab.training.journal import Journal
 from fastlab.training.metrics import Figures, Sums, Throughput, make_loss
 from fastlab.training.optim import Rate, WeightAverage
 from fastlab.training.resizing import image_side, resized
-from fastlab.training.resolve import resolve
+from fastlab.training.resolve import begun, resolve
 from fastlab.training.state import State
 from fastlab.training.step import Step
 from pipelines.base import Batch
@@ -223,22 +223,21 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_training_options(parser)
-    return run_command(run, parser.parse_args(argv))
+    return run_command(lambda args: run(*resolve(args), **begun(args)), parser.parse_args(argv))
 
 
-def run(args: argparse.Namespace) -> int:
-    """Train as the options of `add_training_options` say. Returns the exit status."""
-    cfg, directory = resolve(args)
+def run(cfg: Config, directory: RunDir, *, resume: bool, overwrite: bool, init: str) -> int:
+    """Train in `directory`; the others are options of `fastlab train`. Returns the exit status."""
     accelerator = setup.make_accelerator(cfg)
-    with setup.torch_settings(cfg):
+    with setup.torch_settings(cfg, cfg.train.seed):
         try:
-            trainer = Trainer(cfg, directory, accelerator, args.init)
+            trainer = Trainer(cfg, directory, accelerator, init)
             state, dataset = trainer.state, fingerprint(trainer.manifest)
             with (
                 divergence_explained(directory, state, trainer.journal, accelerator),
                 batch_fits(cfg, trainer.model, accelerator),
                 failures_explained(directory),
-                state.held(cfg, dataset, args.resume, args.overwrite, args.init),
+                state.held(cfg, dataset, resume, overwrite, init),
             ):
                 return train(trainer)
         finally:

@@ -324,7 +324,7 @@ def test_evaluate_and_predict_keep_the_precision_of_the_run(whole_run, synth_sou
         seen = lambda *rest, work=work: inside.append(tf32()) or work(*rest)  # noqa: E731
         monkeypatch.setattr(module, name, seen)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    predict.evaluate_run(whole_run, "val", "best", as_json=True)
+    predict.evaluate_run(whole_run, "val", "best")
     image = next((synth_source / "val" / "images").iterdir())
     assert len(list(predict.predict_images(whole_run, [image], "best"))) == 1
     assert inside == [(False, False)] * 2

@@ -116,7 +116,7 @@ def _decode_unknown(data: bytes, out: np.ndarray, fit: str) -> Decoded:
         return _decode_with_pillow(data, out, fit)
     decoded = Decoded(space == "Gray", pixels.shape != out.shape)
     if decoded.fitted:
-        _fit(pixels, out, fit)
+        fit_into(pixels, out, fit)
     elif len(_plain) < _MAX_HEADERS:
         _plain[data[:scan]] = decoded
     return decoded
@@ -185,7 +185,7 @@ def _decode_with_pillow(
         if image.format == "TIFF" and image.mode in ("I", "F"):
             raise CorruptImage("32 bits a channel; save it with 8 or 16")
         decoded = _described(image, out.shape[0])
-        _fit(_upright(image), out, fit)
+        fit_into(upright(image), out, fit)
         return decoded
 
 
@@ -213,7 +213,7 @@ def _opened(data: bytes, formats: tuple[str, ...]) -> Generator[Image.Image]:
         raise CorruptImage(first_line(error)) from None
 
 
-def _upright(image: Image.Image) -> np.ndarray:
+def upright(image: Image.Image) -> np.ndarray:
     """uint8 [H, W, 3], turned as its metadata says."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
@@ -223,7 +223,7 @@ def _upright(image: Image.Image) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-def _fit(pixels: np.ndarray, out: np.ndarray, fit: str) -> None:
+def fit_into(pixels: np.ndarray, out: np.ndarray, fit: str) -> None:
     """Write `pixels` (uint8 [H, W, 3]) into `out`, resized where they have another size."""
     if pixels.shape != out.shape:
         import torch  # takes a second, which images of the dataset's size need not wait for

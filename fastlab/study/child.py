@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -159,8 +160,12 @@ def _gpus() -> list[str]:
 @contextmanager
 def stop_signals() -> Generator[list[int]]:
     """Collects SIGINTs and SIGTERMs, in place of what they do otherwise, and the SIGHUP of a closed
-    terminal, which may come twice, where it is the first."""
+    terminal, which may come twice, where it is the first. Only the main thread can: in another, it
+    collects none."""
     received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
 
     def collect(number: int, frame: Any) -> None:
         if number == signal.SIGHUP:

@@ -10,14 +10,16 @@ not run again, one that was stopped resumes from its checkpoint. `fastlab.study.
 study files.
 """
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from fastlab.console import UserError, public_command
@@ -39,12 +41,36 @@ _STATUSES = ("finished", "interrupted", "failed", "waiting")
 _MARKS = {"finished": " ✓", "failed": " ✗", "interrupted": " ■"}
 
 
-def run(args: argparse.Namespace) -> int:
+@dataclass(frozen=True)
+class Request:
+    """What is asked for; each field is the option of `fastlab study` with its name."""
+
+    studies: list[Path]
+    out: Path
+    epochs: int = 0
+    """0: those of the base configurations."""
+    seeds: int = 0
+    """0: those that the studies list."""
+    jobs: int = 1
+    only: Sequence[str] = ()
+    until_decided: bool = False
+    budget: float | None = None
+    """Seconds; None: no limit."""
+    overrides: Sequence[str] = ()
+    """``section.key=value``, of ``--set``."""
+    dry_run: bool = False
+    no_calibration: bool = False
+    retry: bool = False
+    report_only: bool = False
+    cluster: str | None = None
+    cluster_set: Sequence[str] = ()
+
+
+def run(args: Request) -> int:
     """Run the command. The exit status is 0 where every run that it is asked for is finished, 1
     where some are not, and 128 plus its number after a signal."""
-    studies, options = _read_studies(args), cluster_options(args.cluster_set)
+    studies, options = read_studies(args), cluster_options([*args.cluster_set])
     folder = StudyDir(args.out)
-    studies = (with_added if args.until_decided else with_names)(folder, studies)
     tasks = tasks_of(studies)
     chosen = selected(tasks, args.only)
     if args.report_only:
@@ -86,13 +112,16 @@ def _train(
     place.run(tasks, stop, Screen(place.study, tasks, seconds, place.jobs))
 
 
-def _read_studies(args: argparse.Namespace) -> list[Study]:
-    studies = [read_study(path, args.overrides, args.epochs, args.seeds) for path in args.studies]
+def read_studies(args: Request) -> list[Study]:
+    """The studies, with the names that their runs have in the folder. Raises `UserError` where one
+    is not valid."""
+    overrides = list(args.overrides)
+    studies = [read_study(path, overrides, args.epochs, args.seeds) for path in args.studies]
     names = [study.name for study in studies]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"{name}.toml: two studies of this name; rename one")
-    return studies
+    return (with_added if args.until_decided else with_names)(StudyDir(args.out), studies)
 
 
 def is_wanted(state: State, retry: bool) -> bool:

@@ -200,7 +200,7 @@ def _label_and_settings(raw: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     return label, settings
 
 
-def _toml(value: Any) -> str:
+def toml_text(value: Any) -> str:
     """`value` as TOML on one line, as `configs.load` takes it. JSON would not do: some of its
     strings are no TOML strings."""
     return tomli_w.dumps({"value": value}).removeprefix("value = ").rstrip().replace("\n", " ")
@@ -209,7 +209,7 @@ def _toml(value: Any) -> str:
 def _row(
     base: Path, label: str, settings: dict[str, Any], overrides: list[str], seeds: list[int]
 ) -> Row:
-    changes = [*overrides, *(f"{key}={_toml(value)}" for key, value in settings.items())]
+    changes = [*overrides, *(f"{key}={toml_text(value)}" for key, value in settings.items())]
     try:
         for change in changes:
             if change.startswith("train.seed="):

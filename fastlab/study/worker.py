@@ -21,7 +21,7 @@ def main() -> int:
     processes.spin_briefly()  # before torch is imported
     import torch
 
-    from fastlab import train
+    from fastlab.train import main as train
     from pipelines import resident
 
     resident.keep_uploaded()
@@ -30,7 +30,7 @@ def main() -> int:
         _print_to(log)
         if number:
             processes.STARTED = time.perf_counter()
-        status = train.main(arguments)
+        status = train(arguments)
         sys.stdout.flush()
         if status:
             return status

@@ -5,6 +5,7 @@ import shlex
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from fastlab import config
 from fastlab.config import Config
@@ -57,6 +58,11 @@ def resolve(args: argparse.Namespace) -> tuple[Config, RunDir]:
     return cfg, directory
 
 
+def begun(args: argparse.Namespace) -> dict[str, Any]:
+    """How these options have a training begin, as `fastlab.train.run` takes it."""
+    return {"resume": bool(args.resume), "overwrite": args.overwrite, "init": args.init}
+
+
 def _free_directory(file: Path) -> Path:
     """``runs/demo`` for ``configs/demo.toml``; for a run's own ``runs/demo/config.toml`` the first
     of ``runs/demo-2``, ``runs/demo-3``, … that does not exist."""
@@ -69,18 +75,25 @@ def _free_directory(file: Path) -> Path:
 
 def _changed(run: RunDir, overrides: list[str]) -> Config:
     """The configuration of `run` with `overrides`, which may change what `CHANGEABLE` lists."""
-    before = run.load_config()
     after = config.load(run.config, overrides)
+    if name := unchangeable(run.load_config(), after):
+        words = ["--config", str(run.config)]
+        words += [word for override in overrides for word in ("--set", override)]
+        # The weights of this run do not fit another model.
+        words += ["--init", str(run.path)] if not name.startswith("model.") else []
+        raise UserError(
+            f"--set {name}: a resumed run cannot change it; start another run: "
+            f"fastlab train {printable(shlex.join(words))}"
+        )
+    run.check_data_path(after.data.path)
+    return after
+
+
+def unchangeable(before: Config, after: Config) -> str:
+    """The first ``section.key`` whose value differs and that `CHANGEABLE` does not list; empty
+    where there is none."""
     for name in config.differences(before, after):
         section, key = name.split(".")
         if key not in CHANGEABLE.get(section, ()):
-            words = ["--config", str(run.config)]
-            words += [word for override in overrides for word in ("--set", override)]
-            # The weights of this run do not fit another model.
-            words += ["--init", str(run.path)] if section != "model" else []
-            raise UserError(
-                f"--set {name}: a resumed run cannot change it; start another run: "
-                f"fastlab train {printable(shlex.join(words))}"
-            )
-    run.check_data_path(after.data.path)
-    return after
+            return name
+    return ""

@@ -95,10 +95,11 @@ def _forget_other_code(cfg: Config) -> None:
 
 
 @contextmanager
-def torch_settings(cfg: Config) -> Generator[None]:
-    """Process-wide settings of a run, restored afterwards: the seed of the initial weights; TF32
-    for matrix products and convolutions where precision is mixed; cuDNN's algorithms chosen by
-    trial, or deterministic ones; the number of threads, which a resumed run sets to its own."""
+def torch_settings(cfg: Config, seed: int | None = None) -> Generator[None]:
+    """Process-wide settings of a run, restored afterwards: TF32 for matrix products and
+    convolutions where precision is mixed; cuDNN's algorithms chosen by trial, or deterministic
+    ones; the number of threads, which a resumed run sets to its own. With `seed`, which decides
+    the initial weights, Python's, NumPy's and torch's random numbers start anew."""
     mixed, deterministic = cfg.train.precision not in ("fp32", "fp64"), cfg.train.deterministic
     products = torch.get_float32_matmul_precision()
     algorithms = torch.are_deterministic_algorithms_enabled()
@@ -111,7 +112,8 @@ def torch_settings(cfg: Config) -> Generator[None]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_float32_matmul_precision("high" if mixed else "highest")
     torch.use_deterministic_algorithms(deterministic)
-    set_seed(cfg.train.seed)
+    if seed is not None:
+        set_seed(seed)
     try:
         with cudnn:
             yield

@@ -4,7 +4,6 @@ import time
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -135,7 +134,7 @@ class State:
         self,
         cfg: Config,
         dataset: dict[str, Any],
-        resume: Path | None = None,
+        resume: bool = False,
         overwrite: bool = False,
         init: str = "",
     ) -> Generator[None]:
