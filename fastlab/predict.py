@@ -50,7 +50,8 @@ def load_model(run: RunDir, cfg: Config, classes: int, which: str) -> nn.Module:
 
     Raises `UserError` where the weights cannot be read.
     """
-    model = models.build(cfg.model, classes)
+    with torch.random.fork_rng(devices=()):  # random weights, which are replaced
+        model = models.build(cfg.model, classes)
     if cfg.train.precision == "fp64":
         model.double()
     if which == "best":

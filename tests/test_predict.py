@@ -286,7 +286,7 @@ def test_a_folder_is_searched_for_images_in_the_order_of_their_names(run, image,
 def test_many_images_are_predicted_as_one_at_a_time(run, synth_source, fastlab, monkeypatch):
     folder = synth_source / "val" / "images"
     alone = [fastlab("predict", run, path, "--json")[1] for path in sorted(folder.iterdir())[:5]]
-    monkeypatch.setattr("fastlab.predict._BATCH", 3)
+    monkeypatch.setattr("fastlab.predict.BATCH", 3)
     _, out, _ = fastlab("predict", run, *sorted(folder.iterdir())[:5], "--json")
     for together, single in zip(as_json(out), as_json("".join(alone)), strict=True):
         assert together["image"] == single["image"]
