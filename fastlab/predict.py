@@ -140,7 +140,7 @@ def evaluate_run(
         setup.compile_forward(model, cfg.train.deterministic)
     data = setup.open_split(cfg, manifest, accelerator, split)
     net = accelerator.prepare_model(model, evaluation_mode=True)
-    with setup.torch_settings(cfg):
+    with setup.torch_settings(cfg, seeded=False):
         figures = evaluate(net, data, accelerator, tta)
     values = figures.loss, figures.top1, figures.top5, figures.images
     return Evaluation(str(directory), split, which, *values, tta)
@@ -202,7 +202,7 @@ class Predictor:
 
     def guesses(self, pixels: np.ndarray, top: int = 5) -> list[Guesses]:
         """The `top` most probable classes of each image in `pixels`, uint8 [b, S, S, 3]."""
-        with setup.torch_settings(self.cfg):
+        with setup.torch_settings(self.cfg, seeded=False):
             return most_probable(self.model, self.normalise(pixels), self.spec.classes, top)
 
 

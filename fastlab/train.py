@@ -229,7 +229,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(cfg: Config, directory: RunDir, *, resume: bool, overwrite: bool, init: str) -> int:
     """Train in `directory`; the others are options of `fastlab train`. Returns the exit status."""
     accelerator = setup.make_accelerator(cfg)
-    with setup.torch_settings(cfg, cfg.train.seed):
+    with setup.torch_settings(cfg):
         try:
             trainer = Trainer(cfg, directory, accelerator, init)
             state, dataset = trainer.state, fingerprint(trainer.manifest)

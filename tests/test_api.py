@@ -33,9 +33,10 @@ TINY = {
         "checkpoint_every": 2,
         "checkpoint_seconds": 0,
         "ema": 0.9,
+        "deterministic": True,
     },
 }
-"""The settings of `tests.trainings.TINY`."""
+"""The settings of `tests.trainings.TINY`, and where there is a GPU the same weights in any run."""
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,8 @@ def trained(synth_source, tmp_path_factory) -> Path:
     """A folder with the dataset ``data`` and the run ``run``, which the command trained."""
     folder = tmp_path_factory.mktemp("trained")
     convert(synth_source, folder / "data", Options())
-    assert main(["train", *command(folder / "data", folder / "run")]) == 0
+    arguments = command(folder / "data", folder / "run", "train.deterministic=true")
+    assert main(["train", *arguments]) == 0
     return folder
 
 
@@ -86,31 +88,35 @@ def test_import_fastlab_imports_nothing_slow(tmp_path):
     assert python(code, tmp_path) == "set()\n"
 
 
-@pytest.mark.parametrize(
-    "first",
-    [
-        "import fastlab",
-        "from fastlab.train import Trainer\nfrom fastlab.study import spec",
-    ],
-)
-def test_train_and_study_are_functions_and_modules_in_any_order(first, tmp_path):
-    code = f"""
-{first}
+CALLED = """
 import fastlab, inspect, sys
-for function in (fastlab.train, fastlab.study):
+for name in ({names}):
     try:
-        function("missing.toml", out="out")
+        getattr(fastlab, name)("missing.toml", out="out")
     except fastlab.UserError as error:
         print(error)
-    assert "out" in inspect.signature(function).parameters
-from fastlab import train as training
-from fastlab.train import Trainer
+    assert "out" in inspect.signature(getattr(fastlab, name)).parameters
+    assert getattr(fastlab, name) is sys.modules["fastlab." + name]
+from fastlab import study
 import fastlab.study.command
-assert training is fastlab.train is sys.modules["fastlab.train"]
-assert training.Trainer is Trainer and fastlab.study.command.run
+assert study.command.run is fastlab.study.command.run
 """
-    lines = python(code, tmp_path).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("first", "names"),
+    [
+        ("import fastlab", '"train", "study"'),
+        ("from fastlab.study import spec", '"study", "study"'),  # which needs no torch
+        ("import fastlab.study.command", '"study", "study"'),
+        ("from fastlab import study", '"study", "study"'),
+    ],
+)
+def test_train_and_study_are_functions_and_modules_in_any_order(first, names, tmp_path):
+    lines = python(f"{first}\n{CALLED.format(names=names)}", tmp_path).splitlines()
     assert len(lines) == 2 and all("missing.toml: cannot be read" in line for line in lines)
+    assert training is fastlab.train is sys.modules["fastlab.train"]  # here, the module came first
+    assert training.Trainer is training.__dict__["Trainer"] and callable(training)
 
 
 def test_an_unknown_name_is_an_attribute_error():
@@ -158,14 +164,10 @@ def test_the_batches_are_those_of_a_training(trained):
             "train": {"batch_size": 16, "seed": 5, "precision": "fp32", "compile": False},
         },
     )
-    dataset = fastlab.load_dataset(trained / "data")
-    expected = setup.open_split(
-        cfg, dataset.manifest, setup.make_accelerator(cfg), "train", train=True
-    )
-    augment = {"flip": True, "mixup": 0.2}
-    loader = fastlab.pipeline(
-        dataset, "train", batch_size=16, augment=augment, seed=5, device="cpu"
-    )
+    dataset, accelerator = fastlab.load_dataset(trained / "data"), setup.make_accelerator(cfg)
+    expected = setup.open_split(cfg, dataset.manifest, accelerator, "train", train=True)
+    options = {"augment": {"flip": True, "mixup": 0.2}, "seed": 5, "device": accelerator.device}
+    loader = fastlab.pipeline(dataset, "train", batch_size=16, **options)
     assert len(loader) == len(list(loader)) == 5
     for batch, other in zip(loader, expected.epoch(1), strict=True):
         assert all(one.equal(two) for one, two in zip(batch, other, strict=True))
@@ -180,6 +182,18 @@ def test_validation_batches_hold_each_image_once_in_order(trained):
     pixels = ((images * std + mean) * 255).round().byte()
     assert np.array_equal(pixels.numpy(), dataset.images("val"))
     assert torch.cat([b.labels[b.mask] for b in batches]).tolist() == [*dataset.labels("val")]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_lie_on_a_gpu_where_there_is_one(trained):
+    options = {"batch_size": 16, "augment": {"flip": True}}
+    here, there = (
+        fastlab.pipeline(trained / "data", "train", device=device, **options)
+        for device in ("cpu", None)
+    )
+    for one, other in zip(here, there, strict=True):
+        assert other.images.is_cuda and other.images.cpu().equal(one.images)
 
 
 # Runs
@@ -301,7 +315,7 @@ def test_a_study_in_a_thread_returns_its_runs(trained, tmp_path):
 
     def call() -> None:
         rate = tmp_path / "rate.toml"
-        studies.append(fastlab.study(rate, tmp_path / "out", seeds=1, jobs=2, **changes))
+        studies.append(fastlab.study(rate, tmp_path / "out", seeds=1, **changes))
 
     thread = threading.Thread(target=call)
     thread.start()
@@ -314,6 +328,14 @@ def test_a_study_in_a_thread_returns_its_runs(trained, tmp_path):
     assert good["top1"] == run.metrics[0]["val_top1"] and good["top1_half"] is None
     assert bad["seeds"] == 0 and "not a finite number" in bad["failed"] and bad["top1"] is None
     assert study.report.is_file() and study.path == tmp_path / "out"
+
+
+@pytest.mark.parametrize(("status", "signals"), [(130, ()), (143, (signal.SIGTERM,))])
+def test_a_study_that_a_signal_stops_raises_an_interrupt(status, signals, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastlab.study.command.run", lambda request: status)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        fastlab.study(tmp_path / "any.toml", tmp_path / "out")
+    assert caught.value.args == signals
 
 
 # Mistakes

@@ -95,11 +95,12 @@ def _forget_other_code(cfg: Config) -> None:
 
 
 @contextmanager
-def torch_settings(cfg: Config, seed: int | None = None) -> Generator[None]:
+def torch_settings(cfg: Config, *, seeded: bool = True) -> Generator[None]:
     """Process-wide settings of a run, restored afterwards: TF32 for matrix products and
     convolutions where precision is mixed; cuDNN's algorithms chosen by trial, or deterministic
-    ones; the number of threads, which a resumed run sets to its own. With `seed`, which decides
-    the initial weights, Python's, NumPy's and torch's random numbers start anew."""
+    ones; the number of threads, which a resumed run sets to its own. If `seeded`, the random
+    numbers of Python, NumPy and torch, which decide the initial weights, start anew from the
+    run's seed."""
     mixed, deterministic = cfg.train.precision not in ("fp32", "fp64"), cfg.train.deterministic
     products = torch.get_float32_matmul_precision()
     algorithms = torch.are_deterministic_algorithms_enabled()
@@ -112,8 +113,8 @@ def torch_settings(cfg: Config, seed: int | None = None) -> Generator[None]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_float32_matmul_precision("high" if mixed else "highest")
     torch.use_deterministic_algorithms(deterministic)
-    if seed is not None:
-        set_seed(seed)
+    if seeded:
+        set_seed(cfg.train.seed)
     try:
         with cudnn:
             yield
