@@ -75,8 +75,9 @@ def _free_directory(file: Path) -> Path:
 
 def _changed(run: RunDir, overrides: list[str]) -> Config:
     """The configuration of `run` with `overrides`, which may change what `CHANGEABLE` lists."""
+    before = run.load_config()
     after = config.load(run.config, overrides)
-    if name := unchangeable(run.load_config(), after):
+    if name := unchangeable(before, after):
         words = ["--config", str(run.config)]
         words += [word for override in overrides for word in ("--set", override)]
         # The weights of this run do not fit another model.
