@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from fastlab.predict import Evaluation, Predictor
     from fastlab.run_records import Epoch
+    from fastlab.study.command import Request
     from fastlab.study.results import RowResult
 
     Picture = str | os.PathLike[str] | Image | np.ndarray
@@ -247,28 +248,33 @@ def study(
     Raises `UserError` for a mistake; a run that fails is listed in `Study.table` instead. A signal
     raises KeyboardInterrupt once the trainings have written their checkpoints.
     """
-    from fastlab.study import command
-    from fastlab.study.folder import StudyDir, look
-    from fastlab.study.results import analyse
-    from fastlab.study.spec import tasks_of
+    from fastlab.study.command import Request, run
 
-    for name, kind, value in (("epochs", Count, epochs), ("seeds", Count, seeds)):
-        checked(name, kind, value)
-    request = command.Request(
+    request = Request(
         [Path(studies)] if isinstance(studies, str | os.PathLike) else [*map(Path, studies)],
         Path(out),
-        epochs=epochs,
-        seeds=seeds,
+        epochs=checked("epochs", Count, epochs),
+        seeds=checked("seeds", Count, seeds),
         jobs=checked("jobs", Positive, jobs),
         only=only,
         retry=retry,
         overrides=_overrides(sections),
         no_calibration=True,  # which would run a script again that calls this at its top level
     )
-    status = command.run(request)
+    status = run(request)
     if status > 128:
         raise interruption(status - 128)
-    planned, folder = command.read_studies(request), StudyDir(request.out)
+    return _outcome(request)
+
+
+def _outcome(request: "Request") -> Study:
+    """What the study of `request` came to."""
+    from fastlab.study.command import read_studies
+    from fastlab.study.folder import StudyDir, look
+    from fastlab.study.results import analyse
+    from fastlab.study.spec import tasks_of
+
+    planned, folder = read_studies(request), StudyDir(request.out)
     finished = [task for task in tasks_of(planned) if look(folder, task).status == "finished"]
     rows = [_row(each.study.name, row) for each in analyse(folder, planned) for row in each.rows]
     return Study(request.out, [Run(folder.run(task)) for task in finished], rows)

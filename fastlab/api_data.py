@@ -85,23 +85,18 @@ def convert(
     *,
     image_size: int = 64,
     val_fraction: float = 0.0,
-    holdout: int = 0,
-    seed: int = 0,
     classes: int | str = "",
-    limit_per_class: int = 0,
-    columns: str = "",
     fit: Literal["crop", "squash", "pad"] = "crop",
     on_corrupt: Literal["error", "skip"] = "error",
     formats: str = "array",
     ffcv_encoding: Literal["raw", "jpeg"] = "raw",
     shard_images: int = 10_000,
-    undecoded: bool = False,
-    workers: int = 0,
-    force: bool = False,
+    **more: Any,
 ) -> Dataset:
     """Decode the originals in `source`, a path or a URL, once, and write the dataset directory
-    `out`. The keywords are the options of `fastlab convert`, with their values. A dataset of the
-    same originals and options in `out` is kept.
+    `out`. The keywords are the options of `fastlab convert`, with their values; `more` holds
+    `columns`, `force`, `holdout`, `limit_per_class`, `seed`, `undecoded` and `workers`. A dataset
+    of the same originals and options in `out` is kept.
 
     Raises `UserError` as the command reports it; `out` is then unchanged.
     """
@@ -111,18 +106,12 @@ def convert(
     options = conversion.Options(
         formats=tuple(formats.split(",")),
         settings=Settings(ffcv_encoding, shard_images),
-        workers=workers,
         classes=str(classes),
-        limit_per_class=limit_per_class,
         image_size=image_size,
-        holdout=holdout,
-        seed=seed,
         val_fraction=val_fraction,
         fit=fit,
-        columns=columns,
         on_corrupt=on_corrupt,
-        undecoded=undecoded,
-        force=force,
+        **more,
     )
     manifest, _ = conversion.convert(os.fspath(source), os.fspath(out), options)
     return Dataset(os.fspath(out), manifest)
@@ -185,29 +174,39 @@ def pipeline(
     Raises `UserError` where a setting is not valid, or the dataset or what `engine` needs is
     missing.
     """
+    source = load_dataset(dataset)
+    sections = {
+        "data": {**data, "path": source.path, "pipeline": engine},
+        "augment": dict(augment or {}),
+        "train": {"batch_size": batch_size, "seed": seed},
+    }
+    cfg = configs.changed(Config(), sections)
+    train = split == "train" if shuffle is None else shuffle
+    return _loader(cfg, source.manifest, split, train, _device(device), dtype)
+
+
+def _loader(
+    cfg: Config,
+    manifest: "Manifest",
+    split: str,
+    train: bool,
+    device: "torch.device",
+    dtype: "torch.dtype | None",
+) -> Loader:
     import torch
 
     from pipelines import PipelineSpec, make_pipeline
 
-    source = load_dataset(dataset)
-    cfg = configs.changed(
-        Config(),
-        {
-            "data": {**data, "path": source.path, "pipeline": engine},
-            "augment": dict(augment or {}),
-            "train": {"batch_size": batch_size, "seed": seed},
-        },
-    )
     spec = PipelineSpec(
         cfg.data,
         cfg.augment,
-        source.manifest,
+        manifest,
         split,
-        batch_size=batch_size,
-        device=_device(device),
+        batch_size=cfg.train.batch_size,
+        device=device,
         dtype=dtype or torch.float32,
-        seed=seed,
-        train=split == "train" if shuffle is None else shuffle,
+        seed=cfg.train.seed,
+        train=train,
         compile=True,
     )
     return Loader(make_pipeline(spec))
