@@ -284,13 +284,12 @@ def _overrides(sections: Mapping[str, Any]) -> list[str]:
     """The sections as ``section.key=value``. Raises `UserError` where a value is not valid."""
     from fastlab.study.spec import toml_text
 
-    plain = _plain(sections)
-    configs.changed(Config(), plain)
-    return [
-        f"{name}.{key}={toml_text(value)}"
-        for name, section in plain.items()
+    values = {
+        f"{name}.{key}": value
+        for name, section in configs.check_sections(_plain(sections)).items()
         for key, value in section.items()
-    ]
+    }
+    return [f"{key}={toml_text(value)}" for key, value in values.items()]
 
 
 def _row(study: str, row: "RowResult") -> dict[str, Any]:

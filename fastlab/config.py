@@ -262,16 +262,21 @@ def load(path: Path | str | None, overrides: Iterable[str] = ()) -> Config:
     values = _check_tables(tables, str(path))
     for override in overrides:
         section, key, value = _parse_override(override)
-        values.setdefault(section, {})[key] = _checked_in("--set: ", section, key, value)
+        values.setdefault(section, {})[key] = _checked_in("--set", section, key, value)
     return Config(**{name: SECTIONS[name](**table) for name, table in values.items()})
 
 
 def changed(config: Config, sections: Mapping[str, Any]) -> Config:
     """`config` with the values in `sections` (section -> key -> value) in place of its own. Raises
     `UserError` as `load` does."""
-    values = _check_tables(sections, "")
-    sections = {name: replace(getattr(config, name), **table) for name, table in values.items()}
-    return replace(config, **sections)
+    values = check_sections(sections)
+    parts = {name: replace(getattr(config, name), **table) for name, table in values.items()}
+    return replace(config, **parts)
+
+
+def check_sections(sections: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The values in `sections`, each checked alone. Raises `UserError` as `load` does."""
+    return _check_tables(sections, "")
 
 
 def dump(config: Config) -> str:
@@ -314,16 +319,17 @@ def parse_toml(path: Path) -> dict[str, Any]:
 def _check_tables(tables: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
     """The checked values of the sections, which stand in the file `where`; empty: in Python."""
     values = {}
-    where = f"{where}: " if where else ""
     for section, table in tables.items():
         if section not in SECTIONS and not isinstance(table, dict):
             raise _unknown_key(where, "", section)
         if section not in SECTIONS:
             near = difflib.get_close_matches(section, SECTIONS, n=1, cutoff=0.5)
             hint = f"nearest valid section: {near[0]}" if near else f"valid: {', '.join(SECTIONS)}"
-            raise UserError(f"{where}{printable(section)}: unknown section; {hint}")
+            raise UserError(f"{_in(where)}{printable(section)}: unknown section; {hint}")
         if not isinstance(table, dict):
-            raise UserError(f"{where}{section}: expected a section, [{section}], got {show(table)}")
+            raise UserError(
+                f"{_in(where)}{section}: expected a section, [{section}], got {show(table)}"
+            )
         values[section] = {
             key: _checked_in(where, section, key, value)
             for key, value in table.items()
@@ -332,12 +338,16 @@ def _check_tables(tables: Mapping[str, Any], where: str) -> dict[str, dict[str, 
     return values
 
 
+def _in(where: str) -> str:
+    return f"{where}: " if where else ""
+
+
 def _checked_in(where: str, section: str, key: str, value: Any) -> Any:
     """Check here, and not only when the section is made, since here it is known where it stands."""
     kinds = field_types(SECTIONS[section]) if section in SECTIONS else {}
     if key not in kinds:
         raise _unknown_key(where, section, key)
-    return checked(f"{where}{section}.{key}", kinds[key], value)
+    return checked(f"{_in(where)}{section}.{key}", kinds[key], value)
 
 
 def _unknown_key(where: str, section: str, key: str) -> UserError:
@@ -353,7 +363,7 @@ def _unknown_key(where: str, section: str, key: str) -> UserError:
         names = difflib.get_close_matches(given, names, n=1, cutoff=0)
     valid = ", ".join(keys.values() if section in SECTIONS else SECTIONS)
     hint = f"nearest valid key: {' or '.join(names)}" if names else f"valid: {valid}"
-    return UserError(f"{where}{printable(given)}: unknown key; {hint}")
+    return UserError(f"{_in(where)}{printable(given)}: unknown key; {hint}")
 
 
 def _parse_override(text: str) -> tuple[str, str, Any]:
