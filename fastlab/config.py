@@ -339,6 +339,7 @@ def _check_tables(tables: Mapping[str, Any], where: str) -> dict[str, dict[str, 
 
 
 def _in(where: str) -> str:
+    """What precedes the name of a section or key in a message."""
     return f"{where}: " if where else ""
 
 
