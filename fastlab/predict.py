@@ -106,14 +106,19 @@ class Evaluation:
     tta: Tta
     """The test-time augmentation."""
 
+    @property
+    def correct(self) -> int:
+        """The images whose class is the most probable one."""
+        return round(self.top1 * self.images)
+
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
     def __str__(self) -> str:
         return (
             f"{self.run} ({self.checkpoint}) on {self.split}{tta_label(self.tta)}: loss "
-            f"{self.loss:.4f}, top-1 {self.top1:.2%} ({round(self.top1 * self.images)} of "
-            f"{self.images}), top-5 {self.top5:.2%}"
+            f"{self.loss:.4f}, top-1 {self.top1:.2%} ({self.correct} of {self.images}), "
+            f"top-5 {self.top5:.2%}"
         )
 
 

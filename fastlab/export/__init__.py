@@ -4,7 +4,6 @@
 image by image. `card` and `push` make the same model a repository of the Hugging Face Hub.
 """
 
-import json
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -141,6 +140,6 @@ def _images(run: RunDir, predictor: Predictor, data: Path | str | None) -> Batch
 
 def _evaluated(run: RunDir, which: str, data: Path | str | None) -> str:
     """The count of `fastlab evaluate` without flips, in the precision of the training."""
-    figures = json.loads(evaluate_run(run.path, "val", which, True, data, "none"))
+    correct = evaluate_run(run.path, "val", which, data, "none").correct
     precision = run.load_config().train.precision
-    return f"{round(figures['top1'] * figures['images'])} by fastlab evaluate in {precision}"
+    return f"{correct} by fastlab evaluate in {precision}"
