@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, NamedTuple, get_type_hints
 
 import tomli_w
 
@@ -36,11 +36,7 @@ from fastlab.fields import (
     field_types,
     show,
 )
-
-ModelName = Literal[
-    "cnn8", "cnn10", "cnn12", "resnet11", "resnet15", "resnet19", "resnet18", "speed8"
-]  # fmt: skip
-"""Every name has an entry in `fastlab.models.MODELS`."""
+from fastlab.model_config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -107,24 +103,6 @@ class AugmentConfig(Section):
     trivial: bool = False
     """TrivialAugment "wide" (Müller and Hutter, 2021): one of 14 operations at one of 31 strengths
     on each image."""
-
-
-@dataclass(frozen=True)
-class ModelConfig(Section):
-    name: ModelName = "resnet11"
-    width: Positive = 64
-    """Channels of the first layer; every other width is a multiple of it."""
-    batch_norm: bool = True
-    shortcuts: bool = True
-    """False builds the same residual network without its shortcut branches."""
-    dropout_conv: Fraction = 0.2
-    """Dropout in the convolutional part."""
-    dropout_stem: Fraction = 0.15
-    """Dropout after the stem's convolution (all but the CNNs)."""
-    dropout_fc: Fraction = 0.2
-    """Dropout before the classifier, and before the hidden layer of a CNN."""
-    sync_batch_norm: bool = False
-    """Compute batch statistics over all processes."""
 
 
 @dataclass(frozen=True)
@@ -260,10 +238,18 @@ def load(path: Path | str | None, overrides: Iterable[str] = ()) -> Config:
     """
     tables = read_toml(Path(path)) if path else {}
     values = _check_tables(tables, str(path))
+    overrides = list(overrides)
     for override in overrides:
         section, key, value = _parse_override(override)
-        values.setdefault(section, {})[key] = _checked_in("--set", section, key, value)
-    return Config(**{name: SECTIONS[name](**table) for name, table in values.items()})
+        table = values.setdefault(section, {})
+        if isinstance(value, _Argument):
+            value = {**table.get(key, {}), value.name: value.value}
+        table[key] = _checked_in("--set", section, key, value)
+    try:
+        return Config(**{name: SECTIONS[name](**table) for name, table in values.items()})
+    except UserError as error:  # settings that contradict each other
+        sources = [*([str(path)] if path else []), *(["--set"] if overrides else [])]
+        raise UserError(f"{' with '.join(sources)}: {error}") from None
 
 
 def changed(config: Config, sections: Mapping[str, Any]) -> Config:
@@ -367,18 +353,26 @@ def _unknown_key(where: str, section: str, key: str) -> UserError:
     return UserError(f"{_in(where)}{printable(given)}: unknown key; {hint}")
 
 
+class _Argument(NamedTuple):
+    """The value of one of `model.arguments`."""
+
+    name: str
+    value: Any
+
+
 def _parse_override(text: str) -> tuple[str, str, Any]:
+    """Section, key and value, or `_Argument`."""
     # On one line: a newline could smuggle a second key into the TOML below.
-    match = re.fullmatch(r"(?:([^.=\s]+)\.)?([^.=\s]+)=(.*)", text)
+    match = re.fullmatch(r"(?:(model\.arguments)\.|([^.=\s]+)\.)?([^.=\s]+)=(.*)", text)
     if not match:
         raise UserError(
             f"--set {printable(text)}: expected section.key=value, such as optim.lr=0.1"
         )
-    section, key, value = match.groups(default="")
+    arguments, section, key, value = match.groups(default="")
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except (ValueError, RecursionError):
         if not re.fullmatch(r"[\w.:/~+-]+", value):
             raise UserError(f"--set {printable(text)}: {value!r} is not a TOML value") from None
         parsed = value  # a shell eats the quotes of --set model.name="cnn8"
-    return section, key, parsed
+    return ("model", "arguments", _Argument(key, parsed)) if arguments else (section, key, parsed)

@@ -1,6 +1,7 @@
 """The fields of a configuration: which values each takes, and a line for the user where one does
 not."""
 
+import difflib
 import functools
 import itertools
 import math
@@ -15,6 +16,8 @@ class Bound(NamedTuple):
 
     expected: str
     allows: Callable[[Any], bool]
+    near: tuple[str, ...] = ()
+    """Valid values, of which the nearest is suggested."""
 
 
 Positive = Annotated[int, Bound("at least 1", lambda v: v >= 1)]
@@ -54,9 +57,28 @@ SizeStages = Annotated[
 ]
 
 
+def _is_argument(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(type(each) is not list and _is_argument(each) for each in value)
+    bounded = abs(value) < 2**63 if type(value) is int else True
+    finite = math.isfinite(value) if type(value) is float else True
+    text = _is_text(value) if type(value) is str else True
+    return type(value) in (bool, int, float, str) and bounded and finite and text
+
+
+Arguments = Annotated[
+    dict[str, Any],
+    Bound(
+        "arguments by name, such as {drop_path_rate = 0.1}: each true or false, a number, a "
+        "string, or a list of these",
+        lambda table: all(name.isidentifier() and _is_argument(table[name]) for name in table),
+    ),
+]
+
+
 class Section:
     """A section of the configuration: a frozen dataclass whose fields have one of the types above,
-    `SizeStages`, a `Literal` of strings, or a plain bool, int, float or str."""
+    `SizeStages`, `Arguments`, a `Literal` of strings, or a plain bool, int, float or str."""
 
     def __post_init__(self) -> None:
         """Raises `UserError` for a value that its field does not take."""
@@ -81,6 +103,8 @@ def checked(name: str, kind: Any, value: Any) -> Any:
     value = _as_float(value) if plain is float and type(value) is int else value
     if kind is SizeStages:
         plain, value = tuple, _as_stages(value)
+    if kind is Arguments:
+        plain, value = dict, _as_arguments(value)
     takes = (
         type(value) is plain
         and not (plain is float and not math.isfinite(value))
@@ -91,12 +115,15 @@ def checked(name: str, kind: Any, value: Any) -> Any:
     )
     if takes:
         return value
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
-    names[tuple] = "a list of"
+    names = dict[type, str]({int: "a whole number", float: "a number", bool: "true or false"})
+    names |= {str: "a string", tuple: "a list of", dict: "a table of"}
     expected = " ".join([names[plain], *(bound.expected for bound in bounds)])
     if choices:
         expected = "one of " + ", ".join(f'"{choice}"' for choice in choices)
-    raise UserError(f"{name}: expected {expected}, got {show(given)}")
+    near = [each for bound in bounds for each in bound.near]
+    nearest = difflib.get_close_matches(given, near, n=1) if isinstance(given, str) else []
+    hint = f"; nearest: {show(nearest[0])}" if nearest else ""
+    raise UserError(f"{name}: expected {expected}, got {show(given)}{hint}")
 
 
 def _as_float(value: int) -> float:
@@ -116,6 +143,15 @@ def _as_stages(value: Any) -> Any:
     if len(pairs) < len(value) or not whole:
         return list(value)
     return tuple(SizeStage(_as_float(until), side) for until, side in pairs)
+
+
+def _as_arguments(value: Any) -> Any:
+    """A copy of a table, with lists in place of tuples, so that it equals what a file holds."""
+    if not isinstance(value, dict):
+        return value
+    return {
+        name: list(each) if isinstance(each, list | tuple) else each for name, each in value.items()
+    }
 
 
 def show(value: Any) -> str:

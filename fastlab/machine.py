@@ -48,6 +48,7 @@ _RECORDED = (
     "safetensors",
     "simplejpeg",
     "spdl",
+    "timm",
     "torch",
     "torchcodec",
     "torchvision",
@@ -146,7 +147,7 @@ class Finding(NamedTuple):
 
 def examine() -> list[Finding]:
     """Every finding, in the order in which to print them. Imports all engines."""
-    return [*_packages(), *_devices(), *_sources(), *_engines(), *_extras()]
+    return [*_packages(), *_devices(), *_sources(), *_engines(), *_models(), *_extras()]
 
 
 def table(findings: list[Finding]) -> str:
@@ -219,6 +220,11 @@ def _engines() -> list[Finding]:
         _import("engines", "ffcv", "ffcv", "reads the ffcv format", FFCV_MISSING),
         _import("engines", "dali", "nvidia.dali", "reads the tar format", dali),
     ]
+
+
+def _models() -> list[Finding]:
+    missing = f"timm is not installed here; {installing('timm')}"
+    return [_import("models", "timm", "timm", 'model.name = "timm:NAME"', missing)]
 
 
 def _stream() -> Finding:

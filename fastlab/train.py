@@ -46,8 +46,10 @@ from pipelines.base import Batch
 class Trainer:
     """One run: everything that lives from its first step to its last."""
 
-    def __init__(self, cfg: Config, run: RunDir, accelerator: Accelerator, init: str = "") -> None:
-        """`init`: a run or a file of weights to start from; empty: random weights."""
+    def __init__(
+        self, cfg: Config, run: RunDir, accelerator: Accelerator, init: str | None = None
+    ) -> None:
+        """`init`: as `setup.build` takes it."""
         self.cfg, self.run, self.accelerator = cfg, run, accelerator
         self.device, rank = accelerator.device, accelerator.process_index
 
@@ -219,9 +221,8 @@ def save_or_stop(trainer: Trainer) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     add_training_options(parser)
     return run_command(lambda args: run(*resolve(args), **begun(args)), parser.parse_args(argv))
 
@@ -231,13 +232,13 @@ def run(cfg: Config, directory: RunDir, *, resume: bool, overwrite: bool, init: 
     accelerator = setup.make_accelerator(cfg)
     with setup.torch_settings(cfg):
         try:
-            trainer = Trainer(cfg, directory, accelerator, init)
+            trainer = Trainer(cfg, directory, accelerator, None if resume else init)
             state, dataset = trainer.state, fingerprint(trainer.manifest)
             with (
                 divergence_explained(directory, state, trainer.journal, accelerator),
                 batch_fits(cfg, trainer.model, accelerator),
                 failures_explained(directory),
-                state.held(cfg, dataset, resume, overwrite, init),
+                state.held(cfg, dataset, resume, overwrite, trainer.origin),
             ):
                 return train(trainer)
         finally:

@@ -19,11 +19,11 @@ from fastlab.bottleneck.stages import (
     start_stage,
     transfer_stage,
 )
-from fastlab.bottleneck.target import find
 from fastlab.bottleneck.verdict import judge
 from fastlab.console import UserError
 from fastlab.machine import cores, environment
 from fastlab.processes import interrupted_by_signals
+from fastlab.usercode import find
 
 # Shares of the time that the command may take.
 _ROUNDS, _STAGES, _ENGINES = 0.6, 0.15, 0.15

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from fastlab.bottleneck.target import blamed
 from fastlab.console import UserError
+from fastlab.usercode import blamed
 
 _DEEPEST = 64  # batches that a loader may have made ahead and that `drain` discards
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset
 
-from fastlab.bottleneck.target import blamed
+from fastlab.usercode import blamed
 
 _FEWEST = 4  # batches
 

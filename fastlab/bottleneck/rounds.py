@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fastlab.bottleneck.feed import Feed
-from fastlab.bottleneck.target import blamed
+from fastlab.usercode import blamed
 
 ROUNDS = 5
 _FEWEST = 3  # rounds, however slow the loader is: a spread takes so many

@@ -5,7 +5,8 @@ functions that run groups of layers: one by one, or when training on a GPU as on
 The fused operators are `norm_pool` (dropout, norm, ReLU, max pool) and `norm_relu` (dropout, norm,
 ReLU and the sum of a residual block); their Triton kernels are in `norm_pool_forward`,
 `norm_pool_backward` and `norm_relu_kernels`, and share `norm_kernels`. `dropout` draws masks from
-counters, and `sync_norm` takes batch statistics over all processes.
+counters, and `sync_norm` takes batch statistics over all processes. `foreign` makes and checks
+models that are not defined here.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from torch import nn
 
 from fastlab.config import ModelConfig
 from fastlab.models.cnn import CNN
+from fastlab.models.foreign import build_foreign
 from fastlab.models.resnet import ResNet, ResNet18
 from fastlab.models.speed import SpeedNet
 
@@ -34,8 +36,14 @@ MODELS: dict[str, Callable[[ModelConfig, int], nn.Module]] = {
 SMALLEST_IMAGE = {"cnn8": 16, "cnn10": 32, "cnn12": 64, "speed8": 16}
 
 
-def build(config: ModelConfig, classes: int) -> nn.Module:
-    """The model that `config` names, with `classes` outputs, in fp32 on the CPU."""
+def build(config: ModelConfig, classes: int, *, pretrained: bool = False) -> nn.Module:
+    """The model that `config` names, with `classes` outputs, in fp32 on the CPU. `pretrained`: a
+    model that is not built in may load weights, as its arguments ask.
+
+    Raises `UserError` where a model that is not built in cannot be made.
+    """
+    if not config.built_in:
+        return build_foreign(config, classes, pretrained=pretrained)
     return MODELS[config.name](config, classes)
 
 

@@ -84,11 +84,15 @@ def _kept(
 
 
 class DropoutKeys:
-    """Sets the keys of all `Dropout` layers of a model, which share one tensor on its device."""
+    """Sets the keys of all `Dropout` layers of a model, which share one tensor on its device; and
+    seeds the generators of torch, from which the layers of other models draw."""
 
     def __init__(self, model: nn.Module, seed: int, rank: int, device: torch.device) -> None:
         layers = [module for module in model.modules() if isinstance(module, Dropout)]
         self._rank = rank
+        self._generators = [torch.random.default_generator]
+        if device.type == "cuda":
+            self._generators.append(torch.cuda.default_generators[device.index or 0])
         self._offsets = draw_offsets(range(2 * len(layers)), device).view(len(layers), 2)
         self._stream = torch.zeros((), dtype=torch.int32, device=device)
         self._keys = torch.zeros_like(self._offsets)
@@ -97,8 +101,15 @@ class DropoutKeys:
             layer.layer, layer.keys = number, self._keys
 
     def reseed(self, seed: int) -> None:
-        self._stream.fill_(signed(mix_int(mix_int(seed) ^ self._rank)))
+        self._number = mix_int(mix_int(seed) ^ self._rank)
+        self._stream.fill_(signed(self._number))
 
     def set(self, step: torch.Tensor) -> None:
         """Set the keys for step number `step` of the run: int64 [1] on the device."""
         self._keys.copy_(mix_tensor(mix_tensor(step.int() ^ self._stream) + self._offsets))
+
+    def seed_generators(self, step: int) -> None:
+        """Seed torch's generators for step number `step` of the run, so that what they draw is also
+        a function of (seed, rank, step). A captured step reads the seed when it is replayed."""
+        for generator in self._generators:
+            generator.manual_seed(mix_int(step ^ self._number))

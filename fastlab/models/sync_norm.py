@@ -4,6 +4,22 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from fastlab.console import UserError
+
+
+def check_synchronisable(model: nn.Module) -> None:
+    """Raises `UserError` where `synchronise` would lose what a batch norm of `model` does besides,
+    such as the activation in those of timm."""
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            continue
+        usual = module.affine and module.track_running_stats and module.momentum is not None
+        if type(module) is not nn.BatchNorm2d or not usual:
+            raise UserError(
+                f"model.sync_batch_norm: {name} is no plain BatchNorm2d ({type(module).__name__}); "
+                f"set it to false, or take a model with other norms"
+            )
+
 
 def synchronise(model: nn.Module, device: torch.device) -> nn.Module:
     """Make each batch norm take its statistics over all processes: by torch's own `SyncBatchNorm`

@@ -17,6 +17,7 @@ from fastlab.report.charts import DRAWING, make_plots, make_rate_plots
 from fastlab.report.comparison import Standing, differing_settings, ranked
 from fastlab.report.texts import (
     duration_text,
+    flat,
     flat_rows,
     number_text,
     percent_text,
@@ -75,7 +76,7 @@ def _run(standing: Standing, pictured: bool) -> dict[str, Any]:
         "result": _result(run),
         "dataset": _dataset_text(run),
         "config": {
-            name: [(key, setting_text(value)) for key, value in section.items()]
+            name: [(key, setting_text(value)) for key, value in flat(section).items()]
             for name, section in run.config.items()
         },
         "environment": flat_rows(run.environment),

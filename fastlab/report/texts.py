@@ -38,14 +38,21 @@ def setting_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
 
 
-def flat_rows(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Flatten nested sections into rows of a dotted key and a text, such as machine.cores, 2."""
-    rows = []
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested sections by dotted keys, such as machine.cores."""
+    found = {}
     for key, value in values.items():
-        if isinstance(value, dict):
-            rows += flat_rows(value, f"{prefix}{key}.")
-        elif isinstance(value, list):
-            rows.append((prefix + key, ", ".join(map(setting_text, value)) or "none"))
-        else:
-            rows.append((prefix + key, setting_text(value)))
-    return rows
+        found |= (
+            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return found
+
+
+def flat_rows(values: dict[str, Any]) -> list[tuple[str, str]]:
+    """Nested sections as rows of a dotted key and a text, such as machine.cores, 2."""
+    return [
+        (key, ", ".join(map(setting_text, value)) or "none")
+        if isinstance(value, list)
+        else (key, setting_text(value))
+        for key, value in flat(values).items()
+    ]

@@ -5,6 +5,7 @@ training itself is faster.
 """
 
 import dataclasses
+import json
 import os
 import statistics
 import sys
@@ -78,6 +79,7 @@ def _cost(task: Task) -> tuple[Any, ...]:
     return (
         *(data.path, data.pipeline, data.placement),
         *(model.name, model.width, model.batch_norm, model.shortcuts),
+        json.dumps(model.arguments, sort_keys=True),
         *(train.batch_size, train.precision, train.channels_last, train.compile),
         *(train.image_size, task.config.optim.name, task.config.evaluate.tta),
     )

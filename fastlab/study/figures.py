@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from fastlab.report.charts import Axis, value_axis
-from fastlab.report.texts import number_text, percent_text
+from fastlab.report.texts import flat, number_text, percent_text
 from fastlab.run_records import images_per_second
 from fastlab.study.reference import find_reference
 from fastlab.study.results import RowResult, StudyResult
@@ -23,13 +23,10 @@ _ACROSS, _UP = (0.0, 100.0), (100.0, 0.0)  # the ends of an axis, in percent of 
 def factor_of(rows: Sequence[RowResult]) -> str:
     """The settings in which the rows differ, such as "model.dropout_conv, model.dropout_fc"; empty
     where they are more than three."""
-    tables = [dataclasses.asdict(row.row.config) for row in rows]
-    differing = [
-        f"{section}.{key}"
-        for section, settings in tables[0].items()
-        for key, value in settings.items()
-        if any(table[section][key] != value for table in tables)
-    ]
+    tables = [flat(dataclasses.asdict(row.row.config)) for row in rows]
+    names = dict.fromkeys(name for table in tables for name in table)
+    first, *others = tables
+    differing = [name for name in names if any(t.get(name) != first.get(name) for t in others)]
     return ", ".join(differing) if len(differing) <= _MOST_SETTINGS else ""
 
 

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from fastlab import config as configs
 from fastlab.console import UserError
 from fastlab.study.folder import StudyDir
-from fastlab.study.spec import Row, Study, Task, make_task
+from fastlab.study.spec import Row, Study, Task, make_task, model_text
 
 _LONGEST = 80  # characters of a name without its seed; a file name may have 255 bytes
 
@@ -70,7 +70,7 @@ def _named(study: Study, row: Row, task: Task, names: dict[str, str]) -> Task:
 
 def _row_name(study: Study, row: Row) -> str:
     """Model, subject of the study and label of the row: "cnn-dropout" of a CNN is about dropout."""
-    model = row.config.model.name
+    model = model_text(row.config)
     subject = study.name.removeprefix(model.rstrip("0123456789")).lstrip("-")
     label = "" if row.label == model else row.label
     parts = (re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.") for text in (subject, label))

@@ -24,6 +24,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ import tomli_w
 from fastlab import config as configs
 from fastlab.config import Config
 from fastlab.console import UserError
-from fastlab.report.texts import setting_text
+from fastlab.report.texts import flat, setting_text
 
 # The keys of a study file and of a finding, with defaults of the type that each takes.
 _STUDY: dict[str, Any] = {
@@ -105,7 +106,12 @@ def make_task(config: Config) -> Task:
         if value != defaults[section][key] and (section, key) != ("train", "seed")
     }
     digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:10]
-    return Task(f"{config.model.name}-{digest}-seed{config.train.seed}", config)
+    return Task(f"{model_text(config)}-{digest}-seed{config.train.seed}", config)
+
+
+def model_text(config: Config) -> str:
+    """The model's name as part of a file's name: "timm:resnet10t.c3" is "timm-resnet10t-c3"."""
+    return re.sub(r"\W+", "-", config.model.name)
 
 
 def read_study(path: Path, overrides: list[str], epochs: int = 0, seeds: int = 0) -> Study:
@@ -193,7 +199,7 @@ def _label_and_settings(raw: dict[str, Any]) -> tuple[str, dict[str, Any]]:
             continue
         if not isinstance(section, dict):
             raise UserError(f"rows: {name}: expected section.key = value")
-        settings |= {f"{name}.{key}": value for key, value in section.items()}
+        settings |= flat(section, f"{name}.")
     label = raw.get("label", ", ".join(map(setting_text, settings.values())))
     if not isinstance(label, str) or not label:
         raise UserError(f"rows: label: expected a text, got {label!r}")

@@ -5,7 +5,7 @@ position, settings, number of processes) and a `rank-N.pt` for each process (run
 is written under another name and renamed when it is complete. ``checkpoints/best.safetensors``
 holds the weights with the best validation top-1; new ones are written into the checkpoint and moved
 there after it was renamed, so that the two always agree. Checkpoints hold no state of a random
-generator, since no part of a training draws from one.
+generator: what a step draws is a function of the seed, the rank and the number of the step.
 
 Every file carries checksums, which are compared when it is read: no damaged byte gets into a
 training. A checksum does not show who wrote a file, so `conforming` also compares every value with
@@ -112,7 +112,11 @@ def save_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
 
 def weights_file(weights: dict[str, torch.Tensor]) -> bytes:
     """The content of a safetensors file with a checksum."""
-    tensors = {name: t.detach().cpu().contiguous() for name, t in weights.items()}
+    # Copies: the format refuses tied weights, which share their memory.
+    tensors = {
+        name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, t in weights.items()
+    }
     return safetensors_bytes(tensors, {_HASH: _digest(tensors)})
 
 

@@ -28,7 +28,8 @@ def data_fits(cfg: Config) -> Generator[None]:
 @contextmanager
 def model_fits(cfg: Config) -> Generator[None]:
     """A model that does not fit into memory becomes a `UserError`."""
-    advice = f"model.width = {cfg.model.width}: the model does not fit into memory"
+    size = f"width = {cfg.model.width}" if cfg.model.built_in else f'name = "{cfg.model.name}"'
+    advice = f"model.{size}: the model does not fit into memory"
     with _memory_suffices(f"{advice}; take a smaller one"):
         yield
 
@@ -57,7 +58,8 @@ def batch_fits(cfg: Config, model: nn.Module, accelerator: Accelerator) -> Gener
         half = size // 2 // world * world
         problem = f"out of memory on {accelerator.device} with train.{key} = {size}"
         if not half:
-            raise UserError(f"{problem}: take a smaller model.width, or another device") from None
+            smaller = "model.width" if cfg.model.built_in else "model"
+            raise UserError(f"{problem}: take a smaller {smaller}, or another device") from None
         raise UserError(f"{problem}: try half of it, --set train.{key}={half}") from None
 
 
@@ -75,6 +77,11 @@ def failures_explained(run: RunDir) -> Generator[None]:
             f"{run.resume_hint()}"
         ) from None
     except RuntimeError as error:
+        if "Expected to have finished reduction" in str(error):
+            raise UserError(
+                f"{run.path}: some layers of the model take no part in some steps, and several "
+                f"processes cannot train it; train it in one"
+            ) from None
         if "gloo/transport" not in str(error):
             raise
         raise UserError(f"another process of this training ended; {run.resume_hint()}") from None

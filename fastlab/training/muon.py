@@ -17,9 +17,10 @@ _RMS = 0.2
 
 
 def is_hidden(parameter: Tensor) -> bool:
-    """Whether Muon updates `parameter`: the weight of any convolution but the one that takes the
-    images, which have three channels."""
-    return parameter.ndim == 4 and parameter.shape[1] > 3
+    """Whether Muon updates `parameter`: the weight of any convolution but depthwise ones and the
+    one that takes the images, which have three channels. Embeddings of positions, [1, channels,
+    height, width], are no weights of convolutions."""
+    return parameter.ndim == 4 and parameter.shape[1] > 3 and parameter.shape[0] > 1
 
 
 class Muon(torch.optim.AdamW):

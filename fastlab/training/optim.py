@@ -19,9 +19,11 @@ _WARMUP_START = 1 / 25
 
 
 def make_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """A fused optimizer over all parameters, with no weight decay on biases and norm parameters."""
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
+    """A fused optimizer over all parameters, with no weight decay on biases, norm parameters and
+    those that `model.no_weight_decay()` names, a method which many models of timm have."""
+    exempt = getattr(model, "no_weight_decay", set)()
+    decayed = [p for name, p in model.named_parameters() if p.ndim > 1 and name not in exempt]
+    others = [p for name, p in model.named_parameters() if p.ndim <= 1 or name in exempt]
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
@@ -43,11 +45,13 @@ def optimizer_tensors(
     """Tensors of the shape, dtype and layout of those that the `state_dict` of an optimizer of
     `make_optimizer` holds under "state" after a step: number of the parameter -> name.
 
-    A bias in front of a batch norm gets no gradient and has none: of biases and norm parameters,
-    only those in `updated` are listed.
+    A frozen parameter, and a bias in front of a batch norm, gets no gradient and has none: of
+    those, of biases and of norm parameters, only those in `updated` are listed.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    listed = {n: p for n, p in enumerate(parameters) if p.ndim > 1 or n in updated}
+    listed = {
+        n: p for n, p in enumerate(parameters) if (p.ndim > 1 and p.requires_grad) or n in updated
+    }
     if config.name == "sgd":
         return {n: {"momentum_buffer": p} for n, p in listed.items()} if config.momentum else {}
     step = torch.zeros((), dtype=torch.float32, device=parameters[0].device)

@@ -19,6 +19,7 @@ from fastlab.config import Config
 from fastlab.console import UserError
 from fastlab.dataset.manifest import Manifest, check_sizes, read_manifest
 from fastlab.machine import has_bf16
+from fastlab.models.foreign import check_foreign
 from fastlab.models.sync_norm import synchronise
 from fastlab.processes import SPIN_COUNT
 from fastlab.runs import RunDir
@@ -164,12 +165,20 @@ def open_split(
     return make_pipeline(spec)
 
 
-def build(cfg: Config, manifest: Manifest, init: str) -> tuple[nn.Module, str]:
-    """The model, in fp32 on the CPU, and which weights of another run or of a file it holds, as
-    `init` asks; empty: random ones. Raises `UserError` where those weights do not fit."""
-    model = models.build(cfg.model, len(manifest.classes))
+def build(cfg: Config, manifest: Manifest, init: str | None) -> tuple[nn.Module, str]:
+    """The model, in fp32 on the CPU, and which weights it begins with; empty: random ones. `init`
+    names a run or a file of weights; empty: those that `model.arguments` asks for, if any; None:
+    random ones in any case. Raises `UserError` where the model cannot be made, or the weights do
+    not fit."""
     classes = [each.id for each in manifest.classes]
-    return model, warm_start(model, init, classes) if init else ""
+    pretrained = init == "" and bool(cfg.model.arguments.get("pretrained"))
+    model = models.build(cfg.model, len(classes), pretrained=pretrained)
+    if not cfg.model.built_in:
+        sides = {manifest.image_size, *(stage.side for stage in cfg.train.image_size)}
+        check_foreign(model, cfg.model, len(classes), sorted(sides))
+    if init:
+        return model, warm_start(model, init, classes)
+    return model, f"pretrained, of {cfg.model.name}" if pretrained else ""
 
 
 def prepare(

@@ -136,11 +136,12 @@ class State:
         dataset: dict[str, Any],
         resume: bool = False,
         overwrite: bool = False,
-        init: str = "",
+        origin: str = "",
     ) -> Generator[None]:
         """Collective: the run's directory, new or restored, locked by the main process until the
-        end of the block. `dataset` is the dataset's fingerprint; the others are the options of
-        `fastlab train`. Raises `UserError` on all ranks."""
+        end of the block. `dataset` is the dataset's fingerprint, and `origin` what
+        `setup.build` says of the first weights; the others are the options of `fastlab train`.
+        Raises `UserError` on all ranks."""
         run, accelerator = self._run, self._accelerator
         self._settings = checkpoint.recorded_settings(cfg)
         with ExitStack() as locks:
@@ -150,7 +151,7 @@ class State:
                         run.claim(overwrite)
                     locks.enter_context(run.locked())
                     if not resume:
-                        self._create(cfg, dataset, overwrite, init)
+                        self._create(cfg, dataset, overwrite, origin)
                 if resume:
                     run.check_dataset(dataset, FORMATS[cfg.data.pipeline], cfg.data.path)
                     keep_threads(run, accelerator)
@@ -165,8 +166,8 @@ class State:
                     )
             yield
 
-    def _create(self, cfg: Config, dataset: dict[str, Any], overwrite: bool, init: str) -> None:
-        weights = checkpoint.weights_file(self._model.state_dict()) if init else None
+    def _create(self, cfg: Config, dataset: dict[str, Any], overwrite: bool, origin: str) -> None:
+        weights = checkpoint.weights_file(self._model.state_dict()) if origin else None
         if overwrite:
             reruns.clear(self._run)
         processes = self._accelerator.num_processes

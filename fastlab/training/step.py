@@ -95,6 +95,7 @@ class Step:
         return itertools.repeat(None, data.steps() - first)
 
     def __call__(self, batch: Batch | None) -> None:
+        self._dropout.seed_generators(self._launched)
         if self._uncaptured == 0 and self._graph is None:
             self._capture(batch)
         if self._graph is None:

@@ -1,5 +1,5 @@
-"""The loader and the step of a user's script: found by name, blamed for what they raise, and
-stopped where they take too long."""
+"""A user's own code (a loader, a step, a model): found by name, blamed for what it raises, and
+stopped where it takes too long."""
 
 import importlib
 import re
@@ -8,7 +8,7 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,13 @@ class _Late(BaseException):
     """The time is over. No `Exception`: the user's code may catch and repeat on every one."""
 
 
-def find(target: str, limit: float) -> Any:
+def find(target: str, limit: float | None = None) -> Any:
     """What `target` names: FILE.py:NAME or package.module:NAME. A file is imported by its own name
-    from its own folder, so that worker processes find it again.
+    from its own folder, so that worker processes find it again; a module also from the working
+    directory.
 
     Raises `UserError` where there is no such module or name, or its import raises or takes longer
-    than `limit` seconds.
+    than `limit` seconds (None: any time).
     """
     source, _, name = target.rpartition(":")
     if not source or not name:
@@ -46,7 +47,7 @@ def _is_own(name: str, value: Any, module: Any) -> bool:
     return callable(value) and defined_there and not name.startswith("_")
 
 
-def _import_file(path: Path, limit: float) -> Any:
+def _import_file(path: Path, limit: float | None) -> Any:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     sys.path.insert(0, str(path.resolve().parent))
@@ -56,7 +57,7 @@ def _import_file(path: Path, limit: float) -> Any:
     return module
 
 
-def _import(name: str, limit: float) -> Any:
+def _import(name: str, limit: float | None) -> Any:
     if (here := str(Path.cwd())) not in sys.path:  # as `python -m` has it
         sys.path.insert(0, here)
     with blamed(f"importing {name}", limit):
@@ -64,11 +65,11 @@ def _import(name: str, limit: float) -> Any:
 
 
 @contextmanager
-def blamed(what: str, limit: float) -> Generator[None]:
+def blamed(what: str, limit: float | None = None) -> Generator[None]:
     """Within the block runs the user's code. Raises `UserError` where it raises, with the text and
-    the place, and where it takes longer than `limit` seconds."""
+    the place, and where it takes longer than `limit` seconds (None: any time)."""
     try:
-        with _limited(limit):
+        with _limited(limit) if limit is not None else nullcontext():
             yield
     except (UserError, StopIteration):
         raise
