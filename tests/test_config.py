@@ -15,8 +15,10 @@ from fastlab.config import (
     SECTIONS,
     Config,
     DataConfig,
+    ModelConfig,
     OptimConfig,
     TrainConfig,
+    differences,
     dump,
     field_types,
     load,
@@ -70,6 +72,7 @@ VALUES = {
         "dropout_stem": FRACTION,
         "dropout_fc": FRACTION,
         "sync_batch_norm": st.booleans(),
+        "arguments": st.just({}),
     },
     "optim": {
         "name": st.sampled_from(["adam", "adamw", "sgd", "muon"]),
@@ -119,9 +122,25 @@ VALUES = {
     },
 }
 
+ARGUMENT = st.one_of(
+    st.booleans(),
+    st.integers(-(2**63) + 1, 2**63 - 1),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.text(),
+)
+OTHER_MODELS = st.builds(
+    ModelConfig,
+    name=st.sampled_from(["timm:convnext_atto", "timm:resnet10t.c3_in1k", "mine.models:network"]),
+    sync_batch_norm=st.booleans(),
+    arguments=st.dictionaries(
+        st.sampled_from(["depths", "img_size", "größe", "_x"]), ARGUMENT | st.lists(ARGUMENT)
+    ),
+)
+
 
 def configurations() -> st.SearchStrategy[Config]:
     tables = {name: st.builds(SECTIONS[name], **strategies) for name, strategies in VALUES.items()}
+    tables["model"] |= OTHER_MODELS
     return st.builds(Config, **tables)
 
 
@@ -371,12 +390,59 @@ def test_an_override_outside_the_grammar_is_refused(complaint, override):
         ("modl.name=cnn8", "modl.name: unknown key; nearest valid key: model.name"),
         ("zzz.zzz=1", "zzz.zzz: unknown key; valid: data, augment"),
         ("optim.lrr=1", "optim.lrr: unknown key; nearest valid key: optim.lr"),
-        ("model.name=resnet12", 'model.name: expected one of "cnn8"'),
+        ("model.name=resnet12", "model.name: expected a string among cnn8, cnn10, "),
+        ("model.name=resnet111", 'got "resnet111"; nearest: "resnet11"'),
+        ("model.name=timm:", "model.name: expected a string among cnn8"),
+        ("model.name=models/mine.py:net", "model.name: expected a string among cnn8"),
+        ("model.name=mine.py:net", "model.name: expected a string among cnn8"),
+        (
+            "model.arguments.depth=3",
+            "model.arguments: the built-in resnet11 takes none; drop depth",
+        ),
+        ("model.arguments=3", "model.arguments: expected a table of arguments by name"),
+        ("model.arguments.a-b=3", "model.arguments: expected a table of arguments by name"),
+        ("model.arguments.a=[[1]]", "model.arguments: expected a table of arguments by name"),
+        ("model.arguments.a=nan", "model.arguments: expected a table of arguments by name"),
+        ("model.arguments.a=1979-05-27", "model.arguments: expected a table of arguments by name"),
         ("train.epochs=two", 'train.epochs: expected a whole number at least 1, got "two"'),
     ],
 )
 def test_a_mistaken_override_is_refused_by_its_key(complaint, override, message):
-    assert f"--set: {message}" in complaint("", override)
+    refusal = complaint("", override)
+    assert "--set: " in refusal and message in refusal
+
+
+@pytest.mark.parametrize(
+    ("text", "override", "message"),
+    [
+        ("width = 8", "", "some.toml: model.width = 8: is a setting of the built-in models, and "),
+        ("", "model.dropout_fc=0.5", "some.toml with --set: model.dropout_fc = 0.5: is a setting"),
+        ("", "model.arguments.num_classes=5", "model.arguments.num_classes: the dataset says it"),
+    ],
+)
+def test_a_setting_that_another_model_ignores_is_refused(complaint, text, override, message):
+    refusal = complaint(f'[model]\nname = "timm:test_resnet"\n{text}', *filter(None, [override]))
+    assert message in refusal
+
+
+def test_an_override_sets_one_argument_of_a_model_and_keeps_the_others(tmp_path):
+    path = tmp_path / "some.toml"
+    path.write_text('[model]\nname = "mine:net"\n[model.arguments]\ndepth = 3\nact = "relu"\n')
+    config = load(path, ["model.arguments.act=gelu", "model.arguments.sizes=[1, 2]"])
+    assert config.model.arguments == {"depth": 3, "act": "gelu", "sizes": [1, 2]}
+    assert saved_and_loaded(config, tmp_path) == config
+    assert load(path, ["model.arguments={}"]).model.arguments == {}
+    differing = differences(load(path), config)
+    assert differing == {"model.arguments": {"depth": 3, "act": "relu"}}
+
+
+def test_the_arguments_of_a_configuration_are_its_own():
+    sizes = [1, 2]
+    arguments = {"sizes": sizes, "pair": (3, 4)}
+    config = ModelConfig(name="mine:net", arguments=arguments)
+    sizes.append(3)
+    arguments["depth"] = 1
+    assert config.arguments == {"sizes": [1, 2], "pair": [3, 4]}
 
 
 @pytest.mark.parametrize(
@@ -411,6 +477,8 @@ ANY_TEXT = st.text(st.characters(exclude_categories=()))
 
 
 def toml(value: Any) -> str:
+    if value == {}:
+        return "{}"
     return tomli_w.dumps({"value": value}).removeprefix("value = ").removesuffix("\n")
 
 
@@ -501,8 +569,13 @@ def test_an_override_replaces_one_value_of_any_configuration(config, setting, tm
     section, key, value = setting
     path = tmp_path_factory.getbasetemp() / "base.toml"
     path.write_text(dump(config), encoding="utf-8")
-    table = replace(getattr(config, section), **{key: value})
-    loaded = load(path, [f"{section}.{key}={toml(value)}"])
+    override = f"{section}.{key}={toml(value)}"
+    try:
+        table = replace(getattr(config, section), **{key: value})
+    except UserError as error:  # a setting that the model ignores
+        assert section == "model" and str(outcome(path, override)).endswith(str(error))
+        return
+    loaded = load(path, [override])
     assert loaded == replace(config, **{section: table})
     assert type(getattr(getattr(loaded, section), key)) is type(value)
 

@@ -63,6 +63,10 @@ gpu_only = pytest.mark.parametrize("device", [CUDA], indirect=True)
 
 DETERMINISTIC = ("train.deterministic=true",)
 NO_DROPOUT = ("model.dropout_conv=0", "model.dropout_stem=0", "model.dropout_fc=0")
+# A model with torch's own dropout, and the settings at which such a model ignores the others.
+OWN = "tests.models.own:network"
+OTHER = (f"model.name={OWN}", "model.width=64", "model.dropout_conv=0.2")
+OTHER = (*OTHER, "model.dropout_stem=0.15", "model.dropout_fc=0.2")
 # One model for all tests that compile: the later ones find it in the compiler's cache.
 SMALL = ("model.name=cnn8", "model.width=8", *NO_DROPOUT)
 
@@ -387,6 +391,7 @@ CAPTURED = {
         "optim.name=muon",
         "train.image_size=[[0.3,32],[0.6,48]]",
     ),
+    "torch's dropout": OTHER,
 }
 
 
@@ -556,12 +561,15 @@ sys.exit(train.main(sys.argv[1:]))
 
 
 @gpu_only
-@pytest.mark.parametrize(("name", "compiled"), [("resnet11", "false"), ("cnn8", "true")])
+@pytest.mark.parametrize(
+    ("name", "compiled"), [("resnet11", "false"), ("cnn8", "true"), (OWN, "false"), (OWN, "true")]
+)
 def test_a_stopped_training_resumes_bit_for_bit(name, compiled, device, dataset, tmp_path):
     """It stops after four of the second epoch's ten steps, with dropout and a moving average."""
     whole, run, script = (tmp_path / part for part in ("whole", "run", "script.py"))
     script.write_text(SIGNALLED)
-    sets = (f"model.name={name}", f"train.compile={compiled}", precision_for(device))
+    model = OTHER if name == OWN else (f"model.name={name}",)
+    sets = (*model, f"train.compile={compiled}", precision_for(device))
     sets = (*sets, "train.checkpoint_every=0", *DETERMINISTIC)
     train(command(dataset, whole, *sets), device=device)
     stopped = launch(command(dataset, run, *sets), script=script, device=device)

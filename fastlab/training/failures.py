@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from fastlab.config import Config
-from fastlab.console import UserError
+from fastlab.console import UserError, first_line
 from fastlab.runs import RunDir
 
 
@@ -66,7 +66,7 @@ def batch_fits(cfg: Config, model: nn.Module, accelerator: Accelerator) -> Gener
 @contextmanager
 def failures_explained(run: RunDir) -> Generator[None]:
     """A full disk or another process of the training that died becomes a `UserError` that says how
-    to resume."""
+    to resume; so does a model that several processes, or deterministic algorithms, cannot train."""
     try:
         yield
     except BrokenPipeError:
@@ -77,6 +77,11 @@ def failures_explained(run: RunDir) -> Generator[None]:
             f"{run.resume_hint()}"
         ) from None
     except RuntimeError as error:
+        if "not have a deterministic implementation" in str(error):
+            raise UserError(
+                f"train.deterministic = true: {first_line(error)}; set it to false, or change the "
+                f"model"
+            ) from None
         if "Expected to have finished reduction" in str(error):
             raise UserError(
                 f"{run.path}: some layers of the model take no part in some steps, and several "

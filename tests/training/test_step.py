@@ -248,9 +248,7 @@ def test_a_capture_that_is_not_possible_is_reported(synth_dataset, tmp_path, cap
 def test_a_built_in_model_draws_nothing_from_torchs_generator(synth_dataset, tmp_path):
     """Each step seeds it, for other models."""
     trainer = trainer_of(synth_dataset, tmp_path, "model.name=resnet11")
-    for number, batch in enumerate(
-        trainer.step.batches(trainer.train_data, 0, 0, capture=False)
-    ):
+    for number, batch in enumerate(trainer.step.batches(trainer.train_data, 0, 0, capture=False)):
         trainer.step(batch)
         trainer.watch.refuse_divergence(trainer.model)
         after = torch.get_rng_state()
