@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from fastlab.config import ModelConfig, OptimConfig
 from fastlab.console import UserError
 from fastlab.models.dropout import DropoutKeys
 from fastlab.models.foreign import check_foreign
+from fastlab.runs import RunDir
 from fastlab.study.spec import make_task
 from fastlab.training import metrics, setup, step
+from fastlab.training.failures import failures_explained
 from fastlab.training.muon import is_hidden
 from fastlab.training.optim import make_optimizer
 from fastlab.training.warm_start import heads
@@ -191,7 +194,7 @@ MISTAKES = {
     f"{OWN}:lazy": "has lazy layers",
     f"{OWN}:infinite": "mask holds a number that is not finite",
     f"{OWN}:fixed_size": "on images of 64 pixels a side failed: RuntimeError: mat1 and mat2",
-    f"{OWN}:nothing": "has no 'nothing'; it has: network, fine, ",
+    f"{OWN}:nothing": "has no 'nothing'; it has: Mean, network, fine, ",
     f"{OWN}:OWN": "has no 'OWN'",
     "no_such_module:network": "No module named 'no_such_module'",
 }
@@ -222,6 +225,26 @@ def test_a_mistake_with_timm_is_refused_in_one_line(
     assert train(name, tmp_path / "run", *(part for s in sets for part in ("--set", s))) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+def test_norms_that_cannot_be_synchronised_are_refused_by_name():
+    config = ModelConfig(name=f"{OWN}:other_norms", sync_batch_norm=True)
+    with pytest.raises(UserError, match=r"sync_batch_norm: 0 is no plain BatchNorm2d \(Norm\)"):
+        check_foreign(models.build(config, 4), config, 4, [16])
+    usual = replace(config, name=f"{OWN}:network")
+    check_foreign(models.build(usual, 4), usual, 4, [16])
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        ("Expected to have finished reduction in the prior iteration", "several processes cannot"),
+        ("f does not have a deterministic implementation", "train.deterministic = true: f does"),
+    ],
+)
+def test_what_torch_cannot_do_with_a_model_is_explained(error, message, tmp_path):
+    with pytest.raises(UserError, match=message), failures_explained(RunDir(tmp_path)):
+        raise RuntimeError(f"{error}\nsecond line")
 
 
 def test_without_timm_the_command_that_installs_it_is_named(monkeypatch):
