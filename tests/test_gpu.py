@@ -33,6 +33,7 @@ from fastlab.dataset.convert import Options, convert
 from fastlab.dataset.formats.array import open_array
 from fastlab.dataset.manifest import read_manifest
 from fastlab.dataset.synth import synthesise
+from fastlab.model_config import ModelName
 from fastlab.models.dropout import DropoutKeys
 from fastlab.runs import RunDir
 from fastlab.traces.review import review_run
@@ -298,7 +299,7 @@ def test_torchcodec_and_torchvision_decode_to_the_same_pixels(device, encoded_da
 
 
 def loss_and_gradient(
-    name: config.ModelName,
+    name: ModelName,
     device: str,
     precision: str,
     compiled: bool = False,

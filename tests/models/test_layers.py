@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastlab.config import ModelConfig, ModelName
+from fastlab.model_config import ModelConfig, ModelName
 from fastlab.models import build, layers
 from fastlab.models.dropout import Dropout
 from fastlab.models.layers import BatchNorm, Convolution, StemConvolution, freeze_cancelled

@@ -11,7 +11,7 @@ import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastlab.config import ModelConfig, ModelName
+from fastlab.model_config import ModelConfig, ModelName
 from fastlab.models import MODELS, SMALLEST_IMAGE, build, count_parameters
 from fastlab.models.dropout import Dropout, DropoutKeys
 from fastlab.models.layers import Pointwise
