@@ -32,6 +32,7 @@ from fastlab.fields import (
     Seed,
     Share,
     SizeStages,
+    Trackers,
     checked,
     field_types,
     show,
@@ -173,6 +174,9 @@ class TrainConfig(Section):
     at the end of every epoch. The end of the training always writes one."""
     checkpoint_every: Count = 0
     """Steps between checkpoints within an epoch, whatever the clock says; 0: off."""
+    trackers: Trackers = ("tensorboard",)
+    """Where curves and sample predictions go besides the run's own files: any of "tensorboard",
+    "wandb", "mlflow" and "trackio"."""
     deterministic: bool = False
     """On a GPU, True takes deterministic convolutions, so that a resumed run repeats an
     uninterrupted one bit for bit; False lets cuDNN choose the fastest by trial. A CPU is always
@@ -221,6 +225,9 @@ def tta_label(tta: str) -> str:
     """What follows the name of figures: empty for plain ones."""
     return "" if tta == "none" else f" (tta={tta})"
 
+
+WITHOUT_EFFECT = {"train.trackers"}
+"""Settings on which no figure of a run depends: they tell no runs apart."""
 
 # Keys of earlier versions, ignored in files: they had no effect on what a run computes.
 _RETIRED = {("train", "compile_mode")}

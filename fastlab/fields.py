@@ -56,6 +56,18 @@ SizeStages = Annotated[
     ),
 ]
 
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
+
+
+def _are_trackers(names: tuple[Any, ...]) -> bool:
+    return all(name in TRACKERS for name in names) and len(set(names)) == len(names)
+
+
+Trackers = Annotated[
+    tuple[str, ...],
+    Bound("different names out of " + ", ".join(f'"{name}"' for name in TRACKERS), _are_trackers),
+]
+
 
 def _is_argument(value: Any) -> bool:
     if isinstance(value, list):
@@ -78,7 +90,8 @@ Arguments = Annotated[
 
 class Section:
     """A section of the configuration: a frozen dataclass whose fields have one of the types above,
-    `SizeStages`, `Arguments`, a `Literal` of strings, or a plain bool, int, float or str."""
+    `SizeStages`, `Trackers`, `Arguments`, a `Literal` of strings, or a plain bool, int, float or
+    str."""
 
     def __post_init__(self) -> None:
         """Raises `UserError` for a value that its field does not take."""
@@ -105,6 +118,8 @@ def checked(name: str, kind: Any, value: Any) -> Any:
         plain, value = tuple, _as_stages(value)
     if kind is Arguments:
         plain, value = dict, _as_arguments(value)
+    if kind is Trackers:
+        plain, value = tuple, tuple(value) if isinstance(value, list) else value
     takes = (
         type(value) is plain
         and not (plain is float and not math.isfinite(value))

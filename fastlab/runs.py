@@ -45,6 +45,10 @@ class RunDir:
         self.initial = path / "initial.safetensors"
         """The weights with which the run began; absent where these were random."""
         self.tensorboard = path / "tensorboard"
+        self.wandb = path / "wandb"
+        self.mlruns = path / "mlruns"
+        self.trackers = path / "trackers.json"
+        """By what each tracker knows the run."""
         self.traces = path / "traces"
         self.lock = path / "lock"
 

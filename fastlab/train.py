@@ -28,7 +28,7 @@ from fastlab.models.dropout import DropoutKeys
 from fastlab.options import add_training_options
 from fastlab.runs import RunDir
 from fastlab.tracing import Tracer, span
-from fastlab.training import setup
+from fastlab.training import setup, trackers
 from fastlab.training.distributed import agreed, largest_int
 from fastlab.training.evaluate import evaluate
 from fastlab.training.failures import batch_fits, data_fits, failures_explained, model_fits
@@ -212,7 +212,10 @@ def save_or_stop(trainer: Trainer) -> None:
         seconds = settings.checkpoint_seconds  # 0: at the end of each epoch
         look = trainer.watch.look(seconds > 0 and trainer.state.checkpoint_due(seconds))
         due = due or look.checkpoint_due
-        trainer.journal.show(look.sums)
+        seen = (
+            trainer.steps_done() - settings.log_every
+        )  # a look's sums are those of the look before
+        trainer.journal.show(look.sums, seen, trainer.rate.at(seen))
     if due:
         trainer.save()
     # Several processes stop together, by a look or between two epochs.
@@ -229,7 +232,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(cfg: Config, directory: RunDir, *, resume: bool, overwrite: bool, init: str) -> int:
     """Train in `directory`; the others are options of `fastlab train`. Returns the exit status."""
-    accelerator = setup.make_accelerator(cfg)
+    accelerator = setup.make_accelerator(cfg, trackers.make(cfg.train.trackers))
     with setup.torch_settings(cfg):
         try:
             trainer = Trainer(cfg, directory, accelerator, None if resume else init)

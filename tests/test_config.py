@@ -24,6 +24,7 @@ from fastlab.config import (
     load,
 )
 from fastlab.console import UserError
+from fastlab.fields import TRACKERS
 
 FUZZ = settings(max_examples=120, deadline=None, database=None, derandomize=True)
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -109,6 +110,7 @@ VALUES = {
         "log_every": COUNT,
         "checkpoint_seconds": NOT_NEGATIVE,
         "checkpoint_every": SIZE,
+        "trackers": st.lists(st.sampled_from(TRACKERS), unique=True).map(tuple),
         "deterministic": st.booleans(),
     },
     "evaluate": {"tta": st.sampled_from(["none", "flip"])},

@@ -8,7 +8,7 @@ from fastlab.config import Config, ScheduleConfig
 # What a step reads from the device, or what happens outside of compiled code.
 _DATA = {
     "schedule": {field.name for field in dataclasses.fields(ScheduleConfig)} - {"name"},
-    "train": {"seed", "log_every", "checkpoint_seconds", "checkpoint_every"},
+    "train": {"seed", "log_every", "checkpoint_seconds", "checkpoint_every", "trackers"},
 }
 
 

@@ -1,11 +1,11 @@
-"""What a training reports: console lines, the progress bar, TensorBoard and the run's records."""
+"""What a training reports: console lines, the progress bar, trackers and the run's records."""
 
 import shlex
 import sys
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,14 +17,10 @@ from fastlab.config import Config, tta_label
 from fastlab.console import UserError, printable, tell
 from fastlab.dataset.manifest import Manifest
 from fastlab.runs import RunDir
-from fastlab.training import checkpoint
+from fastlab.training import checkpoint, trackers
 from fastlab.training.metrics import Figures
 from fastlab.training.review import review
 from fastlab.training.state import State
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
 
 _HEAD = (
     f"{'epoch':>11}  {'lr':>9}  {'train loss':>10}  {'top-1':>7}  {'val loss':>10}  {'top-1':>7}  "
@@ -93,7 +89,11 @@ class Journal:
         self._run, self._cfg, self._manifest, self._model = run, cfg, manifest, model
         self._state, self._accelerator = state, accelerator
         self._main = accelerator.is_main_process
-        self._board: SummaryWriter | None = None
+        self._epoch_steps = 0
+        self._looked = 0.0  # `time.perf_counter()` at the last look
+        self._shown: tuple[float, float] | None = None
+        """Loss and images of the epoch that have been recorded; None: not known, since an earlier
+        process began the epoch."""
         self._bar = Bar(0, 0, 0, disable=True)
         self._label = tta_label(cfg.evaluate.tta)
 
@@ -124,36 +124,52 @@ class Journal:
 
     @contextmanager
     def opened(self, steps: int) -> Generator[None]:
-        """Open TensorBoard's curves and, where standard error is a terminal, the progress bar over
-        epochs of `steps`. The curves of a resumed run lose what came after its checkpoint."""
+        """Start the trackers, and open the progress bar over epochs of `steps` where standard error
+        is a terminal. `Accelerator.end_training` ends the trackers."""
+        self._epoch_steps = steps
         if not self._main:
             yield
             return
-        from torch.utils.tensorboard import SummaryWriter  # slow to import
-
         progress, settings = self._state.progress, self._cfg.train
         done = progress.epoch * steps + progress.step
         images = [count * settings.batch_size for count in (steps, done)]
         shown = sys.stderr is not None and sys.stderr.isatty()
-        with (
-            SummaryWriter(str(self._run.tensorboard), purge_step=progress.epoch + 1) as self._board,
-            Bar(settings.epochs, *images, disable=not shown) as self._bar,
-        ):
+        place = trackers.Place(self._run, self._cfg, progress.epoch, done)
+        trackers.start(self._accelerator, place)
+        with Bar(settings.epochs, *images, disable=not shown) as self._bar:
             yield
 
     @contextmanager
     def bar(self) -> Generator[Bar]:
         """The progress bar, shown while an epoch's steps are taken, to be updated by images."""
-        self._bar.begin(self._state.progress.epoch)
+        progress = self._state.progress
+        self._shown = None if progress.step else (0.0, 0.0)
+        self._bar.begin(progress.epoch)
         yield self._bar
         self._bar.pause()
 
-    def show(self, sums: list[float]) -> None:
-        """Show loss and top-1 of `sums` (a `Look`'s) beside the bar."""
-        if sums and not self._bar.disable:
-            loss, hits, _, images = sums
+    def show(self, sums: list[float], step: int, lr: float) -> None:
+        """Show loss and top-1 of `sums` (a `Look`'s) beside the bar. The trackers get the mean loss
+        of this process since the sums shown before, as of `step`, the last step in `sums`; the rate
+        `lr` there; and the images/s of all processes since the last look."""
+        now = time.perf_counter()
+        seconds, self._looked = now - self._looked, now
+        if not sums:
+            return
+        loss, hits, _, images = sums
+        if not self._bar.disable:
             text = f"loss {loss / images:.3f}, top-1 {hits / images:.1%}"
             self._bar.set_postfix_str(text, refresh=False)
+        if self._shown:
+            shown_loss, shown_images = self._shown
+            settings = self._cfg.train
+            values = {
+                "step/loss": (loss - shown_loss) / (images - shown_images),
+                "step/lr": lr,
+                "step/images_per_second": settings.log_every * settings.batch_size / seconds,
+            }
+            self._accelerator.log(values, step=step)
+        self._shown = loss, images
 
     def record(
         self, step: int, train: Figures, val: Figures, images_per_second: float, seconds: float
@@ -172,15 +188,11 @@ class Journal:
         }
         counts = {"images": val.images, "correct1": val.correct1, "correct5": val.correct5}
         counts = {f"val_{name}": count for name, count in counts.items()}
-        record = {"epoch": progress.epoch, "step": step, **values, **counts}
+        values |= counts
+        record = {"epoch": progress.epoch, "step": step, **values}
         self._run.append_metrics({**record, "tta": self._cfg.evaluate.tta})
-        for name, value in values.items():
-            group, _, metric = name.partition("_")
-            tag = f"{metric}/{group}" if group in ("train", "val") else name
-            if group == "val" and self._label:
-                tag += f"-{self._cfg.evaluate.tta}"
-            if self._board is not None:
-                self._board.add_scalar(tag, value, progress.epoch)
+        tagged = {self._tag(name): value for name, value in values.items()}
+        self._accelerator.log({"epoch": progress.epoch, **tagged}, step=step)
         print(
             f"{f'{progress.epoch}/{self._cfg.train.epochs}':>11}  {progress.lr:9.2e}  "
             f"{train.loss:#10.4g}  {train.top1:7.2%}  "
@@ -188,6 +200,14 @@ class Journal:
             f"{images_per_second:10,.0f}  {seconds:8.1f}",
             flush=True,
         )
+
+    def _tag(self, name: str) -> str:
+        """What trackers call a figure: "top1/val" for "val_top1", so that one chart has both."""
+        group, _, metric = name.partition("_")
+        if group not in ("train", "val"):
+            return name
+        flipped = group == "val" and self._label
+        return f"{metric}/{group}" + (f"-{self._cfg.evaluate.tta}" if flipped else "")
 
     def summarise(self, status: str) -> None:
         """Write the summary. `status`: "running", "interrupted", "diverged" or "finished"."""
@@ -243,6 +263,8 @@ class Journal:
         try:
             samples, errors = review(self._model, self._cfg, self._manifest, device)
             self._run.write_predictions(samples, errors)
+            steps = self._state.progress.epoch * self._epoch_steps
+            trackers.log_samples(self._accelerator, samples, steps)
         except UserError as error:  # such as a dataset that was replaced or moved meanwhile
             tell(f"{self._run.path}: is trained, but has no sample predictions or errors: {error}")
         progress, path = self._state.progress, self._run.path

@@ -15,7 +15,7 @@ def clear(run: RunDir) -> None:
     """Remove the files of a run, but for those that `RunDir.create` replaces. Until it does, the
     directory is a run without a checkpoint, which can be resumed or overwritten. Raises `UserError`
     where a file cannot be removed."""
-    made = (run.checkpoints, run.tensorboard, run.traces)
+    made = (run.checkpoints, run.tensorboard, run.wandb, run.mlruns, run.traces, run.trackers)
     made += (run.metrics, run.summary, run.predictions, run.errors, run.initial)
     with run.writing():
         for path in made:

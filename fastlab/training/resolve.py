@@ -25,6 +25,7 @@ CHANGEABLE = {
         "label_smoothing",
         "grad_clip",
         "log_every",
+        "trackers",
         "checkpoint_seconds",
         "checkpoint_every",
         "deterministic",

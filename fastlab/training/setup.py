@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
+from accelerate.tracking import GeneralTracker
 from accelerate.utils import set_seed
 from torch import nn
 
@@ -48,8 +49,8 @@ _compiled: dict[str, Any] = {}
 _COMPILING = "compiling the first step; this takes minutes on a CPU"
 
 
-def make_accelerator(cfg: Config) -> Accelerator:
-    """Collective: begin a training; what earlier ones of this process compiled is forgotten unless
+def make_accelerator(cfg: Config, trackers: Sequence[GeneralTracker] = ()) -> Accelerator:
+    """Collective: begin a training that `trackers` record; what earlier ones of this process compiled is forgotten unless
     it fits. Raises `UserError` where precision or batch size do not suit the processes, or where
     the launcher started fewer processes than it was asked for."""
     precision = cfg.train.precision
@@ -68,6 +69,7 @@ def make_accelerator(cfg: Config) -> Accelerator:
         cpu=asked > 1 and not torch.accelerator.is_available(),
         mixed_precision=precision if precision in ("bf16", "fp16") else "no",
         step_scheduler_with_optimizer=False,
+        log_with=list(trackers) or None,
         kwargs_handlers=[ddp],
     )
     world = accelerator.num_processes

@@ -1,5 +1,6 @@
 """What a checkpoint holds: with the configuration, all that resuming needs."""
 
+import json
 import time
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
@@ -185,7 +186,7 @@ class State:
         if self._accelerator.is_main_process:
             until = f"epoch {epoch + 1}, step {step}" if step else f"the end of epoch {epoch}"
             for name, value in reruns.change_config(self._run, cfg, until).items():
-                print(f"{name} is changed from here on; it was {value}")
+                print(f"{name} is changed from here on; it was {json.dumps(value)}")
 
     def restore(self, cfg: Config, steps: int) -> None:
         """Load the newest checkpoint, or where there is none the weights with which the run began,

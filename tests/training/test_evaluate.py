@@ -84,7 +84,7 @@ def flipped(synth_dataset, tmp_path_factory):
 def test_every_record_of_a_run_labels_its_figures(flipped):
     assert [line["tta"] for line in metrics(flipped)] == ["flip"]
     assert json.loads((flipped / "summary.json").read_text())["tta"] == "flip"
-    events = b"".join(path.read_bytes() for path in (flipped / "tensorboard").iterdir())
+    events = b"".join(path.read_bytes() for path in (flipped / "tensorboard").glob("events*"))
     assert b"top1/val-flip" in events and b"top1/train" in events
     assert b"top1/train-flip" not in events
 

@@ -61,7 +61,8 @@ def journal(epochs: int, progress: Progress) -> Any:
     state = SimpleNamespace(progress=progress, wall=lambda: 0.0)
     run = SimpleNamespace(append_metrics=lambda record: None)
     cfg = Config(train=TrainConfig(epochs=epochs))
-    values: list[Any] = [run, cfg, None, None, state, SimpleNamespace(is_main_process=True)]
+    accelerator = SimpleNamespace(is_main_process=True, log=lambda values, step: None)
+    values: list[Any] = [run, cfg, None, None, state, accelerator]
     return Journal(*values)
 
 
