@@ -119,7 +119,7 @@ def checked(name: str, kind: Any, value: Any) -> Any:
     if kind is Arguments:
         plain, value = dict, _as_arguments(value)
     if kind is Trackers:
-        plain, value = tuple, tuple(value) if isinstance(value, list) else value
+        plain, value = tuple, _as_tuple(value)
     takes = (
         type(value) is plain
         and not (plain is float and not math.isfinite(value))
@@ -146,6 +146,10 @@ def _as_float(value: int) -> float:
         return float(value)
     except OverflowError:
         return math.inf
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _as_stages(value: Any) -> Any:

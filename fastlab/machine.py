@@ -1,6 +1,7 @@
 """This machine: the record that every figure carries, and what of fastlab works here (`doctor`)."""
 
 import importlib
+import importlib.util
 import os
 import platform
 import subprocess
@@ -25,6 +26,13 @@ def installing(extra: str) -> str:
     if shipped.INSTALLED:
         return f'run `pip install "{DISTRIBUTION}[{extra}]"`'
     return f'run `make extras` in the checkout, or there `pip install -e ".[{extra}]"`'
+
+
+def missing_tracker(name: str) -> str:
+    """What installs the tracker `name`; empty where it is installed."""
+    spec = importlib.util.find_spec(name)
+    # Without an origin it is a folder of that name, such as one of W&B's files.
+    return "" if spec and spec.origin else f"{name} is not installed here; {installing('trackers')}"
 
 
 FFCV_MISSING = (
@@ -147,7 +155,8 @@ class Finding(NamedTuple):
 
 def examine() -> list[Finding]:
     """Every finding, in the order in which to print them. Imports all engines."""
-    return [*_packages(), *_devices(), *_sources(), *_engines(), *_models(), *_extras()]
+    findings = [*_packages(), *_devices(), *_sources(), *_engines(), *_models()]
+    return [*findings, *_trackers(), *_extras()]
 
 
 def table(findings: list[Finding]) -> str:
@@ -231,6 +240,16 @@ def _stream() -> Finding:
     remote = _import("engines", "stream", "s3fs", "reads the tar format, also from URLs", "")
     local = f"reads the tar format of local folders; for URLs, {installing('remote')}"
     return remote if remote.usable else Finding("engines", "stream", True, local)
+
+
+def _trackers() -> list[Finding]:
+    """They are not imported: MLflow reports its use as soon as it is."""
+    found = []
+    for name in ("tensorboard", "wandb", "mlflow", "trackio"):
+        missing = missing_tracker(name)
+        usable = f"records trainings; version {_version(name)}"
+        found.append(Finding("trackers", name, not missing, missing or usable))
+    return found
 
 
 def _import(group: str, name: str, module: str, usable: str, missing: str) -> Finding:

@@ -109,9 +109,11 @@ class RunDir:
             yield
 
     def _refuse_links(self) -> None:
+        # W&B's service puts a link to its own log there, which nothing writes through.
+        logs = {folder / "debug-core.log" for folder in self.wandb.glob("*/logs")}
         for folder, folders, files in os.walk(self.path):
             for path in (Path(folder, name) for name in (*folders, *files)):
-                if path.is_symlink():
+                if path.is_symlink() and path not in logs:
                     raise UserError(
                         f"{printable(str(path))}: is a link, and a training writes only into its "
                         f"own directory; put the file or directory itself in its place"

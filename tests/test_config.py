@@ -481,7 +481,7 @@ ANY_TEXT = st.text(st.characters(exclude_categories=()))
 def toml(value: Any) -> str:
     if value == {}:
         return "{}"
-    return tomli_w.dumps({"value": value}).removeprefix("value = ").removesuffix("\n")
+    return tomli_w.dumps({"value": value}).removeprefix("value = ").replace("\n", "")
 
 
 def misspelt(name: str) -> st.SearchStrategy[str]:

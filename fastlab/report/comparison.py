@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from fastlab.config import WITHOUT_EFFECT
 from fastlab.report.texts import MISSING, flat, setting_text
 from fastlab.run_records import Run, best_epoch
 from fastlab.runs import same_images
@@ -48,11 +49,14 @@ def _top1(run: Run) -> float:
 
 
 def differing_settings(runs: list[Run]) -> dict[str, list[str]]:
-    """The settings that are not equal in all runs: section.key -> the value of each run as text.
-    `data.path`, which often differs from machine to machine, comes last."""
+    """The settings that are not equal in all runs, and on which figures depend: section.key -> the
+    value of each run as text. `data.path`, which often differs from machine to machine, comes
+    last."""
     values = [{name: setting_text(v) for name, v in flat(run.config).items()} for run in runs]
-    names = sorted(dict.fromkeys(name for each in values for name in each), key=_is_path)
-    columns = {name: [each.get(name, MISSING) for each in values] for name in names}
+    names = dict.fromkeys(name for each in values for name in each if name not in WITHOUT_EFFECT)
+    columns = {
+        name: [each.get(name, MISSING) for each in values] for name in sorted(names, key=_is_path)
+    }
     return {name: column for name, column in columns.items() if len(set(column)) > 1}
 
 

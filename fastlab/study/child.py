@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+from fastlab import config as configs
 from fastlab.console import UserError
 from fastlab.machine import cores
 from fastlab.processes import die_with_parent, leave_terminal, signals_to_stop
@@ -95,7 +96,8 @@ def prepare(study: StudyDir, task: Task) -> list[str]:
         # Training wants an empty directory; one without a configuration was killed too early.
         shutil.rmtree(run, ignore_errors=True)
         return ["--config", str(study.config(task.name)), "--out", str(run)]
-    if RunDir(run).load_config() != task.config:
+    differing = configs.differences(RunDir(run).load_config(), task.config)
+    if differing.keys() - configs.WITHOUT_EFFECT:
         raise UserError(
             f"{run}: holds a run of another configuration; choose another --out, or remove it"
         )

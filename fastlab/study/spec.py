@@ -96,14 +96,16 @@ class Study:
 
 
 def make_task(config: Config) -> Task:
-    """The task of `config`, named by model, a hash of the settings that differ from the defaults,
-    and seed. A setting that a later fastlab adds therefore renames no existing run."""
+    """The task of `config`, named by model, a hash of the settings that differ from the defaults
+    (but those without effect), and seed. A setting that a later fastlab adds therefore renames no
+    existing run."""
     values, defaults = dataclasses.asdict(config), dataclasses.asdict(Config())
     changed = {
         f"{section}.{key}": value
         for section, table in values.items()
         for key, value in table.items()
-        if value != defaults[section][key] and (section, key) != ("train", "seed")
+        if value != defaults[section][key]
+        and f"{section}.{key}" not in {"train.seed", *configs.WITHOUT_EFFECT}
     }
     digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:10]
     return Task(f"{model_text(config)}-{digest}-seed{config.train.seed}", config)

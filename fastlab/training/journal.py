@@ -134,7 +134,8 @@ class Journal:
         done = progress.epoch * steps + progress.step
         images = [count * settings.batch_size for count in (steps, done)]
         shown = sys.stderr is not None and sys.stderr.isatty()
-        place = trackers.Place(self._run, self._cfg, progress.epoch, done)
+        device = self._accelerator.device.type
+        place = trackers.Place(self._run, self._cfg, device, progress.epoch, done)
         trackers.start(self._accelerator, place)
         with Bar(settings.epochs, *images, disable=not shown) as self._bar:
             yield

@@ -11,6 +11,7 @@ from fastlab import config
 from fastlab.config import Config
 from fastlab.console import UserError, printable
 from fastlab.fields import field_types
+from fastlab.machine import missing_tracker
 from fastlab.runs import RunDir
 
 CHANGEABLE = {
@@ -54,6 +55,9 @@ def resolve(args: argparse.Namespace) -> tuple[Config, RunDir]:
         cfg = config.load(args.config, args.overrides)
     else:
         raise UserError("--config FILE is missing; `fastlab configs` lists what comes with fastlab")
+    for name in cfg.train.trackers:
+        if missing := missing_tracker(name):
+            raise UserError(f"train.trackers: {missing}, or leave it out")
     if args.profile:
         cfg = replace(cfg, profile=replace(cfg.profile, enabled=True))
     return cfg, directory

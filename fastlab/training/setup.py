@@ -50,9 +50,9 @@ _COMPILING = "compiling the first step; this takes minutes on a CPU"
 
 
 def make_accelerator(cfg: Config, trackers: Sequence[GeneralTracker] = ()) -> Accelerator:
-    """Collective: begin a training that `trackers` record; what earlier ones of this process compiled is forgotten unless
-    it fits. Raises `UserError` where precision or batch size do not suit the processes, or where
-    the launcher started fewer processes than it was asked for."""
+    """Collective: begin a training that `trackers` record; what earlier ones of this process
+    compiled is forgotten unless it fits. Raises `UserError` where precision or batch size do not
+    suit the processes, or where the launcher started fewer processes than it was asked for."""
     precision = cfg.train.precision
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError('train.precision = "fp16" needs a GPU; use "bf16" or "fp32" here')

@@ -14,10 +14,8 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
-import huggingface_hub
 import numpy as np
 from accelerate import Accelerator, tracking
-from accelerate.state import PartialState
 from accelerate.tracking import GeneralTracker, on_main_process
 from PIL import Image
 
@@ -47,6 +45,8 @@ class Place(NamedTuple):
 
     run: RunDir
     cfg: Config
+    device: str
+    """The kind of device, such as "cuda"."""
     epoch: int
     """Whole epochs that are done."""
     step: int
@@ -69,7 +69,7 @@ class Place(NamedTuple):
         return {
             "model": cfg.model.name,
             "dataset": PurePath(cfg.data.path).name or cfg.data.path,
-            "device": PartialState().device.type,
+            "device": self.device,
             "precision": cfg.train.precision,
             "version": f"fastlab {__version__}",
         }
@@ -99,6 +99,7 @@ class Tracker(GeneralTracker):
     """A tracker of Accelerate that may fail: the user is told once, and it is left out from there
     on. It works from `start` on, on the main process alone, and prints nothing."""
 
+    name = ""
     requires_logging_directory = False
     main_process_only = True
 
@@ -106,7 +107,7 @@ class Tracker(GeneralTracker):
         super().__init__()
         self.place: Place
         """Set before `start`."""
-        self.inner: GeneralTracker | None = None
+        self.inner: Any = None
         """Accelerate's own tracker while it works."""
 
     @property
@@ -117,8 +118,7 @@ class Tracker(GeneralTracker):
     def start(self) -> None:
         with self._failing_alone():
             self.inner = self._make(self.place)
-            self.inner.start()
-            self._started(self.inner)
+            self._start(self.inner)
 
     @on_main_process
     def store_init_configuration(self, values: dict[str, Any]) -> None:
@@ -160,8 +160,8 @@ class Tracker(GeneralTracker):
     def _make(self, place: Place) -> GeneralTracker:
         raise NotImplementedError
 
-    def _started(self, inner: Any) -> None:
-        pass
+    def _start(self, inner: Any) -> None:
+        inner.start()
 
     def _store(self, inner: Any, values: dict[str, Any]) -> None:
         inner.store_init_configuration(values)
@@ -191,13 +191,12 @@ class TensorBoard(Tracker):
             place.run.tensorboard.name, place.run.path, purge_step=place.epoch + 1
         )
 
-    def _started(self, inner: Any) -> None:
+    def _start(self, inner: Any) -> None:
+        inner.start()
         self._steps.start()
 
     def _store(self, inner: Any, values: dict[str, Any]) -> None:
-        rows = [f"| {name} | {value} |" for name, value in values.items()]
-        text = "\n".join(["| setting | value |", "| --- | --- |", *rows])
-        inner.log({"configuration": text}, step=self.place.epoch)
+        inner.log({"configuration": _table("setting", values)}, step=self.place.epoch)
 
     def _log(self, inner: Any, values: dict[str, float], step: int | None) -> None:
         epoch = values.get("epoch")
@@ -207,13 +206,21 @@ class TensorBoard(Tracker):
             inner.log({name: v for name, v in values.items() if name != "epoch"}, step=epoch)
 
     def _log_samples(self, inner: Any, samples: list[Sample], step: int) -> None:
+        captions = {}
         for number, sample in enumerate(samples, 1):
-            tag = f"predictions/{number}: {sample.caption()}"
+            captions[tag := f"predictions/{number:02}"] = sample.caption()
             self._steps.tracker.add_image(tag, np.array(sample.image), step, dataformats="HWC")
+        self._steps.log({"predictions": _table("image", captions)}, step=step)
 
     def _finish(self, inner: Any) -> None:
         inner.finish()
         self._steps.finish()
+
+
+def _table(head: str, values: dict[str, Any]) -> str:
+    """Markdown, as TensorBoard shows it."""
+    rows = [f"| {name} | {value} |" for name, value in values.items()]
+    return "\n".join([f"| {head} | value |", "| --- | --- |", *rows])
 
 
 class WandB(Tracker):
@@ -260,17 +267,19 @@ class MLflow(Tracker):
     def _make(self, place: Place) -> GeneralTracker:
         import mlflow
 
-        if "MLFLOW_TRACKING_URI" not in os.environ:
-            mlflow.set_tracking_uri(place.run.mlruns.absolute().as_uri())
-            # MLflow has set it, and a later training of the process would take it for the user's.
-            del os.environ["MLFLOW_TRACKING_URI"]
+        chosen = os.environ.get("MLFLOW_TRACKING_URI")
+        mlflow.set_tracking_uri(chosen or place.run.mlruns.absolute().as_uri())
+        if not chosen:
+            # MLflow sets it, and a later training of the process would take it for the user's.
+            os.environ.pop("MLFLOW_TRACKING_URI", None)
         kept = read_object(place.run.trackers) if place.run.trackers.exists() else {}
         self._resumed = self.name in kept
         return tracking.MLflowTracker(
             PROJECT, run_id=kept.get(self.name), run_name=place.name(), tags=place.labels()
         )
 
-    def _started(self, inner: Any) -> None:
+    def _start(self, inner: Any) -> None:
+        inner.start()
         self.place.kept(self.name, inner.tracker.info.run_id)
 
     def _store(self, inner: Any, values: dict[str, Any]) -> None:
@@ -280,7 +289,7 @@ class MLflow(Tracker):
     def _log_samples(self, inner: Any, samples: list[Sample], step: int) -> None:
         import mlflow
 
-        captions = {f"{number}.png": each.caption() for number, each in enumerate(samples, 1)}
+        captions = {f"{number:02}.png": each.caption() for number, each in enumerate(samples, 1)}
         for name, sample in zip(captions, samples, strict=True):
             mlflow.log_image(sample.image, artifact_file=f"predictions/{name}")
         mlflow.log_dict(captions, "predictions/captions.json")
@@ -302,10 +311,9 @@ class Trackio(Tracker):
             auto_log_cpu=False,
         )
 
-    @on_main_process
-    def start(self) -> None:
+    def _start(self, inner: Any) -> None:
         with _hub_unasked():
-            super().start()
+            inner.start()
 
     def _store(self, inner: Any, values: dict[str, Any]) -> None:
         pass  # its start took it
@@ -315,14 +323,20 @@ class Trackio(Tracker):
 
         for number, sample in enumerate(samples, 1):
             image = trackio.Image(sample.image, caption=sample.caption())
-            inner.log({f"predictions/{number}": image}, step=step)
+            inner.log({f"predictions/{number:02}": image}, step=step)
+
+    def _finish(self, inner: Any) -> None:
+        import trackio
+
+        trackio.finish()  # Accelerate's would leave the run to be finished again at exit
 
 
 @contextmanager
 def _hub_unasked() -> Generator[None]:
     """trackio asks the hub for the name of the user whose token it finds, also where everything
     stays on this machine."""
-    constants: Any = huggingface_hub.constants
+    from huggingface_hub import constants
+
     online = {"TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"} & os.environ.keys()
     before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, not online
     try:
