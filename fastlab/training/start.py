@@ -2,6 +2,8 @@
 
 import argparse
 import os
+import sys
+from pathlib import Path
 
 from fastlab.console import run_command
 from fastlab.options import add_training_options
@@ -12,6 +14,10 @@ from fastlab.training.resolve import resolve
 def start_script() -> None:
     """Die with the launcher, choose how threads wait, and exit where the options or the
     configuration hold a mistake. Of several processes, only the first reports it."""
+    # Python looks in a script's folder first, where `bottleneck` would hide the package that pandas
+    # imports, which W&B imports.
+    folder = str(Path(__file__).parents[1])
+    sys.path[:] = [path for path in sys.path if path != folder]
     die_with_launcher()
     spin_briefly()
     parser = argparse.ArgumentParser(add_help=False)

@@ -55,6 +55,14 @@ def test_without_a_mistake_torch_is_imported(command, without_torch):
     assert errors == "was imported\n"
 
 
+def test_a_module_of_fastlab_hides_no_package_of_its_name(without_torch, tmp_path):
+    """Python puts the folder of a script, fastlab's own, before all others."""
+    say = "import importlib.util as u; raise SystemExit(str(u.find_spec('run_records')))"
+    (tmp_path / "torch" / "__init__.py").write_text(say)
+    _, errors = run([*SCRIPT, "--config", "configs/demo.toml"], without_torch)
+    assert errors == "None\n"
+
+
 def test_of_several_processes_only_the_first_reports_a_mistake(without_torch):
     command = [*SCRIPT, "--config", "nowhere.toml"]
     assert run(command, {**without_torch, "RANK": "0"})[0] == 2

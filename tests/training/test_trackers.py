@@ -234,7 +234,8 @@ def test_trackers_show_the_sample_predictions(tracked):
     media = list((tracked / "wandb").glob("*/files/media/images/*.png"))
     media += (tracked.parent / "trackio").rglob("*.png")
     assert len(media) == 2 * 2 * len(samples)  # of both processes
-    assert Image.open(media[0]).size == (64, 64)
+    with Image.open(media[0]) as image:
+        assert image.size == (64, 64)
 
 
 # A tracker that fails
