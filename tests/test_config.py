@@ -278,6 +278,10 @@ def test_an_unknown_name_is_refused_with_the_nearest_valid_one(
         ("train.precision", '"fp8"'),
         ("data.pipeline", '"a\\nb"'),
         ("model.name", '""'),
+        ("train.trackers", '"wandb"'),
+        ("train.trackers", '["tensorbord"]'),
+        ("train.trackers", '["wandb", "wandb"]'),
+        ("train.trackers", "[[], 1]"),
         # too long or too deep to print
         pytest.param("train.seed", "0x" + "f" * 5000, id="5000 digits"),
         pytest.param("train.seed", "[0x" + "f" * 5000 + "]", id="5000 digits in an array"),

@@ -32,6 +32,14 @@ def test_doctor_names_every_engine_and_the_running_versions(capsys):
     assert printed["devices", "cuda"]["usable"] == torch.cuda.is_available()
 
 
+def test_doctor_lists_trackers_with_the_way_to_install_a_missing_one(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    found = {name: finding for (group, name), finding in findings().items() if group == "trackers"}
+    assert list(found) == ["tensorboard", "wandb", "mlflow", "trackio"]
+    assert found["tensorboard"].usable and "version 2." in found["tensorboard"].detail
+    assert not found["wandb"].usable and '".[trackers]"' in found["wandb"].detail
+
+
 def test_a_missing_engine_is_reported_with_the_way_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "ffcv", None)  # importing it raises ModuleNotFoundError
     ffcv = findings()["engines", "ffcv"]

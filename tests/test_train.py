@@ -172,6 +172,7 @@ def test_two_processes_give_the_figures_of_one(synth_dataset, tmp_path):
     assert [r["train_loss"] for r in two] == pytest.approx([r["train_loss"] for r in one], abs=1e-4)
     for count in ("val_images", "val_correct1", "val_correct5"):
         assert [r[count] for r in one] == [r[count] for r in two]
+    assert len(list((tmp_path / "two" / "tensorboard").glob("events*"))) == 1  # of the main process
 
 
 @pytest.mark.parametrize(
