@@ -212,9 +212,7 @@ def save_or_stop(trainer: Trainer) -> None:
         seconds = settings.checkpoint_seconds  # 0: at the end of each epoch
         look = trainer.watch.look(seconds > 0 and trainer.state.checkpoint_due(seconds))
         due = due or look.checkpoint_due
-        seen = (
-            trainer.steps_done() - settings.log_every
-        )  # a look's sums are those of the look before
+        seen = trainer.steps_done() - settings.log_every  # `sums` are those of the look before
         trainer.journal.show(look.sums, seen, trainer.rate.at(seen))
     if due:
         trainer.save()
