@@ -1,12 +1,13 @@
 """This machine: the record that every figure carries, and what of fastlab works here (`doctor`)."""
 
+import functools
 import importlib
 import importlib.util
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -271,10 +272,16 @@ def _broken(group: str, name: str, error: Exception) -> Finding:
 
 def _version(module: str) -> str:
     """The version of the distribution whose name holds that of `module`: `nvidia` is shared."""
-    names = metadata.packages_distributions().get(module.partition(".")[0], [])
+    names = _distributions().get(module.partition(".")[0], [])
     wanted = module.replace(".", "-").replace("_", "-")
     matching = [name for name in names if wanted in name.lower()]
     return metadata.version(matching[0]) if matching else "unknown"
+
+
+@functools.cache
+def _distributions() -> Mapping[str, list[str]]:
+    """The distributions of each module. Reading the files of all that is installed takes a second."""
+    return metadata.packages_distributions()
 
 
 def _extras() -> list[Finding]:
