@@ -185,6 +185,9 @@ def resume(run: Location, **sections: Any) -> Run:
 def _train(
     cfg: Config, out: Location, *, resume: bool = False, overwrite: bool = False, init: str = ""
 ) -> Run:
+    from fastlab.training.resolve import refuse_missing_trackers
+
+    refuse_missing_trackers(cfg)  # before torch is imported
     from fastlab.train import run
 
     status = run(cfg, RunDir(Path(out)), resume=resume, overwrite=overwrite, init=init)

@@ -280,7 +280,7 @@ def _version(module: str) -> str:
 
 @functools.cache
 def _distributions() -> Mapping[str, list[str]]:
-    """The distributions of each module. Reading the files of all that is installed takes a second."""
+    """The distributions of each module, read once from the files of all that is installed."""
     return metadata.packages_distributions()
 
 

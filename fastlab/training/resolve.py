@@ -55,9 +55,7 @@ def resolve(args: argparse.Namespace) -> tuple[Config, RunDir]:
         cfg = config.load(args.config, args.overrides)
     else:
         raise UserError("--config FILE is missing; `fastlab configs` lists what comes with fastlab")
-    for name in cfg.train.trackers:
-        if missing := missing_tracker(name):
-            raise UserError(f"train.trackers: {missing}, or leave it out")
+    refuse_missing_trackers(cfg)
     if args.profile:
         cfg = replace(cfg, profile=replace(cfg.profile, enabled=True))
     return cfg, directory
@@ -66,6 +64,13 @@ def resolve(args: argparse.Namespace) -> tuple[Config, RunDir]:
 def begun(args: argparse.Namespace) -> dict[str, Any]:
     """How these options have a training begin, as `fastlab.train.run` takes it."""
     return {"resume": bool(args.resume), "overwrite": args.overwrite, "init": args.init}
+
+
+def refuse_missing_trackers(cfg: Config) -> None:
+    """Raises `UserError` where a tracker of `cfg` is not installed."""
+    for name in cfg.train.trackers:
+        if missing := missing_tracker(name):
+            raise UserError(f"train.trackers: {missing}, or leave it out")
 
 
 def _free_directory(file: Path) -> Path:

@@ -17,6 +17,7 @@ from accelerate import Accelerator, tracking
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import fastlab
 from fastlab import train as training
 from fastlab.cli import main
 from fastlab.config import Config
@@ -334,7 +335,9 @@ def test_a_tracker_that_is_not_installed_is_refused_before_the_training(
     status, _, errors = run_quietly(command(synth_dataset, out, chosen))
     (line,) = errors.splitlines()
     assert status == 2 and not out.exists()
-    assert f"{name} is not installed" in line and 'pip install -e ".[trackers]"' in line
+    assert f"{name} is not installed" in line and '".[trackers]"' in line
+    with pytest.raises(fastlab.UserError, match=f"{name} is not installed"):
+        fastlab.train({"train": {"trackers": [name]}}, out)
 
 
 def test_a_folder_with_the_name_of_a_tracker_is_no_package(tmp_path, monkeypatch):
