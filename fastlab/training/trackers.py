@@ -23,6 +23,7 @@ from fastlab import __version__
 from fastlab.config import Config
 from fastlab.console import first_line, tell
 from fastlab.files import write_json
+from fastlab.report.texts import flat
 from fastlab.runs import RunDir, read_object
 
 PROJECT = "fastlab"
@@ -77,9 +78,8 @@ class Place(NamedTuple):
     def settings(self) -> dict[str, Any]:
         """The configuration: section.key -> value; a list becomes JSON."""
         return {
-            f"{section}.{key}": json.dumps(value) if isinstance(value, tuple) else value
-            for section, values in dataclasses.asdict(self.cfg).items()
-            for key, value in values.items()
+            name: json.dumps(value) if isinstance(value, tuple | list) else value
+            for name, value in flat(dataclasses.asdict(self.cfg)).items()
         }
 
 
