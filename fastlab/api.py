@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import nn
 
+    from fastlab.export import Exported
     from fastlab.predict import Evaluation, Predictor
     from fastlab.run_records import Epoch
     from fastlab.study.command import Request
@@ -123,6 +124,34 @@ class Run:
         checked("tta", Tta, tta or "none")
         dataset = None if data is None else os.fspath(data)
         return evaluate_run(self.path, split, checkpoint, dataset, tta)
+
+    def export(
+        self,
+        to: Literal["onnx", "torch", "safetensors"],
+        out: Location | None = None,
+        *,
+        checkpoint: Weights = "best",
+        dynamic_batch: bool = False,
+        normalise: bool = False,
+        data: Location | None = None,
+        force: bool = False,
+    ) -> "Exported":
+        """Write the model for other programs; the keywords are the options of `fastlab export`.
+        Returns the path of the file with the figures of its check. Raises `UserError` where the
+        file exists (unless `force`), or the model cannot be exported."""
+        from fastlab.export import export
+
+        checked("checkpoint", Weights, checkpoint)
+        return export(
+            self.path,
+            to,
+            None if out is None else os.fspath(out),
+            which=checkpoint,
+            dynamic_batch=dynamic_batch,
+            normalise=normalise,
+            data=None if data is None else os.fspath(data),
+            force=force,
+        )
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -285,13 +314,10 @@ def _outcome(request: "Request") -> Study:
 
 def _overrides(sections: Mapping[str, Any]) -> list[str]:
     """The sections as ``section.key=value``. Raises `UserError` where a value is not valid."""
+    from fastlab.report.texts import flat
     from fastlab.study.spec import toml_text
 
-    values = {
-        f"{name}.{key}": value
-        for name, section in configs.check_sections(_plain(sections)).items()
-        for key, value in section.items()
-    }
+    values = flat(configs.check_sections(_plain(sections)))
     return [f"{key}={toml_text(value)}" for key, value in values.items()]
 
 

@@ -95,7 +95,7 @@ def test_the_documented_blocks_load_the_files(demo, fastlab):
     out = "demo/run.safetensors"
     assert fastlab("export", "demo/run", "--to", "safetensors", "--out", out)[0] == 0
     found: dict = {}
-    exec(documented("from fastlab.export import export"), found)
+    exec(documented("fastlab.load_run"), found)
     assert found["exported"].path == Path("demo/run.pt2")
     exec(documented("models.build"), found)
     images = torch.rand(3, 3, 64, 64)

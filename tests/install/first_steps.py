@@ -38,9 +38,8 @@ from pathlib import Path
 
 import fastlab.train
 
-if hasattr(fastlab, "load_run"):
-    image = next(Path("originals/val").rglob("*.JPEG"))
-    assert fastlab.load_run("run").predict(image)
+image = next(Path("originals/val").rglob("*.JPEG"))
+assert fastlab.load_run("run").predict(image)
 names = [name for name in sys.modules if name.split(".")[0] in ("fastlab", "pipelines")]
 print(*(sys.modules[name].__file__ for name in names), sep="\\n")
 """

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fastlab import config, models
+from fastlab import api, config, models
 from fastlab import train as training
 from fastlab.cli import main
 from fastlab.config import ModelConfig, OptimConfig
@@ -90,7 +90,7 @@ def weights(run: Path, name: str = "checkpoints/best") -> dict[str, torch.Tensor
 
 
 @pytest.mark.parametrize("kind", ["timm", "own", "fine-tuned"])
-def test_a_model_is_trained_traced_evaluated_reported_and_predicts(
+def test_a_model_is_trained_traced_evaluated_exported_reported_and_predicts(
     kind, train, synth_source, tmp_path, request, capsys
 ):
     name, options = f"{OWN}:network", ["--set", "model.arguments.width=8"]
@@ -111,6 +111,8 @@ def test_a_model_is_trained_traced_evaluated_reported_and_predicts(
     assert main(["predict", str(run), str(synth_source / "val"), "--json"]) == 0
     predicted = [json.loads(line)["predicted"] for line in capsys.readouterr().out.splitlines()]
     assert predicted and all(len(each) == 4 for each in predicted)
+    exported = api.load_run(run).export("torch", tmp_path / "model.pt2", dynamic_batch=True)
+    assert exported.agreement.correct == round(top1 * exported.agreement.images)
     page = tmp_path / "report.html"
     assert main(["report", str(run), "--out", str(page)]) == 0
     assert name in page.read_text()
