@@ -1,4 +1,4 @@
-"""The tables of the README pages, from the records under benchmarks/results/.
+"""The tables of the pages, from the records under benchmarks/results/.
 
     python -m benchmarks.tables            # rewrite them
     python -m benchmarks.tables --check    # exit status 1 where a page is out of date
@@ -24,7 +24,7 @@ from benchmarks.measurements import Record, Session, load
 from fastlab.console import UserError, run_command
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "benchmarks/README.md", "pipelines/README.md")
+PAGES = ("benchmarks/README.md", "docs/gpus.md", "pipelines/README.md")
 _EXACT = "kernel_counts"
 _MARKED = re.compile(r"(<!-- table: (\S+)(?: (\S+))? -->\n).*?<!-- end -->", re.DOTALL)
 

@@ -18,6 +18,8 @@ MIRRORED = (
     "benchmarks/results/*/traces/*.html",
     "pipelines/README.md",
     "configs/**/*.toml",
+    "fastlab/config.py",
+    "fastlab/study/spec.py",
     "examples/*.*",
     "LICENSE",
 )

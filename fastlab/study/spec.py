@@ -141,7 +141,7 @@ def tasks_of(studies: list[Study]) -> list[Task]:
 
 def _study(path: Path, table: dict[str, Any], overrides: list[str], count: int) -> Study:
     if not (table["title"] and table["base"]):
-        raise UserError("title or base is missing; README.md shows a study")
+        raise UserError("title or base is missing; docs/studies.md shows a study")
     base, seeds = path.parent / table["base"], _seeds(table["seeds"], count)
     rows = [
         _row(base, label, settings, overrides, seeds) for label, settings in _row_settings(table)
