@@ -41,4 +41,6 @@ def as_markdown(notebook: Path) -> str:
     """The cells of a notebook, without what they printed."""
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     texts = [(cell["cell_type"], "".join(cell["source"])) for cell in cells]
-    return "\n\n".join(f"```python\n{text}\n```" if kind == "code" else text for kind, text in texts)
+    return "\n\n".join(
+        f"```python\n{text}\n```" if kind == "code" else text for kind, text in texts
+    )

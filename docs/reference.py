@@ -2,8 +2,10 @@
 
 import ast
 import dataclasses
+import importlib
 import inspect
 import json
+import re
 from argparse import ArgumentParser, HelpFormatter
 from functools import partial
 from typing import Any
@@ -83,27 +85,46 @@ def _command(name: str) -> str:
 
 def python() -> str:
     """Signatures and docstrings of what `import fastlab` gives."""
-    names = getattr(fastlab, "__all__", [])
-    objects = [(name, getattr(fastlab, name)) for name in names if not name.startswith("__")]
+    names = [name for name in getattr(fastlab, "__all__", []) if not name.startswith("__")]
     intro = "# Python\n\nWhat `import fastlab` gives."
-    return "\n".join([intro, *(_object(name, each) for name, each in objects)])
+    return "\n".join([intro, *(_object(name, _interface(name)) for name in names)])
+
+
+def _interface(name: str) -> Any:
+    """A submodule that can be called stands for the function of its name."""
+    found = getattr(fastlab, name)
+    if inspect.ismodule(found):
+        found = getattr(importlib.import_module("fastlab.api"), name)
+    return found
 
 
 def _object(name: str, each: Any, heading: str = "##") -> str:
+    description = inspect.getdoc(each) or ""
+    if description.startswith(f"{name}("):  # a dataclass without one repeats its signature
+        description = ""
     code = f"```python\n{name}{_signature(each)}\n```"
-    text = f"\n{heading} `{name}` {{ #{name} }}\n\n{code}\n\n{_markdown(inspect.getdoc(each) or '')}"
-    if not inspect.isclass(each) or issubclass(each, Exception):
+    text = f"\n{heading} `{name}` {{ #{name} }}\n\n{code}\n\n{_markdown(description)}"
+    if not inspect.isclass(each):
         return text
-    members = [(key, value) for key, value in vars(each).items() if not key.startswith("_")]
-    public = [pair for pair in members if callable(pair[1]) or isinstance(pair[1], property)]
-    return "\n".join([text, *(_object(f"{name}.{key}", value, "###") for key, value in public)])
+    public = [pair for pair in vars(each).items() if not pair[0].startswith("_")]
+    members = [(key, value) for key, value in public if callable(value) or _getter(value)]
+    return "\n".join([text, *(_object(f"{name}.{key}", value, "###") for key, value in members)])
 
 
 def _signature(each: Any) -> str:
-    """With a property's type in place of its arguments."""
-    if isinstance(each, property):
-        return f": {inspect.formatannotation(inspect.signature(each.fget).return_annotation)}"
-    return str(inspect.signature(each)).replace("'", "")
+    """Of a property, its type; an exception has none."""
+    if inspect.isclass(each) and issubclass(each, Exception):
+        return ""
+    if getter := _getter(each):
+        text = f": {inspect.formatannotation(inspect.signature(getter).return_annotation)}"
+    else:
+        text = str(inspect.signature(each))
+    return re.sub(r"(: |-> )'([^']*)'", r"\1\2", text)  # annotations that are strings
+
+
+def _getter(member: Any) -> Any:
+    """The function of a property or a cached property, otherwise None."""
+    return getattr(member, "fget", getattr(member, "func", None))
 
 
 def _markdown(docstring: str) -> str:

@@ -60,8 +60,12 @@ def test_files_that_cannot_be_converted_are_named(loader):
 
 
 @pytest.mark.multiprocess
-def test_the_example_of_the_readme_runs(tmp_path):
-    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Find the bottleneck")[2]
+def test_the_example_of_the_guide_runs(tmp_path):
+    text = (
+        (ROOT / "docs" / "profiling.md")
+        .read_text(encoding="utf-8")
+        .partition("## Find the bottleneck")[2]
+    )
     commands = text.partition("```sh\n")[2].partition("```")[0].splitlines()
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     for command in commands:
