@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO := demo
 TEST_PROCESSES ?= 3
 
-.PHONY: setup extras wheels demo test faults audit lint clean
+.PHONY: setup extras wheels demo test docs faults audit lint clean
 
 setup: $(VENV)/.installed
 
@@ -59,6 +59,14 @@ test: setup lint
 	$(BIN)/coverage run -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 	$(BIN)/coverage combine --quiet
 	$(BIN)/python -m tests.covered
+
+# The documents and the references made from the code, as a site in build/site-docs.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet -e ".[docs]"
+	touch $@
 
 # All faults, about an hour; `make test` has a short version.
 faults: setup

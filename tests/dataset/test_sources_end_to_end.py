@@ -1,4 +1,4 @@
-"""From each kind of source to an accuracy, by the commands of README."""
+"""From each kind of source to an accuracy, by the commands of docs/data.md."""
 
 import json
 import os
