@@ -1,6 +1,7 @@
 """Hook of MkDocs: the site mirrors the repository, so that relative links work in both."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,15 @@ def on_files(files: Files, config: Any) -> None:
         if path.suffix == ".ipynb":
             page = name.removesuffix(".ipynb") + ".md"
             files.append(File.generated(config, page, content=as_markdown(path)))
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Numbered lists as Python-Markdown wants them: a blank line before each item, and four spaces
+    instead of three below it."""
+    parts = re.split(r"(^```.*?^```$)", markdown, flags=re.MULTILINE | re.DOTALL)
+    parts[::2] = [re.sub(r"^(?=   )", " ", part, flags=re.MULTILINE) for part in parts[::2]]
+    parts[::2] = [re.sub(r"\n(?=\d+\. )", "\n\n", part) for part in parts[::2]]
+    return "".join(parts)
 
 
 def as_markdown(notebook: Path) -> str:

@@ -37,6 +37,15 @@ def test_the_site_holds_the_documents_and_the_references(site):
     assert 'id="train.epochs"' in (site / "docs" / "reference" / "configuration.html").read_text()
 
 
+def test_every_step_of_a_numbered_list_is_an_item(site):
+    steps = re.findall(r"^\d+\. ", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    page = (site / "CONTRIBUTING.html").read_text().partition("<article")[2]
+    lists = "".join(re.findall(r"<ol>.*?</ol>", page, re.DOTALL))
+    inner = "".join(re.findall(r"<ul>.*?</ul>", lists, re.DOTALL))
+    assert len(steps) == lists.count("<li>") - inner.count("<li>") > 20
+    assert "```" not in page
+
+
 def test_no_page_loads_anything_from_the_network(site):
     loads = re.compile(r"<(?:script|img|iframe)[^>]*\ssrc=\"?https?:|<link[^>]*\shref=\"?https?:")
     pages = list(site.rglob("*.html"))
