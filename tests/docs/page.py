@@ -31,7 +31,7 @@ class Block(NamedTuple):
 
 
 _BLOCK = re.compile(
-    r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n\n?)?"
+    r"^(?: *<!-- not run: (?P<reason>[^\n]+) -->\n\n?)?"
     r" *```(?P<language>\w+)\n(?P<text>.*?)\n *```$",
     re.MULTILINE | re.DOTALL,
 )
