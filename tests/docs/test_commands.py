@@ -1,7 +1,7 @@
 """The code blocks of README and of the pages are run as they stand, or marked with the reason why
 not; the options of every command exist."""
 
-import importlib
+import importlib.util
 import itertools
 import os
 import re
@@ -32,8 +32,20 @@ OTHERS = [
 ]
 
 
+# Optional packages that the blocks of a page use.
+NEEDED = {
+    "export": ("onnx", "onnxruntime", "onnxscript"),
+    "models": ("timm",),
+    "trackers": ("mlflow", "trackio", "wandb"),
+}
+
+
 def named(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
+
+
+def is_run(page: Path) -> bool:
+    return any(block.language in ("sh", "python") and not block.not_run for block in blocks(page))
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +75,11 @@ def checkout(tmp_path_factory, environment) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES, ids=named)
+@pytest.mark.parametrize("page", [page for page in PAGES if is_run(page)], ids=named)
 def test_the_blocks_of_a_page_run_as_they_stand(page, checkout, environment, tmp_path):
-    if all(block.not_run or block.language not in ("sh", "python") for block in blocks(page)):
-        pytest.skip("no block of this page is run")
+    missing = [name for name in NEEDED.get(page.stem, ()) if not importlib.util.find_spec(name)]
+    if missing:
+        pytest.skip(f"{', '.join(missing)} not installed")
     scratch = tmp_path / "checkout"
     shutil.copytree(checkout, scratch, symlinks=True)
     done = subprocess.run(

@@ -1,6 +1,7 @@
 """The documents as a site: every relative link and heading exists, and nothing is loaded from the
 network. Links to other sites are not fetched."""
 
+import json
 import re
 import subprocess
 import sys
@@ -44,6 +45,17 @@ def test_every_step_of_a_numbered_list_is_an_item(site):
     inner = "".join(re.findall(r"<ul>.*?</ul>", lists, re.DOTALL))
     assert len(steps) == lists.count("<li>") - inner.count("<li>") > 20
     assert "```" not in page
+
+
+def test_a_notebook_becomes_a_page_without_its_outputs(tmp_path):
+    from docs.mirror import as_markdown
+
+    cells = [
+        {"cell_type": "markdown", "source": ["# First\n", "words"]},
+        {"cell_type": "code", "source": ["x = 1\n", "x"], "outputs": [{"text": ["printed"]}]},
+    ]
+    (tmp_path / "x.ipynb").write_text(json.dumps({"cells": cells}))
+    assert as_markdown(tmp_path / "x.ipynb") == "# First\nwords\n\n```python\nx = 1\nx\n```"
 
 
 def test_no_page_loads_anything_from_the_network(site):
