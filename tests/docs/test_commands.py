@@ -197,15 +197,14 @@ def test_every_python_block_compiles(block):
     compile(block.text, block.where, "exec")
 
 
-@pytest.mark.parametrize("block", scripts("toml", PAGES), ids=lambda block: block.where)
-def test_every_toml_block_is_a_configuration_or_a_study(block, tmp_path):
-    if block.not_run:
-        pytest.skip(block.not_run)
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_every_toml_block_is_a_configuration_or_a_study(page, tmp_path):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    path = tmp_path / "block.toml"
-    path.write_text(block.text)
-    is_study = "base" in tomllib.loads(block.text)
-    assert read_study(path, []).rows if is_study else config.load(path) != config.Config()
+    for block in scripts("toml", [page]):
+        path = tmp_path / (block.file or "block.toml")
+        path.write_text(block.text)
+        is_study = "base" in tomllib.loads(block.text)
+        assert read_study(path, []).rows if is_study else config.load(path) != config.Config()
 
 
 def test_a_page_is_run_from_top_to_bottom_until_a_block_fails(tmp_path):
