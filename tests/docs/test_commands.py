@@ -112,13 +112,11 @@ def test_the_options_of_every_command_exist(block, monkeypatch):
 
 @pytest.mark.parametrize("block", scripts("sh", PAGES), ids=lambda block: block.where)
 def test_the_settings_of_every_command_exist(block):
-    settings = [
-        value
-        for words in commands(block.text)
-        for option, value in itertools.pairwise(words)
-        if option == "--set"
-    ]
-    config.load(None, settings)
+    for words in commands(block.text):
+        pairs = list(itertools.pairwise(words))
+        settings = [value for option, value in pairs if option == "--set"]
+        files = [ROOT / value for option, value in pairs if option == "--config"]
+        config.load(files[0] if files and files[0].exists() else None, settings)
 
 
 def commands(script: str) -> Iterator[list[str]]:
