@@ -356,18 +356,32 @@ def test_a_run_s_name_can_be_that_of_a_folder(name, file_name):
 
 
 @pytest.mark.slow
-def test_arguments_are_a_factor_of_a_study(train, tmp_path, capsys):
-    (tmp_path / "study.toml").write_text(
+def test_models_are_rows_and_arguments_a_factor_of_studies(timm, train, tmp_path):
+    widths, kinds, out = (tmp_path / name for name in ("widths.toml", "kinds.toml", "studies"))
+    widths.write_text(
         'title = "Widths"\nbase = "some.toml"\nseeds = [0]\n'
         'factor = "model.arguments.width"\nvalues = [4, 8]\n'
     )
-    train(f"{OWN}:nothing", tmp_path / "run", "--set", f'model.name="{OWN}:network"')
-    out = tmp_path / "studies"
-    arguments = [str(tmp_path / "study.toml"), "--out", str(out), "--no-calibration"]
-    sets = ["--set", f'model.name="{OWN}:network"', "--set", "model.arguments.dropout=0.1"]
-    assert main(["study", *arguments, *sets]) == 0
-    runs = sorted(path.name for path in (out / "runs").iterdir())
-    assert runs == [f"tests-models-own-network-study-{width}-seed0" for width in (4, 8)]
-    for run, width in zip(runs, (4, 8), strict=True):
-        assert arguments_of(out / "runs" / run) == {"dropout": 0.1, "width": width}
-    assert "model.arguments.width" in (out / "report.html").read_text()
+    kinds.write_text(
+        f'title = "Kinds"\nbase = "some.toml"\nseeds = [0]\n'
+        f'[[rows]]\nlabel = "own"\nmodel.name = "{OWN}:network"\n'
+        f'[[rows]]\nlabel = "timm"\nmodel.name = "timm:test_resnet"\n'
+        f'[[rows]]\nlabel = "tuned"\nmodel.name = "{OWN}:fine"\nmodel.arguments.pretrained = true\n'
+    )
+    train(f"{OWN}:network", tmp_path / "run")  # writes the base
+    options = ("--out", str(out), "--no-calibration")
+    assert main(["study", str(widths), str(kinds), *options]) == 0
+    named = "tests-models-own-network"
+    assert sorted(path.name for path in (out / "runs").iterdir()) == [
+        "tests-models-own-fine-kinds-tuned-seed0",
+        f"{named}-kinds-own-seed0",
+        f"{named}-widths-4-seed0",
+        f"{named}-widths-8-seed0",
+        "timm-test_resnet-kinds-timm-seed0",
+    ]
+    for width in (4, 8):
+        assert arguments_of(out / "runs" / f"{named}-widths-{width}-seed0") == {"width": width}
+    begun = weights(out / "runs" / "tests-models-own-fine-kinds-tuned-seed0", "initial")
+    assert begun["0.weight"].eq(0.25).all()
+    page = (out / "report.html").read_text()
+    assert "model.arguments.width" in page and "timm:test_resnet" in page
