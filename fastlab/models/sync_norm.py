@@ -40,10 +40,15 @@ class CPUSyncBatchNorm(nn.BatchNorm2d):
     """Batch norm over all processes of a gloo group, each of which must hold equally many values,
     as fastlab's batches do. With one process it is `BatchNorm2d`."""
 
+    def __init__(self, features: int, eps: float, momentum: float | None) -> None:
+        super().__init__(features, eps, momentum)
+        # Not at the class, since this imports torch's compiler, which takes a second.
+        self._normalise = torch.compiler.disable(_SyncNorm.apply)
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
             return super().forward(input)
-        out, mean, var, count = _SyncNorm.apply(input, self.weight, self.bias, self.eps)
+        out, mean, var, count = self._normalise(input, self.weight, self.bias, self.eps)
         assert self.running_mean is not None and self.running_var is not None
         assert self.num_batches_tracked is not None and self.momentum is not None
         with torch.no_grad():
@@ -75,7 +80,6 @@ class _SyncNorm(torch.autograd.Function):
     single process."""
 
     @staticmethod
-    @torch.compiler.disable
     def forward(ctx, x, weight, bias, eps):
         count = x.numel() // x.shape[1] * dist.get_world_size()
         mean = _reduced_mean(_channel_sum(x), count)

@@ -115,7 +115,7 @@ def torch_settings(cfg: Config, *, seeded: bool = True) -> Generator[None]:
         # Read where cuBLAS is first used: https://docs.nvidia.com/cuda/cublas/#results-reproducibility
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_float32_matmul_precision("high" if mixed else "highest")
-    torch.use_deterministic_algorithms(deterministic)
+    _use_deterministic_algorithms(deterministic)
     if seeded:
         set_seed(cfg.train.seed)
     try:
@@ -123,8 +123,14 @@ def torch_settings(cfg: Config, *, seeded: bool = True) -> Generator[None]:
             yield
     finally:
         torch.set_float32_matmul_precision(products)
-        torch.use_deterministic_algorithms(algorithms)
+        _use_deterministic_algorithms(algorithms)
         torch.set_num_threads(count)
+
+
+def _use_deterministic_algorithms(mode: bool) -> None:
+    """torch's function imports its compiler, which takes a second, also where nothing changes."""
+    if mode != torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(mode)
 
 
 def open_dataset(cfg: Config) -> Manifest:
