@@ -19,7 +19,7 @@ def test_the_notebook_is_committed_without_outputs():
     assert code and not any(cell["outputs"] or cell["execution_count"] for cell in code)
 
 
-def test_the_notebook_runs(tmp_path):
+def test_the_notebook_runs(tmp_path, without_coverage):
     """In a folder without the checkout, as where only the wheel is installed."""
     pytest.importorskip("nbmake")
     shutil.copy(NOTEBOOK, tmp_path)

@@ -1,7 +1,6 @@
 """The short, seeded version of ``python -m tests.faults``; ``make faults`` runs the full one. It
 leaves out the stages that take longest."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -14,11 +13,7 @@ from tests.faults.prepare import prepare
 STAGES = [name for name in stages(0, False) if name not in ("compiling", "endurance")]
 
 
-@pytest.fixture(autouse=True)
-def without_coverage(monkeypatch):
-    """Measure no coverage: a command that is killed, or whose disk is full, cannot record it."""
-    for name in [name for name in os.environ if name.startswith("COVERAGE_PROCESS")]:
-        monkeypatch.delenv(name)
+pytestmark = pytest.mark.usefixtures("without_coverage")
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.multiprocess,
     pytest.mark.skipif(bool(MISSING), reason=MISSING),
+    pytest.mark.usefixtures("without_coverage"),
 ]
 LONG = 12
 ROW = """

@@ -14,6 +14,7 @@ import pytest
 from fastlab.cli import main
 from tests.trainings import ROOT, command, metrics, train
 
+pytestmark = pytest.mark.usefixtures("without_coverage")
 SAME = ("train.precision=fp64", "model.sync_batch_norm=true", "model.dropout_conv=0")
 SAME += ("model.dropout_fc=0", "train.checkpoint_every=0")
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
