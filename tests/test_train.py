@@ -43,6 +43,8 @@ from tests.trainings import (
     wait_until,
 )
 
+pytestmark = pytest.mark.usefixtures("without_coverage")
+
 
 @pytest.fixture(scope="module")
 def whole_run(synth_dataset, tmp_path_factory) -> Path:

@@ -58,7 +58,7 @@ def test_reads_of_a_slow_file_are_named(look):
 
 
 def test_decoding_large_jpegs_is_named(look, tmp_path):
-    noise = np.random.default_rng(0).integers(0, 256, (900, 900, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (1800, 1800, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "large.jpg", quality=95)
     found = look(f"""
         from PIL import Image

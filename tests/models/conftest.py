@@ -14,7 +14,7 @@ def interpreted() -> SimpleNamespace:
 
 
 @pytest.fixture
-def kernels(interpreted) -> Iterator[SimpleNamespace]:
+def kernels(interpreted, without_coverage) -> Iterator[SimpleNamespace]:
     """The modules of the kernels; until the test ends, the operators run them in Triton's
     interpreter."""
     with triton_kernels.running(interpreted):

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 
 @pytest.fixture
-def fused(interpreted, monkeypatch) -> Iterator[list[str]]:
+def fused(interpreted, monkeypatch, without_coverage) -> Iterator[list[str]]:
     """Fused operators run wherever they would on a GPU, except on float64 tensors: the reference
     takes the plain layers. Lists the operators that ran."""
     ran = []
