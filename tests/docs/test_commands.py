@@ -36,7 +36,6 @@ OTHERS = [
 NEEDED = {
     "export": ("onnx", "onnxruntime", "onnxscript"),
     "models": ("timm",),
-    "trackers": ("mlflow", "trackio", "wandb"),
 }
 
 
