@@ -318,12 +318,15 @@ class Trackio(Tracker):
     def _store(self, inner: Any, values: dict[str, Any]) -> None:
         pass  # its start took it
 
+    def _log(self, inner: Any, values: dict[str, Any], step: int | None) -> None:
+        inner.tracker.log(values, step=step)  # Accelerate's own leaves the step out before 1.14
+
     def _log_samples(self, inner: Any, samples: list[Sample], step: int) -> None:
         import trackio
 
         for number, sample in enumerate(samples, 1):
             image = trackio.Image(sample.image, caption=sample.caption())
-            inner.log({f"predictions/{number:02}": image}, step=step)
+            self._log(inner, {f"predictions/{number:02}": image}, step)
 
     def _finish(self, inner: Any) -> None:
         import trackio

@@ -207,8 +207,9 @@ def test_trackers_hold_the_configuration_and_tags(tracked):
     assert found.data.params["optim.lr"] == "0.01" and found.data.params["model.width"] == "4"
     tags = {name: found.data.tags[name] for name in ("model", "dataset", "device", "precision")}
     assert tags == {"model": "resnet11", "dataset": "synth", "device": "cpu", "precision": "fp32"}
-    first, second = (r.run for r in wandb_records(tracked) if r.WhichOneof("record_type") == "run")
-    assert first.run_id == second.run_id and first.display_name == "run"
+    runs = [r.run for r in wandb_records(tracked) if r.WhichOneof("record_type") == "run"]
+    first = runs[0]
+    assert {run.run_id for run in runs} == {first.run_id} and first.display_name == "run"
     assert (first.project, set(tags.values()) - set(first.tags)) == ("fastlab", set())
     events = EventAccumulator(str(tracked / "tensorboard")).Reload()
     (texts, *_) = (event for event in events.Tensors("configuration/text_summary"))
