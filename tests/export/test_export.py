@@ -195,13 +195,13 @@ def test_a_model_that_has_no_graph_is_refused_in_one_line():
 
 def test_mistakes_are_one_line_each(demo, fastlab, monkeypatch):
     Path("run.pt2").write_text("mine")
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, "onnx", None)  # which is looked for first
     cases = {
         ("torch",): "run.pt2: exists; choose another --out, or replace a file with --force",
         ("safetensors", "--normalise"): "--normalise and --dynamic-batch are for graphs",
         ("safetensors", "--out", "nowhere/x"): "nowhere/x: cannot be written (No such file",
         ("safetensors", "--out", "demo", "--force"): "demo: exists",
-        ("onnx",): "onnxruntime is not installed here; run `make extras`",
+        ("onnx",): "onnx is not installed here; run `make extras`",
     }
     for options, expected in cases.items():
         status, out, (line,) = fastlab("export", "demo/run", "--to", *options)
