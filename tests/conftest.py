@@ -1,4 +1,5 @@
-"""Shared fixtures: small generated originals, and the dataset that they are converted to."""
+"""Shared fixtures: small generated originals with the dataset that they are converted to, and the
+command."""
 
 import os
 import signal
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 from coverage import Coverage
 
+from fastlab.cli import main
 from fastlab.dataset.convert import Options, convert
 from fastlab.dataset.synth import synthesise
 from tests.s3 import s3  # noqa: F401  (a fixture)
@@ -31,6 +33,19 @@ def without_coverage(monkeypatch) -> Iterator[None]:
     yield
     if measuring:
         measuring.start()
+
+
+@pytest.fixture
+def fastlab(capsys):
+    """Run a command: (exit status, standard output, lines of standard error)."""
+
+    def call(*arguments: object) -> tuple[int, str, list[str]]:
+        capsys.readouterr()
+        status = main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return status, out, err.splitlines()
+
+    return call
 
 
 @pytest.fixture(scope="session")

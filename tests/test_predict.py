@@ -51,19 +51,6 @@ def image(synth_source) -> Path:
     return sorted((synth_source / "val" / "images").iterdir())[0]
 
 
-@pytest.fixture
-def fastlab(capsys):
-    """Run a command: (exit status, standard output, lines of standard error)."""
-
-    def call(*arguments: object) -> tuple[int, str, list[str]]:
-        capsys.readouterr()
-        status = main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return status, out, err.splitlines()
-
-    return call
-
-
 def as_json(out: str) -> list[dict]:
     return [json.loads(line) for line in out.splitlines()]
 

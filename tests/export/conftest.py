@@ -36,19 +36,6 @@ def folder(trained, monkeypatch) -> Path:
     return trained
 
 
-@pytest.fixture
-def fastlab(capsys):
-    """Run a command: (exit status, standard output, lines of standard error)."""
-
-    def call(*arguments: object) -> tuple[int, str, list[str]]:
-        capsys.readouterr()
-        status = main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return status, out, err.splitlines()
-
-    return call
-
-
 def python_blocks(text: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 

@@ -11,8 +11,6 @@ from tests.faults.outcomes import CLEAR, CORRECT, Tally, judge
 from tests.faults.prepare import prepare
 
 STAGES = [name for name in stages(0, False) if name not in ("compiling", "endurance")]
-
-
 pytestmark = pytest.mark.usefixtures("without_coverage")
 
 
