@@ -48,7 +48,7 @@ class RunDir:
         self.wandb = path / "wandb"
         self.mlruns = path / "mlruns"
         self.trackers = path / "trackers.json"
-        """By what each tracker knows the run."""
+        """The name or id under which each tracker knows the run."""
         self.traces = path / "traces"
         self.lock = path / "lock"
 
